@@ -1,0 +1,1 @@
+//! Microbenches of the pure core.

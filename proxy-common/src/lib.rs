@@ -1,0 +1,2 @@
+#![no_std]
+//! Types shared by the eBPF programs and the agent.

@@ -1,0 +1,1 @@
+//! Envoy v3 API types (generated) and their descriptors.
