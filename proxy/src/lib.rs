@@ -1,1 +1,8 @@
-//! tidegate.
+//! tidegate: a node proxy for TCP that reads what Envoy reads, intercepts with eBPF and moves bytes with
+//! the least CPU that Linux allows. ARCHITECTURE.md walks through a connection and a configuration update.
+#![deny(unsafe_code)]
+
+pub mod addr;
+pub mod config;
+pub mod connection;
+pub mod response_flag;

@@ -1,0 +1,75 @@
+//! The bootstrap: node identity, admin, static resources, and tidegate's own interception settings.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::access_log::AccessLog;
+use super::cluster::Cluster;
+use super::listener::Listener;
+
+/// A whole static configuration, validated.
+#[derive(Clone, Debug, Default)]
+pub struct Bootstrap {
+    /// Who this proxy is to a control plane and in logs.
+    pub node: Node,
+    /// Where the admin server listens; none when the bootstrap has no `admin`.
+    pub admin: Option<Admin>,
+    /// `static_resources.listeners`, in file order.
+    pub listeners: Vec<Arc<Listener>>,
+    /// `static_resources.clusters`, in file order.
+    pub clusters: Vec<Arc<Cluster>>,
+    /// The bootstrap extension `tidegate.bootstrap.v1.Interception`; none when it is absent.
+    pub interception: Option<Interception>,
+    /// `stats_flush_interval`; Envoy's default is 5 s.
+    pub stats_flush_interval: Duration,
+}
+
+/// `node` of the bootstrap; flags such as `--service-node` override it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// `node.id`.
+    pub id: String,
+    /// `node.cluster`.
+    pub cluster: String,
+    /// `node.locality.zone`.
+    pub zone: String,
+}
+
+/// `admin` of the bootstrap.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// Listen address of the admin server.
+    pub address: SocketAddr,
+    /// `admin.access_log`.
+    pub access_log: Vec<AccessLog>,
+}
+
+/// What to intercept and how. Command-line options override each field.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Interception {
+    /// cgroup v2 directories whose processes are captured (subtrees). Empty: the kubepods subtree if there is
+    /// one, else nothing unless asked for on the command line.
+    pub cgroups: Vec<PathBuf>,
+    /// Whether processes of the host's own network namespace inside these cgroups are captured too.
+    pub host_namespace: bool,
+    /// What a connect gets when interception can't be done (namespace not enrolled, map full, …).
+    pub fail_mode: FailMode,
+    /// Port of the capture listeners inside each pod; another one is taken where it is in use. Default 15001.
+    pub capture_port: Option<u16>,
+    /// Pin directory below a bpffs mount. Default `/sys/fs/bpf/tidegate`.
+    pub pin_path: Option<PathBuf>,
+    /// Capacity of the in-flight map in handshakes. Default 65,536.
+    pub in_flight_capacity: Option<u32>,
+}
+
+/// The stated policy for connects that can't be intercepted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FailMode {
+    /// Let them pass untouched, counted.
+    #[default]
+    Open,
+    /// Refuse them with a clear errno, counted.
+    Closed,
+}

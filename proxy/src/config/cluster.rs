@@ -1,0 +1,107 @@
+//! `envoy.config.cluster.v3.Cluster`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::endpoint::ClusterLoadAssignment;
+use super::listener::TcpKeepalive;
+
+/// A cluster with every default applied.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    /// Unique name.
+    pub name: Arc<str>,
+    /// Replaces the name in stats.
+    pub alt_stat_name: Option<Arc<str>>,
+    /// How endpoints are found.
+    pub discovery: Discovery,
+    /// How one is chosen.
+    pub lb_policy: LbPolicy,
+    /// Per attempt. Default 5 s.
+    pub connect_timeout: Duration,
+    /// Soft limit of bytes buffered per direction. Default 1 MiB.
+    pub per_connection_buffer_limit_bytes: u32,
+    /// Inline endpoints (STATIC, STRICT_DNS).
+    pub load_assignment: ClusterLoadAssignment,
+    /// Thresholds of priority DEFAULT.
+    pub circuit_breakers: Thresholds,
+    /// Below this share of healthy hosts all are used, percent 0–100; default 50. 0 turns panic mode off.
+    pub healthy_panic_threshold: f64,
+    /// Keepalive of upstream connections.
+    pub upstream_keepalive: Option<TcpKeepalive>,
+    /// DNS settings (STRICT_DNS).
+    pub dns: Dns,
+    /// ORIGINAL_DST: unused hosts are dropped after so long. Default 5 s.
+    pub cleanup_interval: Duration,
+}
+
+/// How a cluster finds its endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discovery {
+    /// The endpoints are in the configuration.
+    Static,
+    /// Every address that DNS returns is an endpoint.
+    StrictDns,
+    /// One endpoint per connection: its restored original destination.
+    OriginalDst,
+}
+
+/// How an endpoint is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LbPolicy {
+    /// Weighted round robin.
+    RoundRobin,
+    /// Power of N choices on active connections.
+    LeastRequest {
+        /// Hosts drawn, at least 2; default 2.
+        choice_count: u32,
+        /// Weight of active connections when endpoint weights differ; default 1.0.
+        active_request_bias: f64,
+    },
+    /// Weighted random.
+    Random,
+    /// The cluster itself decides (ORIGINAL_DST).
+    ClusterProvided,
+}
+
+/// Circuit breaker thresholds. Envoy's default is 1,024 each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Thresholds {
+    /// Connections to the whole cluster.
+    pub max_connections: u32,
+    /// Connections that are still connecting.
+    pub max_pending_requests: u32,
+}
+
+impl Default for Thresholds {
+    fn default() -> Self {
+        Self { max_connections: 1024, max_pending_requests: 1024 }
+    }
+}
+
+/// DNS settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dns {
+    /// Time between look-ups. Default 5 s.
+    pub refresh_rate: Duration,
+    /// Use the records' TTL instead.
+    pub respect_ttl: bool,
+    /// Which address families count.
+    pub lookup_family: LookupFamily,
+}
+
+/// `dns_lookup_family`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LookupFamily {
+    /// IPv6 if there is any, else IPv4.
+    #[default]
+    Auto,
+    /// IPv4 only.
+    V4Only,
+    /// IPv6 only.
+    V6Only,
+    /// IPv4 if there is any, else IPv6.
+    V4Preferred,
+    /// Both.
+    All,
+}

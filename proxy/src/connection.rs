@@ -1,0 +1,3 @@
+//! One connection, from accept to its log line.
+
+pub mod record;

@@ -1,0 +1,107 @@
+//! What is known of a connection. The connection's task owns it; `finish` consumes it once, for stats,
+//! flags and access logs.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::response_flag::ResponseFlags;
+
+/// The record of one connection.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// `%CONNECTION_ID%`: unique in the process, from 1.
+    pub id: u64,
+    /// Wall clock at accept.
+    pub start_time: SystemTime,
+    /// Monotonic clock at accept.
+    pub start: Instant,
+    /// How long it lasted; set when it ends.
+    pub duration: Option<Duration>,
+    /// The downstream address (after PROXY protocol).
+    pub downstream_remote: SocketAddr,
+    /// The directly connected peer.
+    pub downstream_direct_remote: SocketAddr,
+    /// The address that the downstream meant: the restored original destination, else the socket's own.
+    pub downstream_local: SocketAddr,
+    /// The accepting socket's own address.
+    pub downstream_direct_local: SocketAddr,
+    /// Name of the listener that served it.
+    pub listener: Arc<str>,
+    /// Name of its filter chain; empty when none matched or it has none.
+    pub filter_chain: Arc<str>,
+    /// `%ROUTE_NAME%`: only for HTTP listeners served as L4.
+    pub route_name: Option<Arc<str>>,
+    /// SNI as sent by the client, when an inspector saw one.
+    pub requested_server_name: Option<Box<str>>,
+    /// The chosen cluster (also when connecting failed).
+    pub cluster: Option<Arc<str>>,
+    /// The upstream host; set by every attempt, the last one stays.
+    pub upstream: Option<Upstream>,
+    /// Attempts made, including the successful one.
+    pub attempts: u32,
+    /// Response flags; they accumulate.
+    pub flags: ResponseFlags,
+    /// `%CONNECTION_TERMINATION_DETAILS%`, for example `tcp_session_idle_timeout`.
+    pub termination_details: Option<&'static str>,
+    /// `%UPSTREAM_TRANSPORT_FAILURE_REASON%`, for example `delayed_connect_error:_Connection_refused`.
+    pub upstream_transport_failure: Option<Box<str>>,
+    /// `%DOWNSTREAM_TRANSPORT_FAILURE_REASON%`.
+    pub downstream_transport_failure: Option<Box<str>>,
+    /// `%DOWNSTREAM_LOCAL_CLOSE_REASON%`.
+    pub downstream_local_close_reason: Option<Box<str>>,
+    /// `%UPSTREAM_LOCAL_CLOSE_REASON%`.
+    pub upstream_local_close_reason: Option<Box<str>>,
+    /// `%DOWNSTREAM_DETECTED_CLOSE_TYPE%`.
+    pub downstream_close_type: CloseType,
+    /// `%UPSTREAM_DETECTED_CLOSE_TYPE%`.
+    pub upstream_close_type: CloseType,
+    /// Bytes received from the downstream.
+    pub bytes_received: u64,
+    /// Bytes sent to the downstream.
+    pub bytes_sent: u64,
+    /// Bytes sent to the upstream.
+    pub upstream_bytes_sent: u64,
+    /// Bytes received from the upstream.
+    pub upstream_bytes_received: u64,
+}
+
+/// The upstream side of a connection.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    /// The endpoint.
+    pub address: SocketAddr,
+    /// Its `hostname`, empty when it has none.
+    pub hostname: Arc<str>,
+    /// Our own address of the upstream socket; none before it connected.
+    pub local_address: Option<SocketAddr>,
+    /// `%UPSTREAM_CONNECTION_ID%`: unique in the process, from 1; none before it connected.
+    pub connection_id: Option<u64>,
+}
+
+/// How a connection was seen to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CloseType {
+    /// Printed as `Normal`.
+    #[default]
+    Normal,
+    /// We sent the reset.
+    LocalReset,
+    /// The peer sent it.
+    RemoteReset,
+}
+
+/// Which moment an access log entry describes (`%ACCESS_LOG_TYPE%`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogType {
+    /// Before an upstream is chosen.
+    TcpConnectionStart,
+    /// The upstream connection stands.
+    TcpUpstreamConnected,
+    /// Every `access_log_flush_interval`.
+    TcpPeriodic,
+    /// The end; written once.
+    TcpConnectionEnd,
+    /// The listener's own entry at the end of a connection (`NotSet` in Envoy).
+    NotSet,
+}
