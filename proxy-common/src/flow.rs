@@ -1,0 +1,60 @@
+use crate::Addr;
+
+/// Whose socket an [`OriginalDst`] is stored on.
+#[repr(u16)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The application's socket, written by connect4/6. getpeername answers from it.
+    Client = 1,
+    /// The proxy's accepted socket, written by sockops. getpeername is left alone: the proxy wants the real peer.
+    Accepted = 2,
+}
+
+/// Where an application meant to connect to. SK_STORAGE value, on the application's socket from connect(2) on, and
+/// on the proxy's accepted socket from the end of the handshake on. It dies with the socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OriginalDst {
+    /// Service address.
+    pub addr: Addr,
+    /// Service port, host order.
+    pub port: u16,
+    /// A [`Role`].
+    pub role: u16,
+    /// Zero.
+    pub reserved: u32,
+    /// Socket cookie of the application's socket: tells a connection from a later one with the same 4-tuple.
+    pub client_cookie: u64,
+}
+
+const _: () = assert!(size_of::<OriginalDst>() == 32 && align_of::<OriginalDst>() == 8);
+
+/// Key of a connection between the application's SYN and the proxy's accepted socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Cookie of the network namespace that both ends live in.
+    pub netns_cookie: u64,
+    /// The application's own address.
+    pub client: Addr,
+    /// The address that the destination was rewritten to.
+    pub capture: Addr,
+    /// The application's source port, host order.
+    pub client_port: u16,
+    /// Port of the capture listener, host order.
+    pub capture_port: u16,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<FlowKey>() == 48 && align_of::<FlowKey>() == 8);
+
+/// Value of the in-flight map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlight {
+    /// What the accepted socket will get.
+    pub original_dst: OriginalDst,
+}
+
+const _: () = assert!(size_of::<InFlight>() == 32);

@@ -1,0 +1,49 @@
+/// Version of every layout in this crate; names the pin directory of the maps.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Default size of the in-flight map, entries. One per handshake in progress on the node: 65,536 handshakes of
+/// 1 ms are 65 million connections per second. The memory is taken up front (about 8 MB).
+pub const MAX_IN_FLIGHT: u32 = 65_536;
+
+/// Default size of the namespaces map, entries (pods of one node; Kubernetes' own limit is 110 by default).
+pub const MAX_NAMESPACES: u32 = 4_096;
+
+/// Default size of the destinations map, entries.
+pub const MAX_DESTINATIONS: u32 = 65_536;
+
+/// Size of the events ring buffer, bytes: a power of two and a multiple of the page size.
+pub const EVENTS_BYTES: u32 = 65_536;
+
+/// Slots of the table that limits announcements (direct-mapped by netns cookie; a power of two).
+pub const ANNOUNCE_SLOTS: u32 = 1_024;
+
+/// A namespace is announced at most once in this time, nanoseconds.
+pub const ANNOUNCE_INTERVAL_NS: u64 = 100_000_000;
+
+/// Names of the maps, as in the object and in the pin directory.
+pub mod map {
+    /// SK_STORAGE → [`crate::OriginalDst`].
+    pub const ORIGINAL_DST: &str = "ORIGINAL_DST";
+    /// SK_STORAGE → `u32` 1: this socket is the agent's own.
+    pub const OWN_SOCKET: &str = "OWN_SOCKET";
+    /// HASH [`crate::FlowKey`] → [`crate::InFlight`].
+    pub const IN_FLIGHT: &str = "IN_FLIGHT";
+    /// HASH netns cookie (`u64`) → [`crate::Enrolment`].
+    pub const NAMESPACES: &str = "NAMESPACES";
+    /// HASH [`crate::Destination`] → [`crate::Verdict`] as `u32`.
+    pub const DESTINATIONS: &str = "DESTINATIONS";
+    /// ARRAY of one [`crate::Settings`].
+    pub const SETTINGS: &str = "SETTINGS";
+    /// PERCPU_ARRAY of `u64`, indexed by [`crate::Reason`].
+    pub const COUNTERS: &str = "COUNTERS";
+    /// RINGBUF of [`crate::NotEnrolled`]. Not pinned: each process has its own.
+    pub const EVENTS: &str = "EVENTS";
+    /// ARRAY that limits announcements. Not pinned.
+    pub const ANNOUNCED: &str = "ANNOUNCED";
+}
+
+/// Names of the globals that are fixed when the object is loaded.
+pub mod global {
+    /// `u8`: 1 when the kernel has `bpf_set_retval` (5.18), so that a refused connect gets its own errno.
+    pub const HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
+}

@@ -1,0 +1,138 @@
+use core::net::{Ipv4Addr, Ipv6Addr};
+
+use crate::Addr;
+
+/// What happens to a connection to some destination. Value of the destinations map (as `u32`).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// The connection goes on untouched, in the kernel.
+    Leave = 0,
+    /// To the proxy.
+    Capture = 1,
+    /// connect(2) fails with ECONNREFUSED.
+    Refuse = 2,
+}
+
+impl Verdict {
+    /// The verdict with this number; anything unknown is none.
+    #[inline(always)]
+    pub const fn from_raw(raw: u32) -> Option<Self> {
+        match raw {
+            0 => Some(Self::Leave),
+            1 => Some(Self::Capture),
+            2 => Some(Self::Refuse),
+            _ => None,
+        }
+    }
+}
+
+/// Key of the destinations map. Lookup order: (address, port), then (zero, port), then [`Settings::catch_all`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Destination {
+    /// Service address; all zero is every address (which leaves out loopback, unspecified, IPv6 link-local and the
+    /// pod's own address: these only match exactly).
+    pub addr: Addr,
+    /// Service port, host order, never 0.
+    pub port: u16,
+    /// Zero.
+    pub reserved: u16,
+}
+
+const _: () = assert!(size_of::<Destination>() == 20 && align_of::<Destination>() == 4);
+
+impl Destination {
+    /// This address and port.
+    #[inline(always)]
+    pub const fn exact(addr: Addr, port: u16) -> Self {
+        Self { addr, port, reserved: 0 }
+    }
+
+    /// This port of every address.
+    #[inline(always)]
+    pub const fn any_address(port: u16) -> Self {
+        Self { addr: Addr::ZERO, port, reserved: 0 }
+    }
+}
+
+/// What a network namespace is to the agent.
+#[repr(u16)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EnrolState {
+    /// Its connections follow the rules.
+    Captured = 1,
+    /// Known, and left alone.
+    Excluded = 2,
+}
+
+/// Value of the namespaces map, keyed by netns cookie (`u64`). Only the agent writes it. A namespace without an
+/// entry gets what [`Settings::fail_mode`] says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Enrolment {
+    /// The pod's own IPv4 address; [`Addr::ZERO`] when it has none (127.0.0.1 stands in). Captured connections go
+    /// there: so the kernel picks it as their source and getsockname(2) tells the application the truth.
+    pub source_v4: Addr,
+    /// The same for IPv6 (`::1` stands in).
+    pub source_v6: Addr,
+    /// Port of the agent's capture listener in this namespace, host order; 0 when excluded.
+    pub capture_port: u16,
+    /// An [`EnrolState`].
+    pub state: u16,
+}
+
+const _: () = assert!(size_of::<Enrolment>() == 36 && align_of::<Enrolment>() == 4);
+
+impl Enrolment {
+    /// A namespace whose capture listener waits on `capture_port`.
+    pub fn captured(capture_port: u16, v4: Option<Ipv4Addr>, v6: Option<Ipv6Addr>) -> Self {
+        Self {
+            source_v4: v4.map_or(Addr::ZERO, Addr::from),
+            source_v6: v6.map_or(Addr::ZERO, Addr::from),
+            capture_port,
+            state: EnrolState::Captured as u16,
+        }
+    }
+
+    /// A namespace that is left alone.
+    pub const fn excluded() -> Self {
+        Self {
+            source_v4: Addr::ZERO,
+            source_v6: Addr::ZERO,
+            capture_port: 0,
+            state: EnrolState::Excluded as u16,
+        }
+    }
+
+    /// Whether the rules apply.
+    #[inline(always)]
+    pub const fn is_captured(&self) -> bool {
+        self.state == EnrolState::Captured as u16
+    }
+}
+
+/// What happens to a connection that should be captured and can't be.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum FailMode {
+    /// It passes untouched, and is counted.
+    #[default]
+    Open = 0,
+    /// connect(2) fails with the errno of its [`crate::Reason`], and is counted.
+    Closed = 1,
+}
+
+/// The one entry of the settings map. Written by the agent, read by every hook.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Number of the process that owns the pins; each start that takes over adds one. Not read by the programs.
+    pub generation: u64,
+    /// [`Verdict`] for a destination that no rule names.
+    pub catch_all: u32,
+    /// A [`FailMode`].
+    pub fail_mode: u32,
+}
+
+const _: () = assert!(size_of::<Settings>() == 16 && align_of::<Settings>() == 8);

@@ -1,0 +1,120 @@
+/// Defines [`Reason`] together with its table, so that a reason can't lack a label.
+macro_rules! reasons {
+    ($( $(#[doc = $doc:literal])+ $name:ident = $label:literal $(, errno $errno:literal)?; )+) => {
+        /// What happened to a connection. Index of the counters map, and a metric label.
+        ///
+        /// Every path through the programs that ends a decision counts exactly one of these.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Reason { $( $(#[doc = $doc])+ $name, )+ }
+
+        impl Reason {
+            /// All of them, by index.
+            pub const ALL: &'static [Self] = &[ $( Self::$name, )+ ];
+
+            /// Stable name, for metrics.
+            pub const fn label(self) -> &'static str {
+                match self { $( Self::$name => $label, )+ }
+            }
+
+            /// What connect(2) fails with (a positive errno); 0 for a reason that refuses nothing. Kernels before
+            /// 5.18 can only say EPERM.
+            #[inline(always)]
+            pub const fn errno(self) -> i32 {
+                match self { $( Self::$name => reasons!(@errno $($errno)?), )+ }
+            }
+        }
+    };
+    (@errno) => { 0 };
+    (@errno $errno:literal) => { $errno };
+}
+
+reasons! {
+    // --- connect4/6
+    /// Destination rewritten to the capture listener.
+    Captured = "captured";
+    /// Not TCP.
+    PassedNotTcp = "passed_not_tcp";
+    /// Port 0: the kernel refuses these itself.
+    PassedPortZero = "passed_port_zero";
+    /// No rule names the destination and there is no catch-all, or the rule says to leave it.
+    PassedNoRule = "passed_no_rule";
+    /// The agent's own upstream socket.
+    PassedOwnSocket = "passed_own_socket";
+    /// Loopback or unspecified destination that no exact rule names.
+    PassedLoopback = "passed_loopback";
+    /// IPv6 link-local destination that no exact rule names: its scope would be lost on the way.
+    PassedLinkLocal = "passed_link_local";
+    /// The pod's own address, and no exact rule names it.
+    PassedOwnAddress = "passed_own_address";
+    /// Straight to the capture listener: never rewritten onto itself. The proxy resets it.
+    PassedCaptureListener = "passed_capture_listener";
+    /// The namespace is enrolled as excluded.
+    PassedExcluded = "passed_excluded";
+    /// The rule says to refuse. ECONNREFUSED.
+    RefusedByRule = "refused_by_rule", errno 111;
+    /// The namespace is not enrolled, fail mode open.
+    NotEnrolledPassed = "not_enrolled_passed";
+    /// The namespace is not enrolled, fail mode closed. EHOSTUNREACH.
+    NotEnrolledRefused = "not_enrolled_refused", errno 113;
+    /// The socket is bound to an interface, so replies over `lo` can't reach it; fail mode open.
+    BoundToDevicePassed = "bound_to_device_passed";
+    /// The same, fail mode closed. ENETUNREACH.
+    BoundToDeviceRefused = "bound_to_device_refused", errno 101;
+    /// No memory for the socket's storage, fail mode open.
+    StorageFailedPassed = "storage_failed_passed";
+    /// The same, fail mode closed. ENOBUFS.
+    StorageFailedRefused = "storage_failed_refused", errno 105;
+    // --- events
+    /// A namespace was announced to the agent.
+    Announced = "announced";
+    /// An announcement was lost because the ring buffer was full (the next connect announces again).
+    AnnouncementLost = "announcement_lost";
+    // --- sockops
+    /// The source port is known and the entry is in the in-flight map; the SYN follows.
+    InFlight = "in_flight";
+    /// The in-flight map is full. Too late to refuse: the proxy resets the connection (`no_original_destination`).
+    InFlightFull = "in_flight_full";
+    /// The accepted socket took the entry over.
+    HandedOver = "handed_over";
+    /// A connection to a capture listener that no captured connect belongs to. The proxy resets it.
+    NoOriginalDestination = "no_original_destination";
+    /// No memory for the accepted socket's storage. The proxy resets it.
+    AcceptedStorageFailed = "accepted_storage_failed";
+    /// The application's socket closed before the proxy's end was accepted (refused, timed out, aborted).
+    HandshakeAbandoned = "handshake_abandoned";
+}
+
+impl Reason {
+    /// How many there are.
+    pub const COUNT: usize = Self::ALL.len();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn indexes_and_labels_are_unique() {
+        for (i, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, i);
+            assert!(Reason::ALL[..i].iter().all(|other| other.label() != reason.label()));
+        }
+    }
+
+    #[test]
+    fn refusals_and_only_they_have_an_errno_and_all_differ() {
+        let refusals: [Reason; 4] = [
+            Reason::RefusedByRule,
+            Reason::NotEnrolledRefused,
+            Reason::BoundToDeviceRefused,
+            Reason::StorageFailedRefused,
+        ];
+        for reason in Reason::ALL {
+            assert_eq!(reason.errno() != 0, refusals.contains(reason), "{reason:?}");
+        }
+        for (i, a) in refusals.iter().enumerate() {
+            assert!(refusals[..i].iter().all(|b| b.errno() != a.errno()));
+        }
+    }
+}
