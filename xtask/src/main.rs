@@ -1,2 +1,36 @@
-//! The repository's commands.
-fn main() {}
+//! The repository's commands: `cargo xtask <verb>`. One file per verb.
+
+mod build_ebpf;
+mod demo;
+mod gen_api;
+mod parity;
+mod test;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// The repository's commands.
+#[derive(Parser, Debug)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Xtask {
+    /// Show tidegate at work: pods, a service address, two endpoints, then a report.
+    Demo(demo::Demo),
+    /// Run every test: unit, property, in-process, namespaces and eBPF.
+    Test(test::Test),
+    /// Run the same cases against the real Envoy and tidegate, and print the differences.
+    Parity(parity::Parity),
+    /// Rebuild proxy-ebpf/prebuilt from source.
+    BuildEbpf(build_ebpf::BuildEbpf),
+    /// Regenerate the checked-in code of proxy/api from its .proto files.
+    GenApi(gen_api::GenApi),
+}
+
+fn main() -> Result<()> {
+    match Xtask::parse() {
+        Xtask::Demo(args) => args.run(),
+        Xtask::Test(args) => args.run(),
+        Xtask::Parity(args) => args.run(),
+        Xtask::BuildEbpf(args) => args.run(),
+        Xtask::GenApi(args) => args.run(),
+    }
+}
