@@ -3,6 +3,10 @@
 #![deny(unsafe_code)]
 
 pub mod addr;
+pub mod args;
 pub mod config;
 pub mod connection;
+pub mod drain;
+pub mod log;
 pub mod response_flag;
+pub mod signal;

@@ -1,0 +1,138 @@
+//! Ending connections on purpose: one worker's open connections, and the handle by which each is told to end.
+//!
+//! A drain has two steps: stop accepting and wait, then end what is left. Both are a worker's own business,
+//! so nothing here is shared between threads.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use slab::Slab;
+
+/// The open connections of one worker.
+#[derive(Debug, Default)]
+pub struct Connections {
+    open: RefCell<Slab<Rc<Slot>>>,
+    /// Woken when the last connection has ended.
+    empty: RefCell<Vec<Waker>>,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    killed: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+/// Held by a connection's task while it lives; says when it is to end.
+#[derive(Debug)]
+pub struct Open {
+    connections: Rc<Connections>,
+    key: usize,
+    slot: Rc<Slot>,
+}
+
+impl Connections {
+    /// Registers a connection.
+    pub fn open(self: &Rc<Self>) -> Open {
+        let slot = Rc::new(Slot::default());
+        let key = self.open.borrow_mut().insert(Rc::clone(&slot));
+        Open { connections: Rc::clone(self), key, slot }
+    }
+
+    /// How many connections are open.
+    pub fn len(&self) -> usize {
+        self.open.borrow().len()
+    }
+
+    /// Whether none is open.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tells every open connection to end now.
+    pub fn kill_all(&self) {
+        for (_, slot) in self.open.borrow().iter() {
+            slot.killed.set(true);
+            if let Some(waker) = slot.waker.borrow_mut().take() {
+                waker.wake();
+            }
+        }
+    }
+
+    /// Completes when no connection is open.
+    pub async fn drained(&self) {
+        std::future::poll_fn(|cx| {
+            if self.is_empty() {
+                return Poll::Ready(());
+            }
+            self.empty.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Open {
+    /// Ready once the connection is to end. Only the latest caller's task is woken.
+    pub fn poll_killed(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.slot.killed.get() {
+            return Poll::Ready(());
+        }
+        let mut waker = self.slot.waker.borrow_mut();
+        match &mut *waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            None => *waker = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    /// Completes once the connection is to end.
+    pub async fn killed(&self) {
+        std::future::poll_fn(|cx| self.poll_killed(cx)).await;
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let mut open = self.connections.open.borrow_mut();
+        open.remove(self.key);
+        if open.is_empty() {
+            drop(open);
+            self.connections.empty.borrow_mut().drain(..).for_each(Waker::wake);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn poll<F: Future>(future: std::pin::Pin<&mut F>) -> bool {
+        future.poll(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
+
+    #[test]
+    fn drained_waits_for_the_last_connection() {
+        let connections = Rc::new(Connections::default());
+        let (first, second) = (connections.open(), connections.open());
+        let watched = Rc::clone(&connections);
+        let mut drained = std::pin::pin!(watched.drained());
+        assert!(!poll(drained.as_mut()));
+        drop(first);
+        assert!(!poll(drained.as_mut()));
+        drop(second);
+        assert!(poll(drained.as_mut()));
+    }
+
+    #[test]
+    fn kill_reaches_every_open_connection_and_no_later_one() {
+        let connections = Rc::new(Connections::default());
+        let before = connections.open();
+        let mut killed = std::pin::pin!(before.killed());
+        assert!(!poll(killed.as_mut()));
+        connections.kill_all();
+        assert!(poll(killed.as_mut()));
+        let after = connections.open();
+        assert!(!poll(std::pin::pin!(after.killed())));
+    }
+}
