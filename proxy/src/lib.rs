@@ -10,3 +10,4 @@ pub mod drain;
 pub mod log;
 pub mod response_flag;
 pub mod signal;
+pub mod stats;

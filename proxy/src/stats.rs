@@ -1,0 +1,260 @@
+//! Stats with Envoy's names.
+//!
+//! Each kind of block ([`ClusterStats`], [`ListenerStats`], …) is declared once, as a table, in `blocks.rs`.
+//! [`Stats`] hands out handles by name; handles are cheap to clone and are meant to be kept. The hot path writes
+//! `cluster.upstream_cx_total().inc()`: one relaxed add to a cache line that only this worker writes.
+//!
+//! A block lives as long as its handles and guards do, so a cluster's stats go when the last connection and the
+//! last snapshot that know it are gone, and survive updates in between.
+
+mod block;
+mod blocks;
+mod declare;
+mod histogram;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use block::Layout;
+
+pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGauge, Stat, set_shard};
+pub use blocks::{
+    AccessLogStats, ClusterManagerStats, ClusterStats, ConfigStats, FilesystemStats, HttpInspectorStats,
+    HttpStats, ListenerManagerStats, ListenerStats, ProxyProtocolStats, PumpStats, ServerStats,
+    TcpProxyStats, TlsInspectorStats,
+};
+pub use histogram::{Histogram, HistogramValue};
+
+/// All stats of the process. Kept by the main thread in an [`Arc`]; look-ups by name take a lock, so workers keep
+/// the handles that their snapshot carries.
+pub struct Stats {
+    workers: usize,
+    blocks: Mutex<BTreeMap<(&'static str, Box<str>), Weak<Block>>>,
+    intercept: Mutex<BTreeMap<String, (Kind, u64)>>,
+    /// Blocks that exist once, kept from the start.
+    single: Single,
+}
+
+struct Single {
+    server: ServerStats,
+    listener_manager: ListenerManagerStats,
+    cluster_manager: ClusterManagerStats,
+    tls_inspector: TlsInspectorStats,
+    http_inspector: HttpInspectorStats,
+    proxy_protocol: ProxyProtocolStats,
+    filesystem: FilesystemStats,
+    access_log: AccessLogStats,
+    pump: PumpStats,
+    config: ConfigStats,
+}
+
+impl Stats {
+    /// Stats for a process with so many workers.
+    pub fn new(workers: usize) -> Arc<Self> {
+        fn one(layout: &'static Layout, workers: usize) -> Arc<Block> {
+            Block::new(layout, "", workers)
+        }
+        let single = Single {
+            server: ServerStats::from_block(one(ServerStats::LAYOUT, workers)),
+            listener_manager: ListenerManagerStats::from_block(one(ListenerManagerStats::LAYOUT, workers)),
+            cluster_manager: ClusterManagerStats::from_block(one(ClusterManagerStats::LAYOUT, workers)),
+            tls_inspector: TlsInspectorStats::from_block(one(TlsInspectorStats::LAYOUT, workers)),
+            http_inspector: HttpInspectorStats::from_block(one(HttpInspectorStats::LAYOUT, workers)),
+            proxy_protocol: ProxyProtocolStats::from_block(one(ProxyProtocolStats::LAYOUT, workers)),
+            filesystem: FilesystemStats::from_block(one(FilesystemStats::LAYOUT, workers)),
+            access_log: AccessLogStats::from_block(one(AccessLogStats::LAYOUT, workers)),
+            pump: PumpStats::from_block(one(PumpStats::LAYOUT, workers)),
+            config: ConfigStats::from_block(one(ConfigStats::LAYOUT, workers)),
+        };
+        let stats = Self { workers, blocks: Mutex::default(), intercept: Mutex::default(), single };
+        for block in stats.single_blocks() {
+            lock(&stats.blocks).insert((block.layout().root, "".into()), Arc::downgrade(&block));
+        }
+        Arc::new(stats)
+    }
+
+    /// `cluster.<name>.*`
+    pub fn cluster(&self, name: &str) -> ClusterStats {
+        ClusterStats::from_block(self.block(ClusterStats::LAYOUT, name))
+    }
+
+    /// `tcp.<stat_prefix>.*`
+    pub fn tcp_proxy(&self, stat_prefix: &str) -> TcpProxyStats {
+        TcpProxyStats::from_block(self.block(TcpProxyStats::LAYOUT, stat_prefix))
+    }
+
+    /// `http.<stat_prefix>.*`
+    pub fn http(&self, stat_prefix: &str) -> HttpStats {
+        HttpStats::from_block(self.block(HttpStats::LAYOUT, stat_prefix))
+    }
+
+    /// `listener.<stat_prefix>.*`, or `listener.<address>.*` when the listener has no `stat_prefix`.
+    pub fn listener(&self, address: SocketAddr, stat_prefix: Option<&str>) -> ListenerStats {
+        let block = match stat_prefix {
+            Some(prefix) => self.block(ListenerStats::LAYOUT, prefix),
+            None => self.block(ListenerStats::LAYOUT, &address.to_string()),
+        };
+        ListenerStats::from_block(block)
+    }
+
+    /// `server.*`
+    pub fn server(&self) -> &ServerStats {
+        &self.single.server
+    }
+
+    /// `listener_manager.*`
+    pub fn listener_manager(&self) -> &ListenerManagerStats {
+        &self.single.listener_manager
+    }
+
+    /// `cluster_manager.*`
+    pub fn cluster_manager(&self) -> &ClusterManagerStats {
+        &self.single.cluster_manager
+    }
+
+    /// `tls_inspector.*`
+    pub fn tls_inspector(&self) -> &TlsInspectorStats {
+        &self.single.tls_inspector
+    }
+
+    /// `http_inspector.*`
+    pub fn http_inspector(&self) -> &HttpInspectorStats {
+        &self.single.http_inspector
+    }
+
+    /// `proxy_proto.*`
+    pub fn proxy_protocol(&self) -> &ProxyProtocolStats {
+        &self.single.proxy_protocol
+    }
+
+    /// `filesystem.*`
+    pub fn filesystem(&self) -> &FilesystemStats {
+        &self.single.filesystem
+    }
+
+    /// `tidegate.access_log.*`
+    pub fn access_log(&self) -> &AccessLogStats {
+        &self.single.access_log
+    }
+
+    /// `tidegate.pump.*`
+    pub fn pump(&self) -> &PumpStats {
+        &self.single.pump
+    }
+
+    /// `tidegate.config.*`
+    pub fn config(&self) -> &ConfigStats {
+        &self.single.config
+    }
+
+    /// Sets `tidegate.intercept.<reason>`, a counter whose total is kept in the kernel. The main thread calls it
+    /// with the sum over CPUs.
+    pub fn set_intercept_counter(&self, reason: &str, total: u64) {
+        lock(&self.intercept).insert(sanitized(reason), (Kind::Counter, total));
+    }
+
+    /// Sets the gauge `tidegate.intercept.<name>`, for example of enrolled pods.
+    pub fn set_intercept_gauge(&self, name: &str, value: u64) {
+        lock(&self.intercept).insert(sanitized(name), (Kind::Gauge, value));
+    }
+
+    /// How many workers there are.
+    pub fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// Sets every counter to 0, except those of the kernel.
+    pub fn reset_counters(&self) {
+        self.blocks().iter().for_each(|block| block.reset_counters());
+    }
+
+    /// Every block that somebody holds, by kind, then name.
+    pub fn blocks(&self) -> Vec<Arc<Block>> {
+        let mut blocks = lock(&self.blocks);
+        let mut live = Vec::with_capacity(blocks.len());
+        blocks.retain(|_, block| block.upgrade().map(|block| live.push(block)).is_some());
+        live
+    }
+
+    fn block(&self, layout: &'static Layout, name: &str) -> Arc<Block> {
+        let mut blocks = lock(&self.blocks);
+        let key = (layout.root, sanitized(name).into_boxed_str());
+        if let Some(block) = blocks.get(&key).and_then(Weak::upgrade) {
+            return block;
+        }
+        let block = Block::new(layout, &key.1, self.workers);
+        blocks.insert(key, Arc::downgrade(&block));
+        block
+    }
+
+    fn single_blocks(&self) -> [Arc<Block>; 10] {
+        let s = &self.single;
+        [
+            s.server.block(),
+            s.listener_manager.block(),
+            s.cluster_manager.block(),
+            s.tls_inspector.block(),
+            s.http_inspector.block(),
+            s.proxy_protocol.block(),
+            s.filesystem.block(),
+            s.access_log.block(),
+            s.pump.block(),
+            s.config.block(),
+        ]
+        .map(Arc::clone)
+    }
+}
+
+/// A name as Envoy writes it in stats: `:` becomes `_`.
+fn sanitized(name: &str) -> String {
+    name.replace("://", "_").replace(":/", "_").replace([':', '\0'], "_")
+}
+
+/// The maps are consistent after every statement, so a panic while one was locked spoils nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_shared_by_name_and_goes_with_its_last_handle() {
+        let stats = Stats::new(1);
+        let first = stats.cluster("a");
+        first.upstream_cx_total().inc();
+        let second = stats.cluster("a");
+        assert_eq!(second.upstream_cx_total().value(), 1);
+        drop(first);
+        assert_eq!(stats.cluster("a").upstream_cx_total().value(), 1);
+        let guard = second.upstream_cx_active().guard();
+        drop(second);
+        assert_eq!(stats.cluster("a").upstream_cx_total().value(), 1, "a guard keeps the block");
+        drop(guard);
+        assert!(!stats.blocks().iter().any(|block| block.layout().root == "cluster"));
+        assert_eq!(stats.cluster("a").upstream_cx_total().value(), 0);
+    }
+
+    #[test]
+    fn addresses_name_listeners_as_in_envoy() {
+        let stats = Stats::new(1);
+        let name = |addr: &str| stats.listener(addr.parse().unwrap(), None).name().to_owned();
+        assert_eq!(name("127.0.0.1:15910"), "127.0.0.1_15910");
+        assert_eq!(name("[::1]:15914"), "[__1]_15914");
+        let prefixed = stats.listener("127.0.0.1:1".parse().unwrap(), Some("edge"));
+        assert_eq!(prefixed.name(), "edge");
+    }
+
+    #[test]
+    fn every_block_has_sorted_distinct_names() {
+        let stats = Stats::new(1);
+        let _keep = (stats.cluster("c"), stats.tcp_proxy("t"), stats.http("h"));
+        let _listener = stats.listener("127.0.0.1:1".parse().unwrap(), None);
+        for block in stats.blocks() {
+            let names: Vec<_> = block.layout().stats.iter().map(|stat| stat.name).collect();
+            assert!(names.is_sorted_by(|a, b| a < b), "{}: {names:?}", block.layout().root);
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! Every block of stats, with Envoy's names. This file is one big table.
+
+use super::declare::stats_block;
+
+stats_block! {
+    /// `cluster.<name>.*`
+    ClusterStats: "cluster", label "envoy_cluster_name", per_worker [];
+    counters {
+        bind_errors,
+        lb_healthy_panic,
+        original_dst_host_invalid,
+        default_total_match_count = "default.total_match_count",
+        upstream_cx_connect_attempts_exceeded,
+        upstream_cx_connect_fail,
+        upstream_cx_connect_timeout,
+        upstream_cx_destroy,
+        upstream_cx_destroy_local,
+        upstream_cx_destroy_local_with_active_rq,
+        upstream_cx_destroy_remote,
+        upstream_cx_destroy_remote_with_active_rq,
+        upstream_cx_destroy_with_active_rq,
+        upstream_cx_idle_timeout,
+        upstream_cx_max_duration_reached,
+        upstream_cx_none_healthy,
+        upstream_cx_overflow,
+        upstream_cx_pool_overflow,
+        upstream_cx_rx_bytes_total,
+        upstream_cx_total,
+        upstream_cx_tx_bytes_total,
+        upstream_flow_control_backed_up_total,
+        upstream_flow_control_drained_total,
+        upstream_flow_control_paused_reading_total,
+        upstream_flow_control_resumed_reading_total,
+        upstream_rq_cancelled,
+        upstream_rq_pending_failure_eject,
+        upstream_rq_pending_overflow,
+        upstream_rq_pending_total,
+        upstream_rq_total,
+    }
+    gauges {
+        upstream_cx_active,
+        upstream_cx_rx_bytes_buffered,
+        upstream_cx_tx_bytes_buffered,
+        upstream_rq_active,
+        upstream_rq_pending_active,
+    }
+    histograms { upstream_cx_connect_ms, upstream_cx_length_ms }
+    shared_counters {
+        membership_change,
+        update_attempt,
+        update_empty,
+        update_failure,
+        update_no_rebuild,
+        update_success,
+    }
+    shared_gauges {
+        circuit_breakers_default_cx_open = "circuit_breakers.default.cx_open",
+        circuit_breakers_default_rq_open = "circuit_breakers.default.rq_open",
+        circuit_breakers_default_rq_pending_open = "circuit_breakers.default.rq_pending_open",
+        max_host_weight,
+        membership_degraded,
+        membership_excluded,
+        membership_healthy,
+        membership_total,
+        version,
+        warming_state,
+    }
+    zero_counters {
+        "assignment_stale",
+        "assignment_timeout_received",
+        "assignment_use_cached",
+        "lb_local_cluster_not_ok",
+        "lb_recalculate_zone_structures",
+        "lb_subsets_created",
+        "lb_subsets_fallback",
+        "lb_subsets_fallback_panic",
+        "lb_subsets_removed",
+        "lb_subsets_selected",
+        "lb_zone_cluster_too_small",
+        "lb_zone_no_capacity_left",
+        "lb_zone_routing_all_directly",
+        "lb_zone_routing_cross_zone",
+        "lb_zone_routing_sampled",
+        "retry_or_shadow_abandoned",
+        "upstream_cx_close_notify",
+        "upstream_cx_connect_with_0_rtt",
+        "upstream_cx_http1_total",
+        "upstream_cx_http2_total",
+        "upstream_cx_http3_total",
+        "upstream_cx_max_requests",
+        "upstream_cx_preconnect_skipped",
+        "upstream_cx_protocol_error",
+        "upstream_http3_broken",
+        "upstream_internal_redirect_failed_total",
+        "upstream_internal_redirect_succeeded_total",
+        "upstream_rq_0rtt",
+        "upstream_rq_active_overflow",
+        "upstream_rq_completed",
+        "upstream_rq_maintenance_mode",
+        "upstream_rq_max_duration_reached",
+        "upstream_rq_per_try_idle_timeout",
+        "upstream_rq_per_try_timeout",
+        "upstream_rq_retry",
+        "upstream_rq_retry_backoff_exponential",
+        "upstream_rq_retry_backoff_ratelimited",
+        "upstream_rq_retry_limit_exceeded",
+        "upstream_rq_retry_overflow",
+        "upstream_rq_retry_success",
+        "upstream_rq_rx_reset",
+        "upstream_rq_rx_reset_no_error",
+        "upstream_rq_timeout",
+        "upstream_rq_tx_reset",
+    }
+    zero_gauges {
+        "circuit_breakers.default.cx_pool_open",
+        "circuit_breakers.default.rq_retry_open",
+        "circuit_breakers.high.cx_open",
+        "circuit_breakers.high.cx_pool_open",
+        "circuit_breakers.high.rq_open",
+        "circuit_breakers.high.rq_pending_open",
+        "circuit_breakers.high.rq_retry_open",
+        "lb_subsets_active",
+        "upstream_queue_overloaded",
+    }
+}
+
+stats_block! {
+    /// `tcp.<stat_prefix>.*`
+    TcpProxyStats: "tcp", label "envoy_tcp_prefix", per_worker [];
+    counters {
+        downstream_cx_no_route,
+        downstream_cx_overload_close,
+        downstream_cx_rx_bytes_total,
+        downstream_cx_total,
+        downstream_cx_tx_bytes_total,
+        downstream_flow_control_paused_reading_total,
+        downstream_flow_control_resumed_reading_total,
+        early_data_received_count_total,
+        idle_timeout,
+        max_downstream_connection_duration,
+        upstream_flush_total,
+    }
+    gauges { downstream_cx_rx_bytes_buffered, downstream_cx_tx_bytes_buffered, upstream_flush_active }
+    histograms {}
+    shared_counters {}
+    shared_gauges {}
+    zero_counters { "downstream_cx_drain_close", "route_delayed_total" }
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `listener.<address or stat_prefix>.*`, and per worker `listener.<…>.worker_N.*`.
+    ListenerStats: "listener", label "envoy_listener_address",
+        per_worker ["downstream_cx_active", "downstream_cx_total"];
+    counters {
+        downstream_cx_destroy,
+        downstream_cx_overflow,
+        downstream_cx_overload_reject,
+        downstream_cx_total,
+        downstream_cx_transport_socket_connect_timeout,
+        downstream_global_cx_overflow,
+        downstream_listener_filter_error,
+        downstream_listener_filter_remote_close,
+        downstream_pre_cx_timeout,
+        no_filter_chain_match,
+    }
+    gauges { downstream_cx_active, downstream_pre_cx_active }
+    histograms { connections_accepted_per_socket_event, downstream_cx_length_ms }
+    shared_counters {}
+    shared_gauges {}
+    zero_counters { "extension_config_missing", "network_extension_config_missing" }
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `http.<stat_prefix>.*` of HTTP listeners that are served as L4: connections only.
+    HttpStats: "http", label "envoy_http_conn_manager_prefix", per_worker [];
+    counters {
+        downstream_cx_destroy,
+        downstream_cx_destroy_local,
+        downstream_cx_destroy_remote,
+        downstream_cx_idle_timeout,
+        downstream_cx_max_duration_reached,
+        downstream_cx_rx_bytes_total,
+        downstream_cx_total,
+        downstream_cx_tx_bytes_total,
+    }
+    gauges { downstream_cx_active }
+    histograms { downstream_cx_length_ms }
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `listener_manager.*`
+    ListenerManagerStats: "listener_manager", label "", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {
+        listener_added,
+        listener_create_failure,
+        listener_create_success,
+        listener_in_place_updated,
+        listener_modified,
+        listener_removed,
+        listener_stopped,
+        lds_update_attempt = "lds.update_attempt",
+        lds_update_failure = "lds.update_failure",
+        lds_update_rejected = "lds.update_rejected",
+        lds_update_success = "lds.update_success",
+    }
+    shared_gauges {
+        total_filter_chains_draining,
+        total_listeners_active,
+        total_listeners_draining,
+        total_listeners_warming,
+        workers_started,
+        lds_version = "lds.version",
+    }
+    zero_counters {}
+    zero_gauges { "workers_pinned" }
+}
+
+stats_block! {
+    /// `cluster_manager.*`
+    ClusterManagerStats: "cluster_manager", label "", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {
+        cluster_added,
+        cluster_modified,
+        cluster_removed,
+        cluster_updated,
+        cds_update_attempt = "cds.update_attempt",
+        cds_update_failure = "cds.update_failure",
+        cds_update_rejected = "cds.update_rejected",
+        cds_update_success = "cds.update_success",
+    }
+    shared_gauges { active_clusters, warming_clusters, cds_version = "cds.version" }
+    zero_counters { "cluster_updated_via_merge", "update_merge_cancelled", "update_out_of_merge_window" }
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `server.*`
+    ServerStats: "server", label "", per_worker [];
+    counters {}
+    gauges { total_connections }
+    histograms { initialization_time_ms }
+    shared_counters { dynamic_unknown_fields, static_unknown_fields }
+    shared_gauges {
+        concurrency,
+        hot_restart_epoch,
+        hot_restart_generation,
+        live,
+        memory_allocated,
+        memory_heap_size,
+        memory_physical_size,
+        parent_connections,
+        state,
+        uptime,
+        version,
+    }
+    zero_counters {
+        "debug_assertion_failures",
+        "dropped_stat_flushes",
+        "envoy_bug_failures",
+        "envoy_notifications",
+        "wip_protos",
+    }
+    zero_gauges {
+        "compilation_settings.fips_mode",
+        "seconds_until_first_ocsp_response_expiring",
+        "stats_recent_lookups",
+    }
+}
+
+stats_block! {
+    /// `tls_inspector.*`
+    TlsInspectorStats: "tls_inspector", label "", per_worker [];
+    counters {
+        alpn_found,
+        alpn_not_found,
+        client_hello_too_large,
+        sni_found,
+        sni_not_found,
+        tls_found,
+        tls_not_found,
+    }
+    gauges {}
+    histograms { bytes_processed }
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `http_inspector.*`
+    HttpInspectorStats: "http_inspector", label "", per_worker [];
+    counters { http10_found, http11_found, http2_found, http_not_found, read_error }
+    gauges {}
+    histograms {}
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `proxy_proto.*`
+    ProxyProtocolStats: "proxy_proto", label "", per_worker [];
+    counters {
+        not_found_allowed,
+        not_found_disallowed,
+        v1_disallowed = "versions.v1.disallowed",
+        v1_error = "versions.v1.error",
+        v1_found = "versions.v1.found",
+        v2_disallowed = "versions.v2.disallowed",
+        v2_error = "versions.v2.error",
+        v2_found = "versions.v2.found",
+    }
+    gauges {}
+    histograms {}
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `filesystem.*`: the files that access logs are written to.
+    FilesystemStats: "filesystem", label "", per_worker [];
+    counters { write_buffered }
+    gauges { write_total_buffered }
+    histograms {}
+    shared_counters { flushed_by_timer, reopen_failed, write_completed, write_failed }
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `tidegate.access_log.*`: what Envoy's `filesystem.*` does not tell.
+    AccessLogStats: "tidegate.access_log", label "", per_worker [];
+    counters { entries_written, entries_dropped }
+    gauges {}
+    histograms {}
+    shared_counters { flushes, reopened, bytes_lost }
+    shared_gauges { files }
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `tidegate.pump.*`: which data path the bytes took.
+    PumpStats: "tidegate.pump", label "", per_worker [];
+    counters {
+        bytes_copied,
+        bytes_spliced,
+        switches_to_copy,
+        switches_to_splice,
+        pipes_created,
+        pipe_budget_exhausted,
+    }
+    gauges { pipes_in_use, pipes_pooled }
+    histograms {}
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `tidegate.config.*`: what was accepted but is not active.
+    ConfigStats: "tidegate.config", label "", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters { ignored_filters, warnings }
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
