@@ -11,3 +11,4 @@ pub mod log;
 pub mod response_flag;
 pub mod signal;
 pub mod stats;
+pub mod sys;

@@ -1,0 +1,6 @@
+//! Thin safe wrappers of Linux interfaces that the standard library lacks. No policy, no configuration.
+#![allow(unsafe_code)]
+
+pub mod cgroup;
+pub mod mounts;
+pub mod netns;
