@@ -1,2 +1,65 @@
+//! tidegate's eBPF programs. Entry points only; each hook's work is in its module.
+//!
+//! A captured connection: `connect` rewrites the destination and leaves the original one on the application's
+//! socket → `sockops` carries it over the handshake to the socket that the proxy accepts → userspace reads it from
+//! there by file descriptor. `getpeername` keeps the application from noticing.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features, reason = "one atomic add, see counters.rs")]
+
+mod announce;
+mod connect;
+mod counters;
+mod getpeername;
+mod maps;
+mod sockops;
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockOpsContext},
+};
+
+/// IPv4 connect(2).
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect::on_connect(&ctx, connect::Family::V4)
+}
+
+/// IPv6 connect(2), and IPv4 on an IPv6 socket (`::ffff:a.b.c.d` never runs connect4).
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    connect::on_connect(&ctx, connect::Family::V6)
+}
+
+/// IPv4 getpeername(2).
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    getpeername::on_getpeername(&ctx, connect::Family::V4)
+}
+
+/// IPv6 getpeername(2).
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    getpeername::on_getpeername(&ctx, connect::Family::V6)
+}
+
+/// TCP events of every socket below the attach point. (Not named `sockops`: the linker refuses a symbol with the name
+/// of its section.)
+#[sock_ops]
+pub fn tcp_events(ctx: SockOpsContext) -> u32 {
+    sockops::on_event(&ctx)
+}
+
+/// The verifier proves that nothing panics: a panic that is still in the object can't be loaded.
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+// bpf_sk_storage_* and the ring buffer need none, but the kernel asks for a licence string, and bpf_ktime and some
+// helpers on older kernels want a GPL-compatible one.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

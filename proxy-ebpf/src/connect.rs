@@ -1,0 +1,247 @@
+//! connect4 and connect6: leave, refuse or capture.
+
+use core::ptr::{addr_of, addr_of_mut};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    programs::SockAddrContext,
+};
+use aya_log_ebpf::debug;
+use tidegate_common::{Addr, Destination, Enrolment, FailMode, OriginalDst, Reason, Role, Settings, Verdict};
+
+use crate::{
+    announce::announce,
+    counters::count,
+    maps::{DESTINATIONS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, store, stored},
+};
+
+/// Which hook runs; a constant after inlining.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// What a cgroup hook returns to let the call go on.
+pub const ALLOW: i32 = 1;
+const DENY: i32 = 0;
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+const SOCK_STREAM: u32 = 1;
+const IPPROTO_TCP: u32 = 6;
+
+/// Decides, counts, acts.
+#[inline(always)]
+pub fn on_connect(ctx: &SockAddrContext, family: Family) -> i32 {
+    if !is_tcp(ctx, family) {
+        count(Reason::PassedNotTcp);
+        return ALLOW;
+    }
+    // SAFETY: the context is the kernel's, valid while the program runs.
+    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    let (addr, port) = destination(ctx, family);
+    let decision = decide(ctx, sk, addr, port);
+    // A socket can be connected again (after a refusal, or AF_UNSPEC, which runs no hook): what an earlier connect
+    // left behind must not outlive this one.
+    let reason = match decision {
+        Decision::Capture { addr: capture_addr, port: capture_port } => {
+            // SAFETY: no preconditions.
+            let client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+            let mut original =
+                OriginalDst { addr, port, role: Role::Client as u16, reserved: 0, client_cookie };
+            if store(&ORIGINAL_DST, sk, &mut original) {
+                rewrite(ctx, family, capture_addr, capture_port);
+                Reason::Captured
+            } else {
+                fail(Reason::StorageFailedPassed, Reason::StorageFailedRefused)
+            }
+        }
+        Decision::Leave(reason) => {
+            discard(&ORIGINAL_DST, sk);
+            reason
+        }
+    };
+    count(reason);
+    trace(ctx, addr, port, reason);
+    answer(reason)
+}
+
+/// What to do with a destination.
+enum Decision {
+    /// Rewrite to this address and port.
+    Capture { addr: Addr, port: u16 },
+    /// Not captured: pass or refuse, as the reason's errno says.
+    Leave(Reason),
+}
+
+#[inline(always)]
+fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16) -> Decision {
+    use Decision::Leave;
+    if port == 0 {
+        return Leave(Reason::PassedPortZero);
+    }
+    if stored(&OWN_SOCKET, sk).is_some() {
+        return Leave(Reason::PassedOwnSocket);
+    }
+    let (verdict, exact) = rule(addr, port);
+    if verdict == Verdict::Leave {
+        return Leave(Reason::PassedNoRule);
+    }
+    // What is meant for this host itself is never taken by a rule that doesn't name it.
+    if !exact {
+        if addr.is_loopback() || addr.is_unspecified() {
+            return Leave(Reason::PassedLoopback);
+        }
+        if addr.is_v6_link_local() {
+            return Leave(Reason::PassedLinkLocal);
+        }
+    }
+    // SAFETY: no preconditions.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: the agent replaces whole entries; a preallocated entry that is reused while we read it belongs to a
+    // namespace that was just forgotten.
+    let Some(enrolment) = (unsafe { NAMESPACES.get(netns_cookie) }) else {
+        announce(netns_cookie);
+        return Leave(fail(Reason::NotEnrolledPassed, Reason::NotEnrolledRefused));
+    };
+    if !enrolment.is_captured() {
+        return Leave(Reason::PassedExcluded);
+    }
+    let own = own_address(enrolment, &addr);
+    if addr.same(&own) || addr.is_loopback() || addr.is_unspecified() {
+        if port == enrolment.capture_port {
+            return Leave(Reason::PassedCaptureListener);
+        }
+        if !exact {
+            return Leave(Reason::PassedOwnAddress);
+        }
+    }
+    if verdict == Verdict::Refuse {
+        return Leave(Reason::RefusedByRule);
+    }
+    // SAFETY: the verifier knows the socket's type; the field is readable in this hook.
+    if unsafe { addr_of!((*sk).bound_dev_if).read_volatile() } != 0 {
+        return Leave(fail(Reason::BoundToDevicePassed, Reason::BoundToDeviceRefused));
+    }
+    Decision::Capture { addr: own, port: enrolment.capture_port }
+}
+
+/// The verdict for a destination, and whether its rule names the address.
+#[inline(always)]
+fn rule(addr: Addr, port: u16) -> (Verdict, bool) {
+    // SAFETY (both): the value is one word, replaced as a whole.
+    if let Some(raw) = unsafe { DESTINATIONS.get(Destination::exact(addr, port)) } {
+        return (Verdict::from_raw(*raw).unwrap_or(Verdict::Leave), true);
+    }
+    // SAFETY: as above.
+    if let Some(raw) = unsafe { DESTINATIONS.get(Destination::any_address(port)) } {
+        return (Verdict::from_raw(*raw).unwrap_or(Verdict::Leave), false);
+    }
+    (settings().map_or(Verdict::Leave, |s| Verdict::from_raw(s.catch_all).unwrap_or(Verdict::Leave)), false)
+}
+
+#[inline(always)]
+fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
+
+/// One of two reasons, by fail mode.
+#[inline(always)]
+fn fail(open: Reason, closed: Reason) -> Reason {
+    if settings().is_some_and(|s| s.fail_mode == FailMode::Closed as u32) { closed } else { open }
+}
+
+/// Where a connection to `addr` is sent: the pod's own address of that family. The kernel then picks the same
+/// address as source, without bpf_bind, which would lock the source address beyond AF_UNSPEC.
+#[inline(always)]
+fn own_address(enrolment: &Enrolment, addr: &Addr) -> Addr {
+    if addr.is_v4() {
+        if enrolment.source_v4.is_zero() { Addr::from_v4_be(0x7f00_0001_u32.to_be()) } else { enrolment.source_v4 }
+    } else if enrolment.source_v6.is_zero() {
+        Addr::LOOPBACK_V6
+    } else {
+        enrolment.source_v6
+    }
+}
+
+/// Turns a reason into what the hook returns.
+#[inline(always)]
+fn answer(reason: Reason) -> i32 {
+    let errno = reason.errno();
+    if errno == 0 {
+        return ALLOW;
+    }
+    if HAS_SET_RETVAL.load() != 0 {
+        // SAFETY: no preconditions; the branch only exists where the kernel has the helper.
+        unsafe { bpf_set_retval(-errno) };
+    }
+    DENY
+}
+
+/// TCP, and an address of the family that this hook reads (the kernel refuses others after the hook).
+#[inline(always)]
+fn is_tcp(ctx: &SockAddrContext, family: Family) -> bool {
+    let a: *mut bpf_sock_addr = ctx.sock_addr;
+    let wanted = if family == Family::V4 { AF_INET } else { AF_INET6 };
+    // SAFETY: fields of the kernel's context. Volatile: the verifier wants one load of each field's own size.
+    unsafe {
+        addr_of!((*a).user_family).read_volatile() == wanted
+            && addr_of!((*a).type_).read_volatile() == SOCK_STREAM
+            && addr_of!((*a).protocol).read_volatile() == IPPROTO_TCP
+    }
+}
+
+/// The address and port that the application passed.
+#[inline(always)]
+fn destination(ctx: &SockAddrContext, family: Family) -> (Addr, u16) {
+    let a: *mut bpf_sock_addr = ctx.sock_addr;
+    // SAFETY: as in `is_tcp`. user_port holds a 16-bit port in network order.
+    unsafe {
+        let port = u16::from_be(addr_of!((*a).user_port).read_volatile() as u16);
+        let addr = match family {
+            Family::V4 => Addr::from_v4_be(addr_of!((*a).user_ip4).read_volatile()),
+            Family::V6 => Addr::from_words([
+                addr_of!((*a).user_ip6[0]).read_volatile(),
+                addr_of!((*a).user_ip6[1]).read_volatile(),
+                addr_of!((*a).user_ip6[2]).read_volatile(),
+                addr_of!((*a).user_ip6[3]).read_volatile(),
+            ]),
+        };
+        (addr, port)
+    }
+}
+
+/// Writes an address and port into the context: the destination in connect, the answer in getpeername.
+#[inline(always)]
+pub fn rewrite(ctx: &SockAddrContext, family: Family, addr: Addr, port: u16) {
+    let a: *mut bpf_sock_addr = ctx.sock_addr;
+    // SAFETY: as in `is_tcp`; these fields are writable in these hooks.
+    unsafe {
+        match family {
+            Family::V4 => addr_of_mut!((*a).user_ip4).write_volatile(addr.v4_be()),
+            Family::V6 => {
+                let words = addr.words();
+                addr_of_mut!((*a).user_ip6[0]).write_volatile(words[0]);
+                addr_of_mut!((*a).user_ip6[1]).write_volatile(words[1]);
+                addr_of_mut!((*a).user_ip6[2]).write_volatile(words[2]);
+                addr_of_mut!((*a).user_ip6[3]).write_volatile(words[3]);
+            }
+        }
+        addr_of_mut!((*a).user_port).write_volatile(u32::from(port.to_be()));
+    }
+}
+
+/// One debug line per decision; not in the program at all unless debugging was on when it was loaded.
+#[inline(always)]
+fn trace(ctx: &SockAddrContext, addr: Addr, port: u16, reason: Reason) {
+    // SAFETY: four words are sixteen bytes.
+    let ip: [u8; 16] = unsafe { core::mem::transmute(addr.words()) };
+    match reason {
+        Reason::Captured => debug!(ctx, "connect [{:i}]:{} captured", ip, port),
+        Reason::RefusedByRule => debug!(ctx, "connect [{:i}]:{} refused by rule", ip, port),
+        _ => debug!(ctx, "connect [{:i}]:{} not captured, reason {}", ip, port, reason as u32),
+    }
+}

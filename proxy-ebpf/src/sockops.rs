@@ -1,0 +1,173 @@
+//! sockops: carries the original destination from the application's socket to the accepted one.
+//!
+//! Runs for every TCP socket below the attach point, which may be the whole node: each branch first makes the check
+//! that sends away strangers cheapest.
+
+use core::ptr::addr_of;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set},
+    programs::SockOpsContext,
+};
+use aya_log_ebpf::debug;
+use tidegate_common::{Addr, FlowKey, InFlight, Reason, Role};
+
+use crate::{
+    counters::count,
+    maps::{IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
+};
+
+const AF_INET: u32 = 2;
+
+/// Always 1 and the reply untouched: for the kernel this program has no opinion.
+#[inline(always)]
+pub fn on_event(ctx: &SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_STATE_CB => {
+            // SAFETY: args of the kernel's context; volatile as in `local`.
+            if unsafe { addr_of!((*ctx.ops).__bindgen_anon_1.args[1]).read_volatile() } == BPF_TCP_CLOSE {
+                closed(ctx);
+            }
+        }
+        _ => {}
+    }
+    1
+}
+
+/// The application's socket has its source port and sends its SYN next. (ACTIVE_ESTABLISHED would be too late for
+/// Fast Open.)
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext) {
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let Some(original) = stored(&ORIGINAL_DST, sk) else { return };
+    if original.role != Role::Client as u16 {
+        return;
+    }
+    let value = InFlight { original_dst: *original };
+    let (local, remote) = addresses(ctx);
+    let key = key(ctx, local, local_port(ctx), remote, remote_port(ctx));
+    // The flag first: an entry without it would have nobody to delete it.
+    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // SAFETY: the context is the kernel's.
+    let flagged = unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) } == 0;
+    if flagged && IN_FLIGHT.insert(key, value, 0).is_ok() {
+        count(Reason::InFlight);
+    } else {
+        count(Reason::InFlightFull);
+        debug!(ctx, "in-flight map is full: source port {} will be reset", key.client_port);
+    }
+}
+
+/// The handshake is over and the child socket exists; nobody has accepted it yet.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    let local_port = local_port(ctx);
+    // SAFETY: no preconditions.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: as in connect.rs.
+    match unsafe { NAMESPACES.get(netns_cookie) } {
+        Some(enrolment) if enrolment.is_captured() && enrolment.capture_port == local_port => {}
+        _ => return,
+    }
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let (local, remote) = addresses(ctx);
+    let key = key(ctx, remote, remote_port(ctx), local, local_port);
+    // SAFETY: only the connection with this key writes the entry, and that was before its SYN.
+    let Some(mut original) = (unsafe { IN_FLIGHT.get(key) }).map(|entry| entry.original_dst) else {
+        count(Reason::NoOriginalDestination);
+        debug!(ctx, "no original destination: source port {}", key.client_port);
+        return;
+    };
+    original.role = Role::Accepted as u16;
+    let stored = store(&ORIGINAL_DST, sk, &mut original);
+    let _ = IN_FLIGHT.remove(key);
+    count(if stored { Reason::HandedOver } else { Reason::AcceptedStorageFailed });
+}
+
+/// An application's socket that asked for state changes is gone.
+#[inline(always)]
+fn closed(ctx: &SockOpsContext) {
+    let (local, remote) = addresses(ctx);
+    let key = key(ctx, local, local_port(ctx), remote, remote_port(ctx));
+    // SAFETY: as in `accepted`.
+    let Some(client_cookie) = (unsafe { IN_FLIGHT.get(key) }).map(|entry| entry.original_dst.client_cookie) else {
+        return;
+    };
+    // The cookie: a TIME_WAIT socket's 4-tuple may be in use again already.
+    // SAFETY: no preconditions.
+    if client_cookie == unsafe { bpf_get_socket_cookie(ctx.as_ptr()) } && IN_FLIGHT.remove(key).is_ok() {
+        count(Reason::HandshakeAbandoned);
+    }
+}
+
+#[inline(always)]
+fn key(ctx: &SockOpsContext, client: Addr, client_port: u16, capture: Addr, capture_port: u16) -> FlowKey {
+    // SAFETY: no preconditions.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    FlowKey { netns_cookie, client, capture, client_port, capture_port, reserved: 0 }
+}
+
+/// Null for a request socket.
+#[inline(always)]
+fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+    // SAFETY: the context is the kernel's, valid while the program runs.
+    unsafe { (*ctx.ops).__bindgen_anon_2.sk }
+}
+
+/// Local port; the kernel gives it in host order.
+#[inline(always)]
+fn local_port(ctx: &SockOpsContext) -> u16 {
+    // SAFETY: as in `addresses`.
+    unsafe { addr_of!((*ctx.ops).local_port).read_volatile() as u16 }
+}
+
+/// Remote port; the kernel gives it as a 32-bit number in network order.
+#[inline(always)]
+fn remote_port(ctx: &SockOpsContext) -> u16 {
+    // SAFETY: as in `addresses`.
+    u32::from_be(unsafe { addr_of!((*ctx.ops).remote_port).read_volatile() }) as u16
+}
+
+/// Local and remote address. IPv4 on an IPv6 socket has both forms; the mapped one is made from the IPv4 fields, so
+/// that both ends of a connection come to the same key whatever kind of socket they have.
+#[inline(always)]
+fn addresses(ctx: &SockOpsContext) -> (Addr, Addr) {
+    let o: *mut bpf_sock_ops = ctx.ops;
+    // SAFETY: fields of the kernel's context. Volatile: the verifier wants one load of each field's own size.
+    unsafe {
+        if addr_of!((*o).family).read_volatile() != AF_INET {
+            let remote = Addr::from_words([
+                addr_of!((*o).remote_ip6[0]).read_volatile(),
+                addr_of!((*o).remote_ip6[1]).read_volatile(),
+                addr_of!((*o).remote_ip6[2]).read_volatile(),
+                addr_of!((*o).remote_ip6[3]).read_volatile(),
+            ]);
+            if !remote.is_v4() {
+                let local = Addr::from_words([
+                    addr_of!((*o).local_ip6[0]).read_volatile(),
+                    addr_of!((*o).local_ip6[1]).read_volatile(),
+                    addr_of!((*o).local_ip6[2]).read_volatile(),
+                    addr_of!((*o).local_ip6[3]).read_volatile(),
+                ]);
+                return (local, remote);
+            }
+        }
+        (
+            Addr::from_v4_be(addr_of!((*o).local_ip4).read_volatile()),
+            Addr::from_v4_be(addr_of!((*o).remote_ip4).read_volatile()),
+        )
+    }
+}
