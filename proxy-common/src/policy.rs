@@ -1,4 +1,4 @@
-use core::net::{Ipv4Addr, Ipv6Addr};
+use core::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::Addr;
 
@@ -53,6 +53,17 @@ impl Destination {
     #[inline(always)]
     pub const fn any_address(port: u16) -> Self {
         Self { addr: Addr::ZERO, port, reserved: 0 }
+    }
+}
+
+/// `0.0.0.0:port` and `[::]:port` are any address; IPv4 in either form is the same destination.
+impl From<SocketAddr> for Destination {
+    fn from(addr: SocketAddr) -> Self {
+        if addr.ip().to_canonical().is_unspecified() {
+            Self::any_address(addr.port())
+        } else {
+            Self::exact(addr.ip().into(), addr.port())
+        }
     }
 }
 
@@ -127,12 +138,25 @@ pub enum FailMode {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Number of the process that owns the pins; each start that takes over adds one. Not read by the programs.
-    pub generation: u64,
     /// [`Verdict`] for a destination that no rule names.
     pub catch_all: u32,
     /// A [`FailMode`].
     pub fail_mode: u32,
 }
 
-const _: () = assert!(size_of::<Settings>() == 16 && align_of::<Settings>() == 8);
+const _: () = assert!(size_of::<Settings>() == 8 && align_of::<Settings>() == 4);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unspecified_is_any_address() {
+        let key = |text: &str| Destination::from(text.parse::<SocketAddr>().unwrap());
+        for any in ["0.0.0.0:80", "[::]:80", "[::ffff:0.0.0.0]:80"] {
+            assert_eq!(key(any), Destination::any_address(80), "{any}");
+        }
+        assert_eq!(key("[::ffff:10.0.0.1]:80"), key("10.0.0.1:80"));
+        assert_ne!(key("[::1]:80"), Destination::any_address(80));
+    }
+}

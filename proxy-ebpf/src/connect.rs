@@ -14,7 +14,9 @@ use tidegate_common::{Addr, Destination, Enrolment, FailMode, OriginalDst, Reaso
 use crate::{
     announce::announce,
     counters::count,
-    maps::{DESTINATIONS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, store, stored},
+    maps::{
+        DESTINATIONS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, store, stored,
+    },
 };
 
 /// Which hook runs; a constant after inlining.
@@ -159,7 +161,11 @@ fn fail(open: Reason, closed: Reason) -> Reason {
 #[inline(always)]
 fn own_address(enrolment: &Enrolment, addr: &Addr) -> Addr {
     if addr.is_v4() {
-        if enrolment.source_v4.is_zero() { Addr::from_v4_be(0x7f00_0001_u32.to_be()) } else { enrolment.source_v4 }
+        if enrolment.source_v4.is_zero() {
+            Addr::from_v4_be(0x7f00_0001_u32.to_be())
+        } else {
+            enrolment.source_v4
+        }
     } else if enrolment.source_v6.is_zero() {
         Addr::LOOPBACK_V6
     } else {

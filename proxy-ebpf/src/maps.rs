@@ -71,7 +71,11 @@ pub fn store<T: Copy>(map: &SkStorage<T>, sk: *mut bpf_sock, value: &mut T) -> b
     let map = core::ptr::from_ref(map).cast_mut().cast();
     let new = core::ptr::from_mut(value);
     // SAFETY: as in `stored`; `new` points to the program's stack.
-    match unsafe { bpf_sk_storage_get(map, sk.cast(), new.cast(), BPF_SK_STORAGE_GET_F_CREATE.into()).cast::<T>().as_mut() } {
+    match unsafe {
+        bpf_sk_storage_get(map, sk.cast(), new.cast(), BPF_SK_STORAGE_GET_F_CREATE.into())
+            .cast::<T>()
+            .as_mut()
+    } {
         // The helper ignores the new value when there was an old one.
         Some(slot) => {
             *slot = *value;

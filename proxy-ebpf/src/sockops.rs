@@ -103,7 +103,8 @@ fn closed(ctx: &SockOpsContext) {
     let (local, remote) = addresses(ctx);
     let key = key(ctx, local, local_port(ctx), remote, remote_port(ctx));
     // SAFETY: as in `accepted`.
-    let Some(client_cookie) = (unsafe { IN_FLIGHT.get(key) }).map(|entry| entry.original_dst.client_cookie) else {
+    let Some(client_cookie) = (unsafe { IN_FLIGHT.get(key) }).map(|entry| entry.original_dst.client_cookie)
+    else {
         return;
     };
     // The cookie: a TIME_WAIT socket's 4-tuple may be in use again already.

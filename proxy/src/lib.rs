@@ -7,6 +7,7 @@ pub mod args;
 pub mod config;
 pub mod connection;
 pub mod drain;
+pub mod intercept;
 pub mod log;
 pub mod response_flag;
 pub mod signal;

@@ -1,0 +1,177 @@
+//! One pinned link per program and attach point.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use aya::Ebpf;
+use aya::programs::links::FdLink;
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SockOps};
+
+use super::bpf;
+use super::bpffs::{PinDir, entries, name};
+use super::cgroup::Cgroup;
+use super::error::InterceptError;
+
+/// The programs that decide about connects; attached where pods are.
+pub(super) const CONNECT_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
+/// The program that carries the original destination; attached where pods are and where the agent is.
+pub(super) const TCP_EVENTS: &str = "tcp_events";
+
+/// A link of ours.
+struct Link {
+    pin: PathBuf,
+    program_id: u32,
+    fd: OwnedFd,
+}
+
+/// All links of this process.
+pub(super) struct Links {
+    links: Vec<Link>,
+}
+
+impl Links {
+    /// Attaches every program, one at a time; a link that a former process pinned gets the new program in its place.
+    /// Call it with the pin directory locked.
+    ///
+    /// Links of attach points that are no longer wanted go last: for a moment a program may run twice (a few
+    /// captured connections are then reset, and counted), but no connection passes by it.
+    pub(super) fn attach(
+        ebpf: &mut Ebpf,
+        dir: &PinDir,
+        connect: &[Cgroup],
+        tcp_events: &[Cgroup],
+    ) -> Result<Self, InterceptError> {
+        for program in CONNECT_PROGRAMS.into_iter().chain([TCP_EVENTS]) {
+            load(ebpf, program)?;
+        }
+        let wanted = CONNECT_PROGRAMS
+            .into_iter()
+            .flat_map(|program| connect.iter().map(move |cgroup| (program, cgroup)))
+            // Last: without it a captured connection would be reset, before it nothing is captured.
+            .chain(tcp_events.iter().map(|cgroup| (TCP_EVENTS, cgroup)));
+        let mut links = Vec::new();
+        for (program, cgroup) in wanted {
+            links.push(Link::establish(ebpf, &dir.links(), program, cgroup)?);
+        }
+        let this = Self { links };
+        for pin in entries(&dir.links())? {
+            if this.links.iter().all(|link| link.pin != pin) {
+                detach_pin(&pin)?;
+            }
+        }
+        Ok(this)
+    }
+
+    /// Whether all links still run this process's programs and are still attached.
+    pub(super) fn are_current(&self) -> bool {
+        self.links.iter().all(|link| {
+            bpf::link_info(link.fd.as_fd())
+                .is_ok_and(|info| info.program_id == link.program_id && info.cgroup_id != 0)
+        })
+    }
+
+    /// Whether another process's program runs on any of them.
+    pub(super) fn are_superseded(&self) -> bool {
+        self.links
+            .iter()
+            .any(|link| bpf::link_info(link.fd.as_fd()).is_ok_and(|info| info.program_id != link.program_id))
+    }
+}
+
+impl Link {
+    fn establish(
+        ebpf: &mut Ebpf,
+        dir: &Path,
+        program: &'static str,
+        cgroup: &Cgroup,
+    ) -> Result<Self, InterceptError> {
+        let refused = |source| InterceptError::Attach { program, cgroup: cgroup.path.clone(), source };
+        let pin = dir.join(format!("{program}-{:x}", cgroup.id));
+        let program_fd = fd_of(ebpf, program)?;
+        if pin.exists() {
+            // The id in the name is not enough: the cgroup of that link may have died, and its id with it.
+            let fd = bpf::open_pinned(&pin).map_err(InterceptError::pin("opening", &pin))?;
+            let alive = bpf::link_info(fd.as_fd()).is_ok_and(|info| info.cgroup_id == cgroup.id);
+            if alive && bpf::link_update(fd.as_fd(), program_fd.as_fd()).is_ok() {
+                let program_id = bpf::link_info(fd.as_fd()).map_err(refused)?.program_id;
+                return Ok(Self { pin, program_id, fd });
+            }
+            detach_pin(&pin)?;
+        }
+        attach(ebpf, program, cgroup)?
+            .pin(&pin)
+            .map_err(|error| InterceptError::pin("pinning", &pin)(io::Error::other(error)))?;
+        let fd = bpf::open_pinned(&pin).map_err(InterceptError::pin("opening", &pin))?;
+        let program_id = bpf::link_info(fd.as_fd()).map_err(refused)?.program_id;
+        Ok(Self { pin, program_id, fd })
+    }
+}
+
+/// Detaches and unpins a link, whoever holds it. A pin that can't be opened as one is only removed.
+pub(super) fn detach_pin(pin: &Path) -> Result<(), InterceptError> {
+    if let Ok(fd) = bpf::open_pinned(pin) {
+        // ENOLINK: its cgroup has gone already.
+        let _ = bpf::link_detach(fd.as_fd());
+    }
+    fs::remove_file(pin).map_err(InterceptError::pin("removing", pin))
+}
+
+/// Detaches and unpins every link in `dir`; how many there were.
+pub(super) fn detach_all(dir: &PinDir) -> Result<usize, InterceptError> {
+    let mut pins = entries(&dir.links())?;
+    // The programs that capture first: what was captured before can still be carried.
+    pins.sort_by_key(|pin| name(pin).starts_with(TCP_EVENTS));
+    for pin in &pins {
+        detach_pin(pin)?;
+    }
+    Ok(pins.len())
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, InterceptError> {
+    ebpf.program_mut(name).ok_or(InterceptError::NotInObject(name))
+}
+
+fn load(ebpf: &mut Ebpf, name: &'static str) -> Result<(), InterceptError> {
+    let loaded = match program(ebpf, name)? {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        _ => return Err(InterceptError::NotInObject(name)),
+    };
+    loaded.map_err(|source| InterceptError::Program { program: name, source: Box::new(source) })
+}
+
+fn fd_of(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, InterceptError> {
+    let error = |source| InterceptError::Program { program: name, source: Box::new(source) };
+    let program = program(ebpf, name)?;
+    let fd = program.fd().map_err(error)?;
+    fd.as_fd().try_clone_to_owned().map_err(|source| error(ProgramError::IOError(source)))
+}
+
+fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &Cgroup) -> Result<FdLink, InterceptError> {
+    let attached = match program(ebpf, name)? {
+        Program::CgroupSockAddr(program) => sock_addr_link(program, cgroup),
+        Program::SockOps(program) => sock_ops_link(program, cgroup),
+        _ => return Err(InterceptError::NotInObject(name)),
+    };
+    attached.map_err(|error| InterceptError::Attach {
+        program: name,
+        cgroup: cgroup.path.clone(),
+        source: match error {
+            ProgramError::SyscallError(error) => error.io_error,
+            error => io::Error::other(error),
+        },
+    })
+}
+
+// "Single" means no flags, which is all that links take: they always share the cgroup with other programs (systemd's,
+// Cilium's) and with those of ancestors.
+fn sock_addr_link(program: &mut CgroupSockAddr, cgroup: &Cgroup) -> Result<FdLink, ProgramError> {
+    let id = program.attach(&cgroup.dir, CgroupAttachMode::Single)?;
+    FdLink::try_from(program.take_link(id)?).map_err(|error| ProgramError::IOError(io::Error::other(error)))
+}
+
+fn sock_ops_link(program: &mut SockOps, cgroup: &Cgroup) -> Result<FdLink, ProgramError> {
+    let id = program.attach(&cgroup.dir, CgroupAttachMode::Single)?;
+    FdLink::try_from(program.take_link(id)?).map_err(|error| ProgramError::IOError(io::Error::other(error)))
+}

@@ -1,0 +1,53 @@
+//! What workers ask the kernel: where an accepted connection was meant to go, and "this socket is mine".
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use tidegate_common::{OriginalDst, Role};
+
+use super::bpf;
+
+/// Reads original destinations. Clone it into each worker: one system call per connection, no lock.
+#[derive(Clone, Debug)]
+pub struct OriginalDstReader {
+    map: Arc<OwnedFd>,
+}
+
+impl OriginalDstReader {
+    pub(super) fn new(map: Arc<OwnedFd>) -> Self {
+        Self { map }
+    }
+
+    /// Where the application behind the accepted socket `fd` meant to connect (IPv4 as plain IPv4). None when no
+    /// captured connect belongs to it: then another means may know (SO_ORIGINAL_DST), or it is to be reset.
+    ///
+    /// Errors: EBADF or ENOTSOCK when `fd` is no socket; EPERM when the process gave up CAP_BPF.
+    pub fn read(&self, fd: BorrowedFd<'_>) -> io::Result<Option<SocketAddr>> {
+        let stored = bpf::storage_get::<OriginalDst>(self.map.as_fd(), fd)?;
+        Ok(stored
+            .filter(|original| original.role == Role::Accepted as u16)
+            .map(|original| SocketAddr::new(original.addr.to_ip(), original.port)))
+    }
+}
+
+/// Marks sockets as the agent's own, so that connect(2) on them is never captured. Clone it into each worker.
+///
+/// Needed only where [`super::programs::Interceptor::covers_own_cgroup`] says so. Do it before connect(2).
+#[derive(Clone, Debug)]
+pub struct OwnSocketMarker {
+    map: Arc<OwnedFd>,
+}
+
+impl OwnSocketMarker {
+    pub(super) fn new(map: Arc<OwnedFd>) -> Self {
+        Self { map }
+    }
+
+    /// Marks the socket `fd`, for as long as it lives. One system call. Errors as [`OriginalDstReader::read`], and
+    /// ENOMEM.
+    pub fn mark(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        bpf::storage_set(self.map.as_fd(), fd, &1_u32)
+    }
+}

@@ -1,0 +1,324 @@
+//! The interception as the main thread sees it: load, attach, pin, rules, enrolment, counters, detach.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use aya::programs::ProgramType;
+use aya::sys::{BpfHelper, is_helper_supported};
+use aya::{Ebpf, EbpfLoader};
+use aya_log::EbpfLogger;
+use tidegate_common::{Destination, Enrolment, FailMode, Reason, Settings, Verdict, global, map};
+
+use super::bpffs::{PinDir, default_pin_dir, remove_dir_with_files};
+use super::cgroup::{self, Cgroup, covers, outermost};
+use super::error::InterceptError;
+use super::links::{Links, detach_all};
+use super::maps::{self, Events, MapSizes, Maps};
+use super::original_dst::{OriginalDstReader, OwnSocketMarker};
+
+/// The compiled programs; `cargo xtask build-ebpf` makes it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../proxy-ebpf/prebuilt/tidegate.o");
+
+/// The eBPF half writes these log lines.
+pub type EbpfLog = EbpfLogger<&'static dyn ::log::Log>;
+
+/// How to load and attach.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory of pins, below a bpffs. Created when missing; the bpffs is mounted when it is missing.
+    pub pin_dir: PathBuf,
+    /// cgroup v2 directories whose processes (with everything below) are intercepted. One that lies below another is
+    /// dropped.
+    pub cgroups: Vec<PathBuf>,
+    /// The cgroup of this process, to which its accepted sockets belong; [`cgroup::own`] knows it.
+    pub agent_cgroup: PathBuf,
+    /// Sizes of the maps.
+    pub sizes: MapSizes,
+    /// What a connect gets that should be captured and can't be.
+    pub fail_mode: FailMode,
+    /// Log each decision of the programs (see [`Interceptor::take_log`]). Off, the programs don't contain the lines.
+    pub debug: bool,
+}
+
+impl Options {
+    /// Defaults for these attach points. Fails when the process's own cgroup can't be found.
+    pub fn new(cgroups: Vec<PathBuf>) -> Result<Self, InterceptError> {
+        let agent_cgroup = cgroup::own()
+            .map_err(|source| InterceptError::Cgroup { path: "/proc/self/cgroup".into(), source })?;
+        Ok(Self {
+            pin_dir: default_pin_dir(),
+            cgroups,
+            agent_cgroup,
+            sizes: MapSizes::default(),
+            fail_mode: FailMode::default(),
+            debug: false,
+        })
+    }
+}
+
+/// What [`Interceptor::detach`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detached {
+    /// Everything was ours and is gone.
+    Removed,
+    /// A successor has taken over; nothing was touched.
+    Superseded,
+}
+
+/// What [`cleanup`] removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cleaned {
+    /// Links that were detached.
+    pub links: usize,
+    /// Map directories that were removed.
+    pub map_dirs: usize,
+}
+
+/// The loaded and attached programs.
+///
+/// Dropping it leaves them attached (they are pinned), so that a restart or an upgrade has no gap;
+/// [`Self::detach`] removes them. A method that changes something fails with [`InterceptError::Superseded`] once
+/// another process has taken over.
+pub struct Interceptor {
+    // Holds the programs' and logs' descriptors.
+    ebpf: Ebpf,
+    maps: Maps,
+    links: Links,
+    dir: PinDir,
+    events: Option<Events>,
+    log: Option<EbpfLog>,
+    settings: Settings,
+    /// What the destinations map holds.
+    destinations: HashMap<Destination, u32>,
+    attach_points: Vec<PathBuf>,
+    covers_own_cgroup: bool,
+    /// "In use", until the process ends.
+    _held: File,
+}
+
+impl Interceptor {
+    /// Loads the programs, reuses the maps that a former process pinned (rules, enrolments and handshakes in flight
+    /// stay), and attaches, replacing that process's programs one by one without a gap.
+    pub fn load(options: &Options) -> Result<Self, InterceptError> {
+        let connect =
+            outermost(options.cgroups.iter().map(|path| Cgroup::open(path)).collect::<Result<_, _>>()?);
+        if connect.is_empty() {
+            return Err(InterceptError::NoCgroup);
+        }
+        let agent = Cgroup::open(&options.agent_cgroup)?;
+        let covers_own_cgroup = covers(&connect, &agent.path);
+        // Accepted sockets are the agent's: its cgroup needs tcp_events as well.
+        let again = connect.iter().map(|cgroup| Cgroup::open(&cgroup.path)).collect::<Result<Vec<_>, _>>()?;
+        let tcp_events = outermost(again.into_iter().chain([agent]).collect());
+
+        let dir = PinDir::create(&options.pin_dir)?;
+        let lock = dir.lock()?;
+        let held = dir.hold()?;
+        let (mut ebpf, mut maps) = load_object(options, &dir)?;
+        let events = Events::take(&mut ebpf)?;
+        let log = if options.debug { EbpfLogger::init(&mut ebpf).ok() } else { None };
+
+        // The rules stay those of the predecessor until this process has its own.
+        let catch_all = maps.settings.get(&0, 0).map_or(Verdict::Leave as u32, |settings| settings.catch_all);
+        let settings = Settings { catch_all, fail_mode: options.fail_mode as u32 };
+        maps.settings.set(0, settings, 0).map_err(InterceptError::map(map::SETTINGS))?;
+        let destinations = maps.destinations()?;
+
+        let links = Links::attach(&mut ebpf, &dir, &connect, &tcp_events)?;
+        for other in dir.all_maps()? {
+            if other != dir.maps() {
+                remove_dir_with_files(&other)?;
+            }
+        }
+        drop(lock);
+        let attach_points = connect.into_iter().map(|cgroup| cgroup.path).collect();
+        Ok(Self {
+            ebpf,
+            maps,
+            links,
+            dir,
+            events: Some(events),
+            log,
+            settings,
+            destinations,
+            attach_points,
+            covers_own_cgroup,
+            _held: held,
+        })
+    }
+
+    /// Makes the rules exactly `wanted`; what is right already is not touched. Rules are added before others are
+    /// removed, so that no destination is without one in between. How many entries changed.
+    pub fn set_destinations(
+        &mut self,
+        wanted: &HashMap<Destination, Verdict>,
+    ) -> Result<usize, InterceptError> {
+        let _lock = self.lock_current()?;
+        let mut changed = 0;
+        for (destination, verdict) in wanted {
+            let raw = *verdict as u32;
+            if self.destinations.get(destination) != Some(&raw) {
+                let capacity = self.maps.sizes.destinations;
+                maps::insert(&mut self.maps.destinations, map::DESTINATIONS, capacity, *destination, raw)?;
+                self.destinations.insert(*destination, raw);
+                changed += 1;
+            }
+        }
+        let stale: Vec<_> =
+            self.destinations.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
+        for destination in stale {
+            maps::remove(&mut self.maps.destinations, map::DESTINATIONS, &destination)?;
+            self.destinations.remove(&destination);
+            changed += 1;
+        }
+        Ok(changed)
+    }
+
+    /// What happens to a destination that no rule names. [`Verdict::Leave`] until it is set for the first time.
+    pub fn set_default_verdict(&mut self, verdict: Verdict) -> Result<(), InterceptError> {
+        let _lock = self.lock_current()?;
+        self.settings.catch_all = verdict as u32;
+        self.maps.settings.set(0, self.settings, 0).map_err(InterceptError::map(map::SETTINGS))
+    }
+
+    /// Enrols a network namespace (by its cookie, SO_NETNS_COOKIE), or replaces its record. Its capture listener
+    /// must be listening already.
+    pub fn enrol(&mut self, netns_cookie: u64, enrolment: Enrolment) -> Result<(), InterceptError> {
+        let _lock = self.lock_current()?;
+        let capacity = self.maps.sizes.namespaces;
+        maps::insert(&mut self.maps.namespaces, map::NAMESPACES, capacity, netns_cookie, enrolment)
+    }
+
+    /// Forgets a network namespace; false when it was not enrolled.
+    pub fn forget(&mut self, netns_cookie: u64) -> Result<bool, InterceptError> {
+        let _lock = self.lock_current()?;
+        maps::remove(&mut self.maps.namespaces, map::NAMESPACES, &netns_cookie)
+    }
+
+    /// All enrolments, also those that a predecessor left: whoever owns the enrolment forgets what is gone.
+    pub fn enrolments(&self) -> Result<HashMap<u64, Enrolment>, InterceptError> {
+        self.maps.namespaces()
+    }
+
+    /// Every counter, in the order of [`Reason::ALL`]. They go on counting over a takeover and start at 0 with the
+    /// first process.
+    pub fn counters(&self) -> Result<Vec<(Reason, u64)>, InterceptError> {
+        self.maps.counters()
+    }
+
+    /// Handshakes that are in flight now. Walks the map: for tests and for a metric at scrape time.
+    pub fn in_flight_len(&self) -> Result<usize, InterceptError> {
+        let keys = self.maps.in_flight.keys();
+        keys.collect::<Result<Vec<_>, _>>()
+            .map(|keys| keys.len())
+            .map_err(InterceptError::map(map::IN_FLIGHT))
+    }
+
+    /// Where the connect programs are attached.
+    pub fn attach_points(&self) -> &[PathBuf] {
+        &self.attach_points
+    }
+
+    /// Whether upstream sockets of this process must be marked ([`Self::own_socket_marker`]). A hook runs for the
+    /// cgroup that a socket's creator was in: outside the attach points no hook sees them.
+    pub fn covers_own_cgroup(&self) -> bool {
+        self.covers_own_cgroup
+    }
+
+    /// A handle for a worker.
+    pub fn original_dst_reader(&self) -> OriginalDstReader {
+        OriginalDstReader::new(Arc::clone(&self.maps.original_dst.fd))
+    }
+
+    /// A handle for a worker.
+    pub fn own_socket_marker(&self) -> OwnSocketMarker {
+        OwnSocketMarker::new(Arc::clone(&self.maps.own_socket.fd))
+    }
+
+    /// Marks a socket of this process as its own, see [`OwnSocketMarker::mark`].
+    pub fn mark_own(&self, fd: BorrowedFd<'_>) -> std::io::Result<()> {
+        self.own_socket_marker().mark(fd)
+    }
+
+    /// Connects from namespaces that are not enrolled. Once; then it belongs to whoever took it.
+    pub fn take_events(&mut self) -> Option<Events> {
+        self.events.take()
+    }
+
+    /// The programs' debug lines, when [`Options::debug`] was on: poll its descriptor, then `flush()` writes them to
+    /// the process's log. Once.
+    pub fn take_log(&mut self) -> Option<EbpfLog> {
+        self.log.take()
+    }
+
+    /// Whether every program is attached where it should be, and is this process's: what readiness may ask.
+    pub fn is_current(&self) -> bool {
+        self.links.are_current()
+    }
+
+    /// Detaches and removes everything: unless a successor has taken over, who then owns all of it.
+    pub fn detach(self) -> Result<Detached, InterceptError> {
+        let _lock = self.dir.lock()?;
+        if self.links.are_superseded() {
+            return Ok(Detached::Superseded);
+        }
+        detach_all(&self.dir)?;
+        self.dir.remove()?;
+        Ok(Detached::Removed)
+    }
+
+    /// Ids of the loaded programs, for `bpftool prog`.
+    pub fn program_ids(&self) -> Vec<u32> {
+        self.ebpf.programs().filter_map(|(_, program)| program.info().ok()).map(|info| info.id()).collect()
+    }
+
+    /// The lock of the pin directory, if this process still owns what is in it.
+    fn lock_current(&self) -> Result<File, InterceptError> {
+        let lock = self.dir.lock()?;
+        if self.links.are_superseded() {
+            return Err(InterceptError::Superseded(self.dir.root().into()));
+        }
+        Ok(lock)
+    }
+}
+
+/// Removes what a killed process left behind. Refuses while a process is at work there. Fine when there is nothing.
+pub fn cleanup(pin_dir: &Path) -> Result<Cleaned, InterceptError> {
+    if !pin_dir.exists() {
+        return Ok(Cleaned::default());
+    }
+    let dir = PinDir::new(pin_dir);
+    let _lock = dir.lock()?;
+    if dir.in_use()? {
+        return Err(InterceptError::InUse(pin_dir.into()));
+    }
+    let map_dirs = dir.all_maps()?.len();
+    let links = detach_all(&dir)?;
+    dir.remove()?;
+    Ok(Cleaned { links, map_dirs })
+}
+
+fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), InterceptError> {
+    let sizes = options.sizes;
+    let salvage = sizes.unpin_misfits(&dir.maps())?;
+    let has_set_retval = u8::from(
+        is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false),
+    );
+    let log_level = if options.debug { aya_log::Level::Debug as u8 } else { 0 };
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(global::HAS_SET_RETVAL, &has_set_retval, true)
+        .override_global(aya_log::LEVEL, &log_level, true)
+        .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
+        .map_max_entries(map::NAMESPACES, sizes.namespaces)
+        .map_max_entries(map::DESTINATIONS, sizes.destinations);
+    for name in sizes.pinned_names() {
+        loader.map_pin_path(name, dir.maps().join(name));
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|error| InterceptError::Load(Box::new(error)))?;
+    let maps = Maps::take(&mut ebpf, sizes, salvage)?;
+    Ok((ebpf, maps))
+}
