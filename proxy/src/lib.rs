@@ -8,6 +8,7 @@ pub mod config;
 pub mod connection;
 pub mod drain;
 pub mod intercept;
+pub mod listener;
 pub mod log;
 pub mod response_flag;
 pub mod signal;

@@ -1,0 +1,3 @@
+//! Listeners: which socket, which filter chain.
+
+pub mod filter_chain;

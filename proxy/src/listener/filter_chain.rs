@@ -1,0 +1,885 @@
+//! Which filter chain serves a connection.
+//!
+//! The criteria apply in a fixed order: destination port, destination prefix, server name, transport
+//! protocol, application protocol, directly connected source prefix, source type, source prefix, source
+//! port. At each step only the most specific matches stay, and a step is never taken back: a chain that would
+//! have matched on a less specific destination prefix is not reconsidered when a later step fails.
+//!
+//! The chains are compiled into a tree with one level per criterion that is in use. A level is a hash map, a
+//! sorted array, or (prefixes) sorted disjoint address intervals, so a lookup allocates nothing and costs
+//! a hash or a binary search per level, however many chains there are.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use crate::config::filter_chain::{FilterChain, FilterChainMatch, SourceType};
+use crate::config::listener::Cidr;
+
+/// What is known of a connection when its filter chain is chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct MatchInput<'a> {
+    /// The restored original destination, else the accepting socket's own address.
+    pub destination: SocketAddr,
+    /// The downstream address (after PROXY protocol).
+    pub source: SocketAddr,
+    /// The directly connected peer.
+    pub direct_source: IpAddr,
+    /// What an inspector detected (`tls`); empty stands for `raw_buffer`.
+    pub transport_protocol: &'a str,
+    /// SNI in lower case; empty when there is none.
+    pub server_name: &'a str,
+    /// ALPN or sniffed protocols in the client's order.
+    pub application_protocols: &'a [Box<str>],
+}
+
+/// Two chains (or one chain twice) match exactly the same connections.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SameMatch {
+    /// Two chains.
+    #[error(
+        "filter chain '{second}' has the same matching rules defined as '{first}': both match {rules}; remove one of them \
+         or make its filter_chain_match differ"
+    )]
+    Chains {
+        /// Name of the chain that comes first in the configuration.
+        first: Arc<str>,
+        /// Name of the later one.
+        second: Arc<str>,
+        /// The shared criteria.
+        rules: String,
+    },
+    /// One chain lists a criterion twice.
+    #[error(
+        "filter chain '{chain}' defines the same matching rules twice: {rules}; remove the repeated entry"
+    )]
+    Repeated {
+        /// Name of the chain.
+        chain: Arc<str>,
+        /// The repeated criteria.
+        rules: String,
+    },
+}
+
+/// The compiled chains of one listener.
+#[derive(Debug)]
+pub struct Matcher {
+    root: Option<Node>,
+    chains: Vec<Arc<FilterChain>>,
+    default: Option<Arc<FilterChain>>,
+}
+
+impl Matcher {
+    /// Compiles the chains of a listener.
+    ///
+    /// # Errors
+    /// When two chains match the same connections, which would make the choice arbitrary.
+    pub fn new(chains: &[Arc<FilterChain>], default: Option<Arc<FilterChain>>) -> Result<Self, SameMatch> {
+        let mut rows: Vec<Row<'_>> = chains
+            .iter()
+            .enumerate()
+            .flat_map(|(index, chain)| rows_of(&chain.matches, index as u32))
+            .collect();
+        rows.sort_unstable();
+        if let Some(pair) = rows.windows(2).find(|pair| pair[0].key == pair[1].key) {
+            return Err(same_match(chains, &pair[0], &pair[1]));
+        }
+        let root = (!rows.is_empty()).then(|| compile(&rows, Step::DestinationPort));
+        Ok(Self { root, chains: chains.to_vec(), default })
+    }
+
+    /// The chain that serves this connection; the default chain when none matches. `None`: close it (flag NR).
+    pub fn find(&self, input: &MatchInput<'_>) -> Option<&Arc<FilterChain>> {
+        self.root
+            .as_ref()
+            .and_then(|root| root.find(input))
+            .map(|index| &self.chains[index as usize])
+            .or(self.default.as_ref())
+    }
+}
+
+/// The criteria in the order in which they apply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    DestinationPort,
+    Destination,
+    ServerName,
+    TransportProtocol,
+    ApplicationProtocol,
+    DirectSource,
+    SourceType,
+    Source,
+    SourcePort,
+}
+
+/// One combination of the criteria of one chain. `None` is "any" and sorts first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key<'a> {
+    destination_port: Option<u16>,
+    destination: Option<Cidr>,
+    server_name: Option<Name<'a>>,
+    transport_protocol: Option<&'a str>,
+    application_protocol: Option<&'a str>,
+    direct_source: Option<Cidr>,
+    local_source: Option<bool>,
+    source: Option<Cidr>,
+    source_port: Option<u16>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Row<'a> {
+    key: Key<'a>,
+    chain: u32,
+}
+
+/// A server name criterion. `*.example.com` is the suffix `.example.com`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Name<'a> {
+    Exact(&'a str),
+    Suffix(&'a str),
+}
+
+impl<'a> Name<'a> {
+    fn parse(name: &'a str) -> Self {
+        match name.strip_prefix('*') {
+            Some(suffix) => Self::Suffix(suffix),
+            None if name.starts_with('.') => Self::Suffix(name),
+            None => Self::Exact(name),
+        }
+    }
+}
+
+/// Every combination of a chain's criteria.
+fn rows_of(matches: &FilterChainMatch, chain: u32) -> Vec<Row<'_>> {
+    let any = Key {
+        destination_port: matches.destination_port,
+        destination: None,
+        server_name: None,
+        transport_protocol: (!matches.transport_protocol.is_empty()).then_some(&*matches.transport_protocol),
+        application_protocol: None,
+        direct_source: None,
+        local_source: match matches.source_type {
+            SourceType::Any => None,
+            SourceType::SameIpOrLoopback => Some(true),
+            SourceType::External => Some(false),
+        },
+        source: None,
+        source_port: None,
+    };
+    let mut keys = vec![any];
+    multiply(&mut keys, &matches.prefix_ranges, |key, cidr| key.destination = Some(*cidr));
+    multiply(&mut keys, &matches.server_names, |key, name| key.server_name = Some(Name::parse(name)));
+    multiply(&mut keys, &matches.application_protocols, |key, alpn| key.application_protocol = Some(&**alpn));
+    multiply(&mut keys, &matches.direct_source_prefix_ranges, |key, cidr| key.direct_source = Some(*cidr));
+    multiply(&mut keys, &matches.source_prefix_ranges, |key, cidr| key.source = Some(*cidr));
+    multiply(&mut keys, &matches.source_ports, |key, port| key.source_port = Some(*port));
+    keys.into_iter().map(|key| Row { key, chain }).collect()
+}
+
+/// Replaces each key by one copy per value; an empty list leaves the criterion at "any".
+fn multiply<'a, T>(keys: &mut Vec<Key<'a>>, values: &'a [T], set: impl Fn(&mut Key<'a>, &'a T)) {
+    if values.is_empty() {
+        return;
+    }
+    let bases = std::mem::take(keys);
+    keys.reserve(bases.len() * values.len());
+    for base in bases {
+        for value in values {
+            let mut key = base.clone();
+            set(&mut key, value);
+            keys.push(key);
+        }
+    }
+}
+
+fn same_match(chains: &[Arc<FilterChain>], a: &Row<'_>, b: &Row<'_>) -> SameMatch {
+    let rules = a.key.to_string();
+    // Equal keys sort by the chain's position.
+    if a.chain == b.chain {
+        return SameMatch::Repeated { chain: chains[a.chain as usize].name.clone(), rules };
+    }
+    let name = |row: &Row<'_>| chains[row.chain as usize].name.clone();
+    SameMatch::Chains { first: name(a), second: name(b), rules }
+}
+
+impl std::fmt::Display for Key<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let cidr = |c: Cidr| format!("{}/{}", c.address, c.prefix_len);
+        let parts = [
+            self.destination_port.map(|port| format!("destination_port {port}")),
+            self.destination.map(|c| format!("prefix_ranges {}", cidr(c))),
+            self.server_name.map(|name| match name {
+                Name::Exact(name) => format!("server_names {name}"),
+                Name::Suffix(suffix) => format!("server_names *{suffix}"),
+            }),
+            self.transport_protocol.map(|name| format!("transport_protocol {name}")),
+            self.application_protocol.map(|name| format!("application_protocols {name}")),
+            self.direct_source.map(|c| format!("direct_source_prefix_ranges {}", cidr(c))),
+            self.local_source.map(|local| {
+                format!("source_type {}", if local { "SAME_IP_OR_LOOPBACK" } else { "EXTERNAL" })
+            }),
+            self.source.map(|c| format!("source_prefix_ranges {}", cidr(c))),
+            self.source_port.map(|port| format!("source_ports {port}")),
+        ];
+        let mut parts = parts.into_iter().flatten().peekable();
+        if parts.peek().is_none() {
+            return f.write_str("every connection");
+        }
+        f.write_str(&parts.collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// One step of the compiled tree. Levels that no chain uses are left out.
+#[derive(Debug)]
+enum Node {
+    Chain(u32),
+    Level { step: Step, table: Table, children: Vec<Node>, any: Option<Box<Node>> },
+}
+
+/// From what a step looks at to the index of a child.
+#[derive(Debug)]
+enum Table {
+    /// Sorted by port.
+    Ports(Vec<(u16, u32)>),
+    Prefixes(Prefixes),
+    Names {
+        exact: HashMap<Box<str>, u32>,
+        suffix: HashMap<Box<str>, u32>,
+    },
+    Words(HashMap<Box<str>, u32>),
+    SourceType {
+        local: Option<u32>,
+        external: Option<u32>,
+    },
+}
+
+impl Node {
+    fn find(&self, input: &MatchInput<'_>) -> Option<u32> {
+        let mut node = self;
+        loop {
+            match node {
+                Self::Chain(index) => return Some(*index),
+                Self::Level { step, table, children, any } => {
+                    node = match table.find(*step, input) {
+                        Some(child) => &children[child as usize],
+                        None => any.as_deref()?,
+                    };
+                }
+            }
+        }
+    }
+}
+
+impl Table {
+    /// The most specific child that matches, or `None` for the child that asks for nothing here.
+    fn find(&self, step: Step, input: &MatchInput<'_>) -> Option<u32> {
+        match self {
+            Self::Ports(ports) => {
+                let port =
+                    if step == Step::SourcePort { input.source.port() } else { input.destination.port() };
+                ports.binary_search_by_key(&port, |(port, _)| *port).ok().map(|at| ports[at].1)
+            }
+            Self::Prefixes(prefixes) => prefixes.find(match step {
+                Step::Destination => input.destination.ip(),
+                Step::DirectSource => input.direct_source,
+                _ => input.source.ip(),
+            }),
+            Self::Names { exact, suffix } => find_name(exact, suffix, input.server_name),
+            Self::Words(words) if step == Step::ApplicationProtocol => {
+                input.application_protocols.iter().find_map(|alpn| words.get(&**alpn)).copied()
+            }
+            Self::Words(words) => {
+                let transport = input.transport_protocol;
+                words.get(if transport.is_empty() { "raw_buffer" } else { transport }).copied()
+            }
+            Self::SourceType { local, external } => {
+                if is_local(input) {
+                    *local
+                } else {
+                    *external
+                }
+            }
+        }
+    }
+}
+
+/// Exact, then the longest suffix. A suffix stands for at least one character before its dot.
+fn find_name(exact: &HashMap<Box<str>, u32>, suffix: &HashMap<Box<str>, u32>, name: &str) -> Option<u32> {
+    if name.is_empty() {
+        return None;
+    }
+    exact.get(name).copied().or_else(|| {
+        name.match_indices('.').filter(|(at, _)| *at > 0).find_map(|(at, _)| suffix.get(&name[at..])).copied()
+    })
+}
+
+/// Envoy's rule: the canonical loopback address (other addresses of 127.0.0.0/8 are external), or the same
+/// address at both ends.
+fn is_local(input: &MatchInput<'_>) -> bool {
+    let source = input.source.ip().to_canonical();
+    source == IpAddr::V4(Ipv4Addr::LOCALHOST)
+        || source == IpAddr::V6(Ipv6Addr::LOCALHOST)
+        || source == input.destination.ip().to_canonical()
+}
+
+/// Longest prefix match as sorted intervals: each address belongs to the interval that starts at or before it.
+#[derive(Debug, Default)]
+struct Prefixes {
+    v4: Vec<Interval>,
+    v6: Vec<Interval>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Interval {
+    start: u128,
+    child: Option<u32>,
+}
+
+impl Prefixes {
+    fn new(prefixes: impl Iterator<Item = (Cidr, u32)>) -> Self {
+        let (v4, v6): (Vec<_>, Vec<_>) = prefixes.partition(|(cidr, _)| cidr.address.is_ipv4());
+        Self { v4: intervals(v4, 32), v6: intervals(v6, 128) }
+    }
+
+    fn find(&self, ip: IpAddr) -> Option<u32> {
+        let (table, bits) = match ip.to_canonical() {
+            IpAddr::V4(ip) => (&self.v4, u128::from(ip.to_bits())),
+            IpAddr::V6(ip) => (&self.v6, ip.to_bits()),
+        };
+        let after = table.partition_point(|interval| interval.start <= bits);
+        table.get(after.checked_sub(1)?)?.child
+    }
+}
+
+/// Cuts nested prefixes into disjoint intervals, each owned by its most specific prefix.
+fn intervals(prefixes: Vec<(Cidr, u32)>, width: u32) -> Vec<Interval> {
+    let max = u128::MAX >> (128 - width);
+    let mut ranges: Vec<(u128, u8, u32)> = prefixes
+        .into_iter()
+        .map(|(cidr, child)| {
+            let bits = match cidr.address {
+                IpAddr::V4(ip) => u128::from(ip.to_bits()),
+                IpAddr::V6(ip) => ip.to_bits(),
+            };
+            (bits, cidr.prefix_len, child)
+        })
+        .collect();
+    ranges.sort_unstable();
+
+    let mut out: Vec<Interval> = Vec::with_capacity(ranges.len() * 2);
+    let mut emit = |start: u128, child: Option<u32>| match out.last_mut() {
+        Some(last) if last.start == start => last.child = child,
+        _ => out.push(Interval { start, child }),
+    };
+    // Prefixes that contain the current position, outermost first, with their last address.
+    let mut open: Vec<(u128, u32)> = Vec::new();
+    let close_before =
+        |open: &mut Vec<(u128, u32)>, start: Option<u128>, emit: &mut dyn FnMut(u128, Option<u32>)| {
+            while let Some((end, _)) = open.pop_if(|(end, _)| start.is_none_or(|start| *end < start)) {
+                if end < max {
+                    emit(end + 1, open.last().map(|(_, child)| *child));
+                }
+            }
+        };
+    for (start, len, child) in ranges {
+        close_before(&mut open, Some(start), &mut emit);
+        emit(start, Some(child));
+        let host_bits = max.checked_shr(u32::from(len)).unwrap_or(0);
+        open.push((start | host_bits, child));
+    }
+    close_before(&mut open, None, &mut emit);
+    out
+}
+
+/// Compiles sorted rows that agree on every earlier step.
+fn compile(rows: &[Row<'_>], step: Step) -> Node {
+    match step {
+        Step::DestinationPort => {
+            level(rows, step, Some(Step::Destination), |key| key.destination_port, ports)
+        }
+        Step::Destination => level(rows, step, Some(Step::ServerName), |key| key.destination, prefixes),
+        Step::ServerName => level(rows, step, Some(Step::TransportProtocol), |key| key.server_name, names),
+        Step::TransportProtocol => {
+            level(rows, step, Some(Step::ApplicationProtocol), |key| key.transport_protocol, words)
+        }
+        Step::ApplicationProtocol => {
+            level(rows, step, Some(Step::DirectSource), |key| key.application_protocol, words)
+        }
+        Step::DirectSource => level(rows, step, Some(Step::SourceType), |key| key.direct_source, prefixes),
+        Step::SourceType => level(rows, step, Some(Step::Source), |key| key.local_source, source_types),
+        Step::Source => level(rows, step, Some(Step::SourcePort), |key| key.source, prefixes),
+        Step::SourcePort => level(rows, step, None, |key| key.source_port, ports),
+    }
+}
+
+/// Splits the rows by one criterion. The rows are sorted, so equal values are neighbours and "any" is first.
+fn level<'a, K: PartialEq + Copy>(
+    rows: &[Row<'a>],
+    step: Step,
+    next: Option<Step>,
+    key: impl Fn(&Key<'a>) -> Option<K>,
+    table: impl FnOnce(Vec<(K, u32)>) -> Table,
+) -> Node {
+    let below = |rows: &[Row<'a>]| match next {
+        Some(next) => compile(rows, next),
+        None => Node::Chain(rows[0].chain),
+    };
+    let mut any = None;
+    let mut keys = Vec::new();
+    let mut children = Vec::new();
+    for group in rows.chunk_by(|a, b| key(&a.key) == key(&b.key)) {
+        match key(&group[0].key) {
+            None => any = Some(below(group)),
+            Some(key) => {
+                keys.push((key, children.len() as u32));
+                children.push(below(group));
+            }
+        }
+    }
+    match any {
+        Some(any) if keys.is_empty() => any,
+        any => Node::Level { step, table: table(keys), children, any: any.map(Box::new) },
+    }
+}
+
+fn ports(keys: Vec<(u16, u32)>) -> Table {
+    Table::Ports(keys)
+}
+
+fn prefixes(keys: Vec<(Cidr, u32)>) -> Table {
+    Table::Prefixes(Prefixes::new(keys.into_iter()))
+}
+
+fn names(keys: Vec<(Name<'_>, u32)>) -> Table {
+    let mut exact = HashMap::new();
+    let mut suffix = HashMap::new();
+    for (name, child) in keys {
+        match name {
+            Name::Exact(name) => exact.insert(name.into(), child),
+            Name::Suffix(name) => suffix.insert(name.into(), child),
+        };
+    }
+    Table::Names { exact, suffix }
+}
+
+fn words(keys: Vec<(&str, u32)>) -> Table {
+    Table::Words(keys.into_iter().map(|(word, child)| (word.into(), child)).collect())
+}
+
+fn source_types(keys: Vec<(bool, u32)>) -> Table {
+    let child = |local: bool| keys.iter().find(|(key, _)| *key == local).map(|(_, child)| *child);
+    Table::SourceType { local: child(true), external: child(false) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn cidr(text: &str) -> Cidr {
+        let (address, len) = text.split_once('/').unwrap();
+        Cidr { address: address.parse().unwrap(), prefix_len: len.parse().unwrap() }
+    }
+
+    fn chain(name: &str, matches: FilterChainMatch) -> Arc<FilterChain> {
+        Arc::new(FilterChain { name: name.into(), matches, terminal: None, ignored_filters: Vec::new() })
+    }
+
+    fn names(list: &[&str]) -> Vec<Arc<str>> {
+        list.iter().map(|name| (*name).into()).collect()
+    }
+
+    fn input<'a>(destination: &str, source: &str) -> MatchInput<'a> {
+        let source: SocketAddr = source.parse().unwrap();
+        MatchInput {
+            destination: destination.parse().unwrap(),
+            source,
+            direct_source: source.ip(),
+            transport_protocol: "",
+            server_name: "",
+            application_protocols: &[],
+        }
+    }
+
+    fn found<'m>(matcher: &'m Matcher, input: &MatchInput<'_>) -> Option<&'m str> {
+        matcher.find(input).map(|chain| &*chain.name)
+    }
+
+    #[test]
+    fn a_specific_port_without_a_match_does_not_fall_back_to_any_port() {
+        let matcher = Matcher::new(
+            &[
+                chain(
+                    "port",
+                    FilterChainMatch {
+                        destination_port: Some(443),
+                        server_names: names(&["a.example"]),
+                        ..FilterChainMatch::default()
+                    },
+                ),
+                chain("any", FilterChainMatch::default()),
+            ],
+            None,
+        )
+        .unwrap();
+        assert_eq!(found(&matcher, &input("10.0.0.1:443", "10.0.0.2:1")), None);
+        assert_eq!(found(&matcher, &input("10.0.0.1:80", "10.0.0.2:1")), Some("any"));
+    }
+
+    #[test]
+    fn the_longest_prefix_wins_even_when_a_later_step_then_fails() {
+        let matcher = Matcher::new(
+            &[
+                chain(
+                    "wide",
+                    FilterChainMatch {
+                        prefix_ranges: vec![cidr("10.0.0.0/8")],
+                        ..FilterChainMatch::default()
+                    },
+                ),
+                chain(
+                    "narrow",
+                    FilterChainMatch {
+                        prefix_ranges: vec![cidr("10.1.0.0/16")],
+                        source_ports: vec![7],
+                        ..FilterChainMatch::default()
+                    },
+                ),
+            ],
+            Some(chain("default", FilterChainMatch::default())),
+        )
+        .unwrap();
+        assert_eq!(found(&matcher, &input("10.2.0.1:80", "1.1.1.1:7")), Some("wide"));
+        assert_eq!(found(&matcher, &input("10.1.0.1:80", "1.1.1.1:7")), Some("narrow"));
+        assert_eq!(found(&matcher, &input("10.1.0.1:80", "1.1.1.1:8")), Some("default"));
+        assert_eq!(found(&matcher, &input("11.0.0.1:80", "1.1.1.1:7")), Some("default"));
+        assert_eq!(found(&matcher, &input("[::ffff:10.1.0.1]:80", "1.1.1.1:7")), Some("narrow"));
+    }
+
+    #[test]
+    fn server_names_match_exactly_then_by_the_longest_suffix() {
+        let matcher = Matcher::new(
+            &[
+                chain(
+                    "exact",
+                    FilterChainMatch { server_names: names(&["a.x.y"]), ..FilterChainMatch::default() },
+                ),
+                chain(
+                    "xy",
+                    FilterChainMatch { server_names: names(&["*.x.y"]), ..FilterChainMatch::default() },
+                ),
+                chain("y", FilterChainMatch { server_names: names(&["*.y"]), ..FilterChainMatch::default() }),
+                chain("any", FilterChainMatch::default()),
+            ],
+            None,
+        )
+        .unwrap();
+        for (sni, expected) in [
+            ("a.x.y", "exact"),
+            ("b.x.y", "xy"),
+            ("c.b.x.y", "xy"),
+            ("x.y", "y"),
+            ("y", "any"),
+            (".y", "any"),
+            ("", "any"),
+        ] {
+            let input = MatchInput { server_name: sni, ..input("10.0.0.1:1", "10.0.0.2:1") };
+            assert_eq!(found(&matcher, &input), Some(expected), "SNI {sni:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_canonical_loopback_address_counts_as_local() {
+        let of = |source_type| FilterChainMatch { source_type, ..FilterChainMatch::default() };
+        let matcher = Matcher::new(
+            &[chain("local", of(SourceType::SameIpOrLoopback)), chain("external", of(SourceType::External))],
+            None,
+        )
+        .unwrap();
+        for (source, destination, expected) in [
+            ("127.0.0.1:5", "127.0.0.3:1", "local"),
+            ("127.0.0.2:5", "127.0.0.1:1", "external"),
+            ("127.0.0.2:5", "127.0.0.2:1", "local"),
+            ("[::1]:5", "[2001:db8::1]:1", "local"),
+            ("10.0.0.1:5", "10.0.0.1:1", "local"),
+            ("10.0.0.2:5", "10.0.0.1:1", "external"),
+        ] {
+            assert_eq!(
+                found(&matcher, &input(destination, source)),
+                Some(expected),
+                "{source} to {destination}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_clients_protocol_order_decides() {
+        let of = |alpn: &str| FilterChainMatch {
+            application_protocols: names(&[alpn]),
+            ..FilterChainMatch::default()
+        };
+        let matcher = Matcher::new(&[chain("h1", of("http/1.1")), chain("h2", of("h2"))], None).unwrap();
+        let protocols: [Box<str>; 3] = ["x".into(), "h2".into(), "http/1.1".into()];
+        let input = MatchInput { application_protocols: &protocols, ..input("10.0.0.1:1", "10.0.0.2:1") };
+        assert_eq!(found(&matcher, &input), Some("h2"));
+    }
+
+    #[test]
+    fn equal_matches_are_refused_and_named() {
+        let of =
+            |list: &[&str]| FilterChainMatch { server_names: names(list), ..FilterChainMatch::default() };
+        let error = Matcher::new(&[chain("a", of(&["x.com", "y.com"])), chain("b", of(&["y.com"]))], None)
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "filter chain 'b' has the same matching rules defined as 'a': both match server_names y.com; \
+             remove one of them or make its filter_chain_match differ"
+        );
+        let error = Matcher::new(
+            &[chain("a", FilterChainMatch::default()), chain("b", FilterChainMatch::default())],
+            None,
+        )
+        .unwrap_err();
+        assert!(error.to_string().contains("both match every connection"), "{error}");
+        let error = Matcher::new(&[chain("a", of(&["x.com", "x.com"]))], None).unwrap_err();
+        assert!(matches!(error, SameMatch::Repeated { .. }), "{error}");
+        let error = Matcher::new(&[chain("a", of(&["*.com"])), chain("b", of(&[".com"]))], None).unwrap_err();
+        assert!(error.to_string().contains("server_names *.com"), "{error}");
+    }
+
+    #[test]
+    fn whole_address_space_prefixes_beat_any() {
+        let matcher = Matcher::new(
+            &[
+                chain("any", FilterChainMatch::default()),
+                chain(
+                    "zero",
+                    FilterChainMatch {
+                        prefix_ranges: vec![cidr("0.0.0.0/0"), cidr("255.255.255.255/32")],
+                        ..FilterChainMatch::default()
+                    },
+                ),
+            ],
+            None,
+        )
+        .unwrap();
+        assert_eq!(found(&matcher, &input("255.255.255.255:1", "1.1.1.1:1")), Some("zero"));
+        assert_eq!(found(&matcher, &input("1.2.3.4:1", "1.1.1.1:1")), Some("zero"));
+        assert_eq!(found(&matcher, &input("[2001:db8::1]:1", "1.1.1.1:1")), Some("any"));
+    }
+
+    #[test]
+    fn no_chain_and_no_default_is_no_match() {
+        let matcher = Matcher::new(&[], None).unwrap();
+        assert_eq!(found(&matcher, &input("10.0.0.1:1", "10.0.0.2:1")), None);
+    }
+
+    /// The specification, word for word: a list of candidates that every step narrows.
+    fn naive(chains: &[Arc<FilterChain>], input: &MatchInput<'_>) -> Option<usize> {
+        let mut left: Vec<usize> = (0..chains.len()).collect();
+        let of = |i: usize| &chains[i].matches;
+
+        let exact = left.iter().any(|i| of(*i).destination_port == Some(input.destination.port()));
+        left.retain(|i| of(*i).destination_port == exact.then_some(input.destination.port()));
+
+        naive_prefix(&mut left, input.destination.ip(), |i| &of(i).prefix_ranges);
+
+        let lists = |i: usize, name: &str| of(i).server_names.iter().any(|n| &**n == name);
+        let mut wanted: Vec<String> = Vec::new();
+        if !input.server_name.is_empty() {
+            wanted.push(input.server_name.into());
+            let labels: Vec<&str> = input.server_name.split('.').collect();
+            for cut in 1..labels.len() {
+                if !labels[..cut].concat().is_empty() {
+                    wanted.push(format!("*.{}", labels[cut..].join(".")));
+                }
+            }
+        }
+        match wanted.iter().find(|name| left.iter().any(|i| lists(*i, name))) {
+            Some(name) => left.retain(|i| lists(*i, name)),
+            None => left.retain(|i| of(*i).server_names.is_empty()),
+        }
+
+        let transport =
+            if input.transport_protocol.is_empty() { "raw_buffer" } else { input.transport_protocol };
+        let exact = left.iter().any(|i| &*of(*i).transport_protocol == transport);
+        left.retain(|i| &*of(*i).transport_protocol == if exact { transport } else { "" });
+
+        let lists = |i: usize, alpn: &str| of(i).application_protocols.iter().any(|n| &**n == alpn);
+        match input.application_protocols.iter().find(|alpn| left.iter().any(|i| lists(*i, alpn))) {
+            Some(alpn) => left.retain(|i| lists(*i, alpn)),
+            None => left.retain(|i| of(*i).application_protocols.is_empty()),
+        }
+
+        naive_prefix(&mut left, input.direct_source, |i| &of(i).direct_source_prefix_ranges);
+
+        let local = input.source.ip() == input.destination.ip()
+            || ["127.0.0.1", "::1"].contains(&input.source.ip().to_string().as_str());
+        let kind = if local { SourceType::SameIpOrLoopback } else { SourceType::External };
+        let exact = left.iter().any(|i| of(*i).source_type == kind);
+        left.retain(|i| of(*i).source_type == if exact { kind } else { SourceType::Any });
+
+        naive_prefix(&mut left, input.source.ip(), |i| &of(i).source_prefix_ranges);
+
+        let exact = left.iter().any(|i| of(*i).source_ports.contains(&input.source.port()));
+        left.retain(|i| {
+            if exact {
+                of(*i).source_ports.contains(&input.source.port())
+            } else {
+                of(*i).source_ports.is_empty()
+            }
+        });
+        assert!(left.len() <= 1, "two chains are equally specific: {left:?}");
+        left.first().copied()
+    }
+
+    fn naive_prefix<'a>(left: &mut Vec<usize>, ip: IpAddr, ranges: impl Fn(usize) -> &'a [Cidr]) {
+        let contains = |cidr: &Cidr| match (cidr.address, ip) {
+            (IpAddr::V4(net), IpAddr::V4(ip)) => {
+                (0..cidr.prefix_len).all(|bit| (net.to_bits() ^ ip.to_bits()) >> (31 - bit) & 1 == 0)
+            }
+            (IpAddr::V6(net), IpAddr::V6(ip)) => {
+                (0..cidr.prefix_len).all(|bit| (net.to_bits() ^ ip.to_bits()) >> (127 - bit) & 1 == 0)
+            }
+            _ => false,
+        };
+        let longest =
+            left.iter().flat_map(|i| ranges(*i)).filter(|c| contains(c)).map(|c| c.prefix_len).max();
+        match longest {
+            Some(len) => left.retain(|i| ranges(*i).iter().any(|c| c.prefix_len == len && contains(c))),
+            None => left.retain(|i| ranges(*i).is_empty()),
+        }
+    }
+
+    fn any_ip() -> impl Strategy<Value = IpAddr> {
+        // Few bits vary, so that prefixes nest and collide often.
+        prop_oneof![
+            3 => prop::sample::select(vec![0u32, 1, 2, 3, 0x0000_0100, 0x0001_0001, 0x8000_0000, 0x8000_0001, 0x7f00_0001, u32::MAX])
+                .prop_map(|bits| IpAddr::V4(bits.into())),
+            1 => prop::sample::select(vec![1u128, 2, 1 << 100, (1 << 100) + 1, u128::MAX])
+                .prop_map(|bits| IpAddr::V6(bits.into())),
+        ]
+    }
+
+    fn any_cidr() -> impl Strategy<Value = Cidr> {
+        (any_ip(), prop::sample::select(vec![0u8, 1, 8, 15, 24, 31, 32])).prop_map(|(ip, len)| match ip {
+            IpAddr::V4(ip) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(len)).unwrap_or(0);
+                Cidr { address: IpAddr::V4((ip.to_bits() & mask).into()), prefix_len: len }
+            }
+            IpAddr::V6(ip) => {
+                let len = len * 4;
+                let mask = u128::MAX.checked_shl(128 - u32::from(len)).unwrap_or(0);
+                Cidr { address: IpAddr::V6((ip.to_bits() & mask).into()), prefix_len: len }
+            }
+        })
+    }
+
+    fn subset<T: Clone + std::fmt::Debug + 'static>(values: Vec<T>) -> impl Strategy<Value = Vec<T>> {
+        prop_oneof![2 => Just(Vec::new()), 1 => prop::sample::subsequence(values, 1..=2)]
+    }
+
+    fn cidrs() -> impl Strategy<Value = Vec<Cidr>> {
+        prop_oneof![
+            2 => Just(Vec::new()),
+            1 => prop::collection::hash_set(any_cidr(), 1..3).prop_map(|set| set.into_iter().collect()),
+        ]
+    }
+
+    fn any_match() -> impl Strategy<Value = FilterChainMatch> {
+        (
+            prop::option::of(0..3u16),
+            cidrs(),
+            subset(names(&["a.x.y", "b.x.y", "*.x.y", "*.y", "x.y"])),
+            prop::sample::select(vec!["", "", "tls", "raw_buffer"]),
+            subset(names(&["h2", "http/1.1", "istio"])),
+            cidrs(),
+            prop::sample::select(vec![
+                SourceType::Any,
+                SourceType::Any,
+                SourceType::SameIpOrLoopback,
+                SourceType::External,
+            ]),
+            cidrs(),
+            subset(vec![1u16, 2, 3]),
+        )
+            .prop_map(|(port, dst, sni, transport, alpn, direct, source_type, src, ports)| {
+                FilterChainMatch {
+                    destination_port: port,
+                    prefix_ranges: dst,
+                    server_names: sni,
+                    transport_protocol: transport.into(),
+                    application_protocols: alpn,
+                    direct_source_prefix_ranges: direct,
+                    source_type,
+                    source_prefix_ranges: src,
+                    source_ports: ports,
+                }
+            })
+    }
+
+    #[derive(Debug, Clone)]
+    struct Probe {
+        destination: SocketAddr,
+        source: SocketAddr,
+        direct: IpAddr,
+        transport: &'static str,
+        sni: &'static str,
+        alpn: Vec<Box<str>>,
+    }
+
+    fn any_probe() -> impl Strategy<Value = Probe> {
+        (
+            (any_ip(), 0..4u16),
+            (any_ip(), 0..4u16),
+            any_ip(),
+            prop::sample::select(vec!["", "tls", "raw_buffer", "other"]),
+            prop::sample::select(vec!["", "a.x.y", "b.x.y", "c.x.y", "d.c.x.y", "x.y", "y", "z"]),
+            prop::collection::vec(
+                prop::sample::select(vec!["h2", "http/1.1", "other"]).prop_map(Box::from),
+                0..3,
+            ),
+        )
+            .prop_map(|(destination, source, direct, transport, sni, alpn)| Probe {
+                destination: destination.into(),
+                source: source.into(),
+                direct,
+                transport,
+                sni,
+                alpn,
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn matches_as_the_specification_says(
+            matches in prop::collection::vec(any_match(), 0..12),
+            probes in prop::collection::vec(any_probe(), 16),
+        ) {
+            // Drop chains that collide with an earlier one: the matcher has to refuse those.
+            let mut chains: Vec<Arc<FilterChain>> = Vec::new();
+            for (index, m) in matches.into_iter().enumerate() {
+                chains.push(chain(&index.to_string(), m));
+                if Matcher::new(&chains, None).is_err() {
+                    chains.pop();
+                }
+            }
+            let matcher = Matcher::new(&chains, None).unwrap();
+            for probe in &probes {
+                let input = MatchInput {
+                    destination: probe.destination,
+                    source: probe.source,
+                    direct_source: probe.direct,
+                    transport_protocol: probe.transport,
+                    server_name: probe.sni,
+                    application_protocols: &probe.alpn,
+                };
+                let expected = naive(&chains, &input).map(|index| &*chains[index].name);
+                prop_assert_eq!(found(&matcher, &input), expected, "{:?} of {:#?}", probe, chains);
+            }
+        }
+    }
+}
