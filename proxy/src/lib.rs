@@ -4,6 +4,7 @@
 
 pub mod addr;
 pub mod args;
+pub mod cluster;
 pub mod config;
 pub mod connection;
 pub mod drain;

@@ -35,7 +35,7 @@ pub struct MatchInput<'a> {
 
 /// Two chains (or one chain twice) match exactly the same connections.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SameMatch {
+pub enum MatchError {
     /// Two chains.
     #[error(
         "filter chain '{second}' has the same matching rules defined as '{first}': both match {rules}; remove one of them \
@@ -65,8 +65,7 @@ pub enum SameMatch {
 #[derive(Debug)]
 pub struct Matcher {
     root: Option<Node>,
-    chains: Vec<Arc<FilterChain>>,
-    default: Option<Arc<FilterChain>>,
+    default: Option<usize>,
 }
 
 impl Matcher {
@@ -74,7 +73,10 @@ impl Matcher {
     ///
     /// # Errors
     /// When two chains match the same connections, which would make the choice arbitrary.
-    pub fn new(chains: &[Arc<FilterChain>], default: Option<Arc<FilterChain>>) -> Result<Self, SameMatch> {
+    pub fn build(
+        chains: &[Arc<FilterChain>],
+        default: Option<&Arc<FilterChain>>,
+    ) -> Result<Self, MatchError> {
         let mut rows: Vec<Row<'_>> = chains
             .iter()
             .enumerate()
@@ -85,16 +87,13 @@ impl Matcher {
             return Err(same_match(chains, &pair[0], &pair[1]));
         }
         let root = (!rows.is_empty()).then(|| compile(&rows, Step::DestinationPort));
-        Ok(Self { root, chains: chains.to_vec(), default })
+        Ok(Self { root, default: default.map(|_| chains.len()) })
     }
 
-    /// The chain that serves this connection; the default chain when none matches. `None`: close it (flag NR).
-    pub fn find(&self, input: &MatchInput<'_>) -> Option<&Arc<FilterChain>> {
-        self.root
-            .as_ref()
-            .and_then(|root| root.find(input))
-            .map(|index| &self.chains[index as usize])
-            .or(self.default.as_ref())
+    /// The chain that serves this connection, as its index in the list that the matcher was built from; one past
+    /// its end for the default chain. `None`: nothing matches, close the connection (flag NR).
+    pub fn find(&self, input: &MatchInput<'_>) -> Option<usize> {
+        self.root.as_ref().and_then(|root| root.find(input)).map(|index| index as usize).or(self.default)
     }
 }
 
@@ -192,14 +191,14 @@ fn multiply<'a, T>(keys: &mut Vec<Key<'a>>, values: &'a [T], set: impl Fn(&mut K
     }
 }
 
-fn same_match(chains: &[Arc<FilterChain>], a: &Row<'_>, b: &Row<'_>) -> SameMatch {
+fn same_match(chains: &[Arc<FilterChain>], a: &Row<'_>, b: &Row<'_>) -> MatchError {
     let rules = a.key.to_string();
     // Equal keys sort by the chain's position.
     if a.chain == b.chain {
-        return SameMatch::Repeated { chain: chains[a.chain as usize].name.clone(), rules };
+        return MatchError::Repeated { chain: chains[a.chain as usize].name.clone(), rules };
     }
     let name = |row: &Row<'_>| chains[row.chain as usize].name.clone();
-    SameMatch::Chains { first: name(a), second: name(b), rules }
+    MatchError::Chains { first: name(a), second: name(b), rules }
 }
 
 impl std::fmt::Display for Key<'_> {
@@ -502,13 +501,21 @@ mod tests {
         }
     }
 
-    fn found<'m>(matcher: &'m Matcher, input: &MatchInput<'_>) -> Option<&'m str> {
-        matcher.find(input).map(|chain| &*chain.name)
+    /// A matcher and the names of its chains, the default chain last.
+    struct Built(Matcher, Vec<Arc<str>>);
+
+    fn build(chains: &[Arc<FilterChain>], default: Option<Arc<FilterChain>>) -> Result<Built, MatchError> {
+        let matcher = Matcher::build(chains, default.as_ref())?;
+        Ok(Built(matcher, chains.iter().chain(&default).map(|chain| chain.name.clone()).collect()))
+    }
+
+    fn found<'m>(Built(matcher, names): &'m Built, input: &MatchInput<'_>) -> Option<&'m str> {
+        matcher.find(input).map(|index| &*names[index])
     }
 
     #[test]
     fn a_specific_port_without_a_match_does_not_fall_back_to_any_port() {
-        let matcher = Matcher::new(
+        let matcher = build(
             &[
                 chain(
                     "port",
@@ -529,7 +536,7 @@ mod tests {
 
     #[test]
     fn the_longest_prefix_wins_even_when_a_later_step_then_fails() {
-        let matcher = Matcher::new(
+        let matcher = build(
             &[
                 chain(
                     "wide",
@@ -559,7 +566,7 @@ mod tests {
 
     #[test]
     fn server_names_match_exactly_then_by_the_longest_suffix() {
-        let matcher = Matcher::new(
+        let matcher = build(
             &[
                 chain(
                     "exact",
@@ -592,7 +599,7 @@ mod tests {
     #[test]
     fn only_the_canonical_loopback_address_counts_as_local() {
         let of = |source_type| FilterChainMatch { source_type, ..FilterChainMatch::default() };
-        let matcher = Matcher::new(
+        let matcher = build(
             &[chain("local", of(SourceType::SameIpOrLoopback)), chain("external", of(SourceType::External))],
             None,
         )
@@ -619,7 +626,7 @@ mod tests {
             application_protocols: names(&[alpn]),
             ..FilterChainMatch::default()
         };
-        let matcher = Matcher::new(&[chain("h1", of("http/1.1")), chain("h2", of("h2"))], None).unwrap();
+        let matcher = build(&[chain("h1", of("http/1.1")), chain("h2", of("h2"))], None).unwrap();
         let protocols: [Box<str>; 3] = ["x".into(), "h2".into(), "http/1.1".into()];
         let input = MatchInput { application_protocols: &protocols, ..input("10.0.0.1:1", "10.0.0.2:1") };
         assert_eq!(found(&matcher, &input), Some("h2"));
@@ -629,28 +636,27 @@ mod tests {
     fn equal_matches_are_refused_and_named() {
         let of =
             |list: &[&str]| FilterChainMatch { server_names: names(list), ..FilterChainMatch::default() };
-        let error = Matcher::new(&[chain("a", of(&["x.com", "y.com"])), chain("b", of(&["y.com"]))], None)
-            .unwrap_err();
+        let error =
+            build(&[chain("a", of(&["x.com", "y.com"])), chain("b", of(&["y.com"]))], None).err().unwrap();
         assert_eq!(
             error.to_string(),
             "filter chain 'b' has the same matching rules defined as 'a': both match server_names y.com; \
              remove one of them or make its filter_chain_match differ"
         );
-        let error = Matcher::new(
-            &[chain("a", FilterChainMatch::default()), chain("b", FilterChainMatch::default())],
-            None,
-        )
-        .unwrap_err();
+        let error =
+            build(&[chain("a", FilterChainMatch::default()), chain("b", FilterChainMatch::default())], None)
+                .err()
+                .unwrap();
         assert!(error.to_string().contains("both match every connection"), "{error}");
-        let error = Matcher::new(&[chain("a", of(&["x.com", "x.com"]))], None).unwrap_err();
-        assert!(matches!(error, SameMatch::Repeated { .. }), "{error}");
-        let error = Matcher::new(&[chain("a", of(&["*.com"])), chain("b", of(&[".com"]))], None).unwrap_err();
+        let error = build(&[chain("a", of(&["x.com", "x.com"]))], None).err().unwrap();
+        assert!(matches!(error, MatchError::Repeated { .. }), "{error}");
+        let error = build(&[chain("a", of(&["*.com"])), chain("b", of(&[".com"]))], None).err().unwrap();
         assert!(error.to_string().contains("server_names *.com"), "{error}");
     }
 
     #[test]
     fn whole_address_space_prefixes_beat_any() {
-        let matcher = Matcher::new(
+        let matcher = build(
             &[
                 chain("any", FilterChainMatch::default()),
                 chain(
@@ -671,7 +677,7 @@ mod tests {
 
     #[test]
     fn no_chain_and_no_default_is_no_match() {
-        let matcher = Matcher::new(&[], None).unwrap();
+        let matcher = build(&[], None).unwrap();
         assert_eq!(found(&matcher, &input("10.0.0.1:1", "10.0.0.2:1")), None);
     }
 
@@ -863,11 +869,11 @@ mod tests {
             let mut chains: Vec<Arc<FilterChain>> = Vec::new();
             for (index, m) in matches.into_iter().enumerate() {
                 chains.push(chain(&index.to_string(), m));
-                if Matcher::new(&chains, None).is_err() {
+                if build(&chains, None).is_err() {
                     chains.pop();
                 }
             }
-            let matcher = Matcher::new(&chains, None).unwrap();
+            let matcher = build(&chains, None).unwrap();
             for probe in &probes {
                 let input = MatchInput {
                     destination: probe.destination,

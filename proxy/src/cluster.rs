@@ -1,0 +1,356 @@
+//! Clusters at run time: which endpoints they have now, how one is picked, how a connection to it is made.
+//!
+//! The main thread builds a [`Cluster`] from its configuration and replaces its [`HostSet`] as a whole when
+//! endpoints change. Workers pick through balancers of their own ([`WorkerBalancers`]). Neither ever touches an
+//! established connection.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use arc_swap::ArcSwap;
+
+use crate::config;
+use crate::config::cluster::Discovery;
+use crate::stats::{ClusterStats, Stats};
+
+pub mod circuit_breaker;
+mod edf;
+pub mod endpoint;
+pub mod load_balancer;
+pub mod original_dst;
+pub mod priority;
+
+use circuit_breaker::CircuitBreaker;
+use endpoint::{Endpoint, HostRegistry, HostSet};
+pub use load_balancer::WorkerBalancers;
+use original_dst::OriginalDstHosts;
+
+/// Identifies a [`Cluster`] object: a successor of the same name has another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClusterId(u64);
+
+/// A cluster. Shared by snapshots, workers and the connections that use it.
+pub struct Cluster {
+    id: ClusterId,
+    config: Arc<config::cluster::Cluster>,
+    stats: ClusterStats,
+    breaker: CircuitBreaker,
+    registry: Arc<HostRegistry>,
+    hosts: ArcSwap<HostSet>,
+    /// Only for ORIGINAL_DST.
+    original_dst: Option<Arc<OriginalDstHosts>>,
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+/// Versions are unique in the process, so that no two host sets ever look alike.
+static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
+
+impl Cluster {
+    /// Builds a cluster. Its endpoints are those that the configuration gives as addresses; names (STRICT_DNS) come
+    /// in with [`Cluster::set_resolved`].
+    ///
+    /// `previous` is the cluster of the same name that this one replaces: live endpoint state and what is in use
+    /// under the circuit breakers carry over.
+    pub fn build(config: Arc<config::cluster::Cluster>, stats: &Stats, previous: Option<&Self>) -> Arc<Self> {
+        let stat_name = config.alt_stat_name.as_ref().unwrap_or(&config.name);
+        let in_use = previous.map(|cluster| Arc::clone(cluster.breaker.in_use())).unwrap_or_default();
+        let original_dst = (config.discovery == Discovery::OriginalDst)
+            .then(|| previous.and_then(|cluster| cluster.original_dst.clone()).unwrap_or_default());
+        let cluster = Arc::new(Self {
+            id: ClusterId(NEXT_ID.fetch_add(1, Relaxed)),
+            stats: stats.cluster(stat_name),
+            breaker: CircuitBreaker::new(config.circuit_breakers, in_use),
+            registry: previous.map(|cluster| Arc::clone(&cluster.registry)).unwrap_or_default(),
+            hosts: ArcSwap::from_pointee(HostSet::new(0, Vec::new(), 140, 0.0)),
+            original_dst,
+            config,
+        });
+        let names_kept = previous.filter(|previous| {
+            cluster.config.discovery == Discovery::StrictDns
+                && previous.config.load_assignment == cluster.config.load_assignment
+        });
+        match names_kept {
+            // Until DNS answers again, what it said before holds.
+            Some(previous) => cluster.replace_endpoints(
+                previous.hosts.load().endpoints().map(|endpoint| Endpoint::clone(endpoint)).collect(),
+            ),
+            None => cluster.set_resolved(|_, _| Vec::new()),
+        };
+        cluster
+    }
+
+    /// Replaces the endpoints: those of the configuration, with the addresses that `resolve` knows for names.
+    /// Returns whether anything changed.
+    pub fn set_resolved<'a>(&'a self, resolve: impl Fn(&'a str, u16) -> Vec<SocketAddr>) -> bool {
+        self.replace_endpoints(endpoint::endpoints_of(&self.config.load_assignment, &self.registry, resolve))
+    }
+
+    /// Replaces the endpoints. Connections to endpoints that are gone live on; so does the state of endpoints
+    /// that stay. Returns whether anything changed.
+    pub fn replace_endpoints(&self, endpoints: Vec<Endpoint>) -> bool {
+        let old = self.hosts.load_full();
+        let new = self.host_set(endpoints);
+        if new.same_members(&old) && old.version() != 0 {
+            return false;
+        }
+        if !new.same_members(&old) {
+            self.stats.membership_change().inc();
+        }
+        self.publish(new);
+        self.registry.prune();
+        true
+    }
+
+    /// Sorts the endpoints again after health flags changed.
+    pub fn refresh_health(&self) {
+        let endpoints = self.hosts.load().endpoints().map(|endpoint| Endpoint::clone(endpoint)).collect();
+        self.publish(self.host_set(endpoints));
+    }
+
+    fn host_set(&self, endpoints: Vec<Endpoint>) -> HostSet {
+        let factor = match self.config.load_assignment.overprovisioning_factor {
+            0 => 140,
+            factor => factor,
+        };
+        let version = NEXT_VERSION.fetch_add(1, Relaxed);
+        HostSet::new(version, endpoints, factor, self.config.healthy_panic_threshold)
+    }
+
+    fn publish(&self, set: HostSet) {
+        let [total, healthy, degraded, excluded] = set.membership();
+        self.hosts.store(Arc::new(set));
+        if self.original_dst.is_none() {
+            self.stats.membership_total().set(total);
+            self.stats.membership_healthy().set(healthy);
+            self.stats.membership_degraded().set(degraded);
+            self.stats.membership_excluded().set(excluded);
+        }
+    }
+
+    /// Unique in the process.
+    pub fn id(&self) -> ClusterId {
+        self.id
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &Arc<str> {
+        &self.config.name
+    }
+
+    /// What it was built from.
+    pub fn config(&self) -> &Arc<config::cluster::Cluster> {
+        &self.config
+    }
+
+    /// `cluster.<name>.*`
+    pub fn stats(&self) -> &ClusterStats {
+        &self.stats
+    }
+
+    /// Its limits.
+    pub fn breaker(&self) -> &CircuitBreaker {
+        &self.breaker
+    }
+
+    /// Its endpoints now. Cheap: no lock, and no write to shared memory in the usual case.
+    pub fn hosts(&self) -> arc_swap::Guard<Arc<HostSet>> {
+        self.hosts.load()
+    }
+
+    /// Every endpoint, for the admin server; for ORIGINAL_DST the destinations seen lately.
+    pub fn endpoints(&self) -> Vec<Arc<Endpoint>> {
+        match &self.original_dst {
+            Some(hosts) => hosts.endpoints(),
+            None => self.hosts.load().endpoints().cloned().collect(),
+        }
+    }
+
+    /// Brings `circuit_breakers.*` up to date. Called before stats are rendered: computing these gauges when they
+    /// are read keeps the hot path free of them, and they can't go stale.
+    pub fn observe(&self) {
+        self.stats.circuit_breakers_default_cx_open().set(u64::from(self.breaker.cx_open()));
+        self.stats.circuit_breakers_default_rq_pending_open().set(u64::from(self.breaker.rq_pending_open()));
+    }
+
+    /// ORIGINAL_DST: drops unused hosts. Called by the main thread every `cleanup_interval`.
+    pub fn sweep(&self) {
+        let Some(hosts) = &self.original_dst else { return };
+        if hosts.sweep() > 0 {
+            self.note_membership(hosts.len() as u64);
+            self.registry.prune();
+        }
+    }
+
+    /// ORIGINAL_DST: its hosts.
+    pub fn original_dst_hosts(&self) -> Option<&OriginalDstHosts> {
+        self.original_dst.as_deref()
+    }
+
+    pub(crate) fn registry(&self) -> &HostRegistry {
+        &self.registry
+    }
+
+    fn note_membership(&self, total: u64) {
+        self.stats.membership_change().inc();
+        self.stats.membership_total().set(total);
+        self.stats.membership_healthy().set(total);
+    }
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster")
+            .field("config", &self.config)
+            .field("hosts", &self.hosts.load())
+            .field("breaker", &self.breaker)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::addr::OriginalDst;
+    use crate::config::cluster::{Cluster as Config, Dns, LbPolicy, LookupFamily, Thresholds};
+    use crate::config::endpoint::{
+        ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, Locality, LocalityLbEndpoints,
+    };
+
+    pub(crate) fn config(name: &str, discovery: Discovery, addresses: &[EndpointAddress]) -> Config {
+        let endpoint = |address: &EndpointAddress| LbEndpoint {
+            address: address.clone(),
+            hostname: "".into(),
+            load_balancing_weight: 1,
+            health_status: HealthStatus::Unknown,
+        };
+        Config {
+            name: name.into(),
+            alt_stat_name: None,
+            discovery,
+            lb_policy: LbPolicy::RoundRobin,
+            connect_timeout: Duration::from_secs(5),
+            per_connection_buffer_limit_bytes: 1 << 20,
+            load_assignment: ClusterLoadAssignment {
+                localities: vec![LocalityLbEndpoints {
+                    locality: Locality::default(),
+                    priority: 0,
+                    load_balancing_weight: None,
+                    endpoints: addresses.iter().map(endpoint).collect(),
+                }],
+                overprovisioning_factor: 140,
+            },
+            circuit_breakers: Thresholds::default(),
+            healthy_panic_threshold: 50.0,
+            upstream_keepalive: None,
+            dns: Dns {
+                refresh_rate: Duration::from_secs(5),
+                respect_ttl: false,
+                lookup_family: LookupFamily::Auto,
+            },
+            cleanup_interval: Duration::from_secs(5),
+        }
+    }
+
+    pub(crate) fn ip(port: u16) -> EndpointAddress {
+        EndpointAddress::Ip(([127, 0, 0, 1], port).into())
+    }
+
+    #[test]
+    fn an_update_keeps_the_state_of_endpoints_that_stay() {
+        let stats = Stats::new(1);
+        let old = Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1), ip(2)])), &stats, None);
+        assert_eq!(old.stats().membership_total().value(), 2);
+        assert_eq!(old.stats().membership_change().value(), 1);
+        let active = old.endpoints()[1].host.connecting();
+        let permit = old.breaker().connection();
+        let mut changed = config("c", Discovery::Static, &[ip(2), ip(3)]);
+        changed.circuit_breakers.max_connections = 1;
+        let new = Cluster::build(Arc::new(changed), &stats, Some(&old));
+        drop(old);
+        let hosts = new.endpoints();
+        assert_eq!((hosts[0].host.cx_active(), hosts[1].host.cx_active()), (1, 0));
+        new.observe();
+        assert_eq!(new.stats().circuit_breakers_default_cx_open().value(), 1);
+        drop((active, permit));
+        new.observe();
+        assert_eq!((hosts[0].host.cx_active(), new.breaker().connections()), (0, 0));
+        assert_eq!(new.stats().circuit_breakers_default_cx_open().value(), 0);
+    }
+
+    #[test]
+    fn equal_endpoints_are_no_change() {
+        let stats = Stats::new(1);
+        let cluster = Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1)])), &stats, None);
+        let version = cluster.hosts().version();
+        assert!(!cluster.set_resolved(|_, _| Vec::new()));
+        assert_eq!(cluster.hosts().version(), version);
+        assert!(cluster.replace_endpoints(Vec::new()));
+        assert_eq!(cluster.stats().membership_total().value(), 0);
+        assert_eq!(cluster.stats().membership_change().value(), 2);
+    }
+
+    #[test]
+    fn workers_see_a_new_host_set_at_their_next_pick() {
+        let stats = Stats::new(1);
+        let cluster = Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1)])), &stats, None);
+        let mut balancers = WorkerBalancers::with_seed(1);
+        let port = |balancers: &mut WorkerBalancers| {
+            balancers.pick(&cluster, None).map(|endpoint| endpoint.address().0.port())
+        };
+        assert_eq!(port(&mut balancers), Some(1));
+        cluster.replace_endpoints(vec![endpoint::tests::endpoint(cluster.registry(), 9, 1, 0)]);
+        assert_eq!(port(&mut balancers), Some(9));
+        cluster.replace_endpoints(Vec::new());
+        assert_eq!(port(&mut balancers), None);
+        assert_eq!(cluster.stats().lb_healthy_panic().value(), 1);
+        balancers.retain(|_| false);
+    }
+
+    #[test]
+    fn health_flags_count_after_a_refresh() {
+        let stats = Stats::new(1);
+        let cluster =
+            Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1), ip(2), ip(3)])), &stats, None);
+        let host = Arc::clone(&cluster.endpoints()[0].host);
+        host.set_health_flag(endpoint::HealthFlag::FailedActiveHealthCheck, true);
+        cluster.refresh_health();
+        assert_eq!(cluster.stats().membership_healthy().value(), 2);
+        let mut balancers = WorkerBalancers::with_seed(1);
+        for _ in 0..20 {
+            assert_ne!(balancers.pick(&cluster, None).unwrap().address(), host.address());
+        }
+    }
+
+    #[test]
+    fn original_destinations_become_hosts_until_unused_for_a_sweep() {
+        let stats = Stats::new(1);
+        let cluster = Cluster::build(Arc::new(config("Pass", Discovery::OriginalDst, &[])), &stats, None);
+        let mut balancers = [WorkerBalancers::with_seed(1), WorkerBalancers::with_seed(2)];
+        let destination = |n: u8| Some(OriginalDst(([10, 0, 0, n], 80).into()));
+        assert!(balancers[0].pick(&cluster, None).is_none(), "no restored address, no host");
+
+        let first = balancers[0].pick(&cluster, destination(1)).unwrap();
+        assert_eq!(&*first.hostname, "Pass10.0.0.1:80");
+        let same = balancers[1].pick(&cluster, destination(1)).unwrap();
+        assert!(Arc::ptr_eq(&first, &same), "workers share hosts");
+        let used = balancers[0].pick(&cluster, destination(2)).unwrap().host.connecting();
+        assert_eq!(cluster.stats().membership_total().value(), 2);
+
+        cluster.sweep();
+        assert_eq!(cluster.endpoints().len(), 2, "picked since the last sweep");
+        cluster.sweep();
+        assert_eq!(cluster.endpoints().len(), 1, "the one with a connection stays");
+        assert_eq!(cluster.stats().membership_total().value(), 1);
+
+        let again = balancers[1].pick(&cluster, destination(1)).unwrap();
+        assert!(!Arc::ptr_eq(&first.host, &again.host), "a swept host is not used again");
+        drop(used);
+        cluster.sweep();
+        cluster.sweep();
+        assert_eq!(cluster.endpoints().len(), 0);
+    }
+}

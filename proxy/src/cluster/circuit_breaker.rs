@@ -1,0 +1,153 @@
+//! Circuit breakers: limits of a cluster that all workers share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use crate::config::cluster::Thresholds;
+
+/// What a cluster has in use. Shared by the cluster and its successors of the same name, so that an update of the
+/// thresholds neither forgets open connections nor lets the limit be exceeded.
+#[derive(Debug, Default)]
+pub struct InUse {
+    connections: AtomicU32,
+    pending: AtomicU32,
+}
+
+/// The limits of one cluster.
+#[derive(Clone, Debug)]
+pub struct CircuitBreaker {
+    thresholds: Thresholds,
+    in_use: Arc<InUse>,
+}
+
+/// Which limit a permit counts against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resource {
+    Connections,
+    Pending,
+}
+
+impl InUse {
+    fn counter(&self, resource: Resource) -> &AtomicU32 {
+        match resource {
+            Resource::Connections => &self.connections,
+            Resource::Pending => &self.pending,
+        }
+    }
+}
+
+impl CircuitBreaker {
+    /// Limits over what is in use.
+    pub fn new(thresholds: Thresholds, in_use: Arc<InUse>) -> Self {
+        Self { thresholds, in_use }
+    }
+
+    /// What it counts, for a successor with other thresholds.
+    pub fn in_use(&self) -> &Arc<InUse> {
+        &self.in_use
+    }
+
+    /// A place under `max_connections`.
+    pub fn connection(&self) -> Option<Permit> {
+        self.acquire(Resource::Connections, self.thresholds.max_connections)
+    }
+
+    /// A place under `max_pending_requests`, held while connecting.
+    pub fn pending(&self) -> Option<Permit> {
+        self.acquire(Resource::Pending, self.thresholds.max_pending_requests)
+    }
+
+    /// Whether `max_connections` are open (`circuit_breakers.default.cx_open`).
+    pub fn cx_open(&self) -> bool {
+        let count = self.in_use.connections.load(Relaxed);
+        count > 0 && count >= self.thresholds.max_connections
+    }
+
+    /// Whether `max_pending_requests` are connecting (`circuit_breakers.default.rq_pending_open`).
+    pub fn rq_pending_open(&self) -> bool {
+        let count = self.in_use.pending.load(Relaxed);
+        count > 0 && count >= self.thresholds.max_pending_requests
+    }
+
+    /// Connections that hold a permit.
+    pub fn connections(&self) -> u32 {
+        self.in_use.connections.load(Relaxed)
+    }
+
+    fn acquire(&self, resource: Resource, max: u32) -> Option<Permit> {
+        let raise = |count: u32| (count < max).then(|| count + 1);
+        self.in_use.counter(resource).fetch_update(Relaxed, Relaxed, raise).ok()?;
+        Some(Permit { in_use: Arc::clone(&self.in_use), resource })
+    }
+}
+
+/// A place under a limit; given back when dropped.
+#[derive(Debug)]
+#[must_use = "the place is given back when this is dropped"]
+pub struct Permit {
+    in_use: Arc<InUse>,
+    resource: Resource,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.in_use.counter(self.resource).fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn breaker(max_connections: u32, max_pending_requests: u32) -> CircuitBreaker {
+        CircuitBreaker::new(Thresholds { max_connections, max_pending_requests }, Arc::default())
+    }
+
+    #[test]
+    fn places_run_out_and_come_back() {
+        let breaker = breaker(2, 0);
+        let first = breaker.connection().unwrap();
+        assert!(!breaker.cx_open());
+        let _second = breaker.connection().unwrap();
+        assert!(breaker.cx_open() && breaker.connection().is_none());
+        drop(first);
+        assert!(!breaker.cx_open() && breaker.connection().is_some());
+        assert!(breaker.pending().is_none());
+    }
+
+    #[test]
+    fn a_lower_limit_counts_what_is_already_open() {
+        let old = breaker(10, 10);
+        let permits: Vec<_> = (0..5).map(|_| old.connection().unwrap()).collect();
+        let new = CircuitBreaker::new(
+            Thresholds { max_connections: 3, max_pending_requests: 1 },
+            old.in_use().clone(),
+        );
+        assert!(new.cx_open() && new.connection().is_none());
+        drop(permits);
+        assert_eq!(new.connections(), 0);
+        assert!(new.connection().is_some());
+    }
+
+    #[test]
+    fn the_limit_holds_across_threads() {
+        let breaker = breaker(8, 8);
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                let breaker = breaker.clone();
+                std::thread::spawn(move || {
+                    let mut most = 0;
+                    for _ in 0..2000 {
+                        let held: Vec<_> = (0..4).filter_map(|_| breaker.connection()).collect();
+                        most = most.max(breaker.connections());
+                        drop(held);
+                    }
+                    most
+                })
+            })
+            .collect();
+        let most = threads.into_iter().map(|thread| thread.join().unwrap()).max().unwrap();
+        assert!((4..=8).contains(&most), "{most}");
+        assert_eq!(breaker.connections(), 0);
+    }
+}
