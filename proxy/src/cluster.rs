@@ -316,7 +316,7 @@ pub(crate) mod tests {
         let cluster =
             Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1), ip(2), ip(3)])), &stats, None);
         let host = Arc::clone(&cluster.endpoints()[0].host);
-        host.set_health_flag(endpoint::HealthFlag::FailedActiveHealthCheck, true);
+        host.set_health_flag(endpoint::HealthFlag::FailedActive, true);
         cluster.refresh_health();
         assert_eq!(cluster.stats().membership_healthy().value(), 2);
         let mut balancers = WorkerBalancers::with_seed(1);

@@ -182,7 +182,9 @@ mod tests {
             let mut edf = weighted(&weights, start);
             for _ in 0..3 {
                 let mut shares = vec![0u64; weights.len()];
-                picks(&mut edf, period).into_iter().for_each(|index| shares[index as usize] += 1);
+                for index in picks(&mut edf, period) {
+                    shares[index as usize] += 1;
+                }
                 let expected: Vec<u64> = weights.iter().map(|weight| u64::from(*weight) / divisor).collect();
                 prop_assert_eq!(shares, expected);
             }

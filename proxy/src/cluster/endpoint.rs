@@ -33,13 +33,13 @@ pub struct Host {
 #[repr(u32)]
 pub enum HealthFlag {
     /// Active health checks fail.
-    FailedActiveHealthCheck = 1 << 0,
+    FailedActive = 1 << 0,
     /// Ejected by outlier detection.
-    FailedOutlierCheck = 1 << 1,
+    FailedOutlier = 1 << 1,
     /// Active health checks report it degraded.
-    DegradedActiveHealthCheck = 1 << 2,
+    DegradedActive = 1 << 2,
     /// Not yet checked; does not count as a host.
-    PendingActiveHealthCheck = 1 << 3,
+    PendingActive = 1 << 3,
 }
 
 impl Host {
@@ -250,9 +250,9 @@ impl Endpoint {
             self.health_status,
             HealthStatus::Unhealthy | HealthStatus::Draining | HealthStatus::Timeout
         );
-        if down || has(HealthFlag::FailedActiveHealthCheck) || has(HealthFlag::FailedOutlierCheck) {
+        if down || has(HealthFlag::FailedActive) || has(HealthFlag::FailedOutlier) {
             Health::Unhealthy
-        } else if self.health_status == HealthStatus::Degraded || has(HealthFlag::DegradedActiveHealthCheck) {
+        } else if self.health_status == HealthStatus::Degraded || has(HealthFlag::DegradedActive) {
             Health::Degraded
         } else {
             Health::Healthy
@@ -262,7 +262,7 @@ impl Endpoint {
     /// Left out when shares of healthy hosts are computed: it is leaving, or was never checked.
     pub fn is_excluded(&self) -> bool {
         self.health_status == HealthStatus::Draining
-            || self.host.health_flags() & HealthFlag::PendingActiveHealthCheck as u32 != 0
+            || self.host.health_flags() & HealthFlag::PendingActive as u32 != 0
     }
 }
 
@@ -489,9 +489,9 @@ pub(super) mod tests {
             assert_eq!((e.health(), e.is_excluded()), (health, excluded), "{status:?}");
         }
         e.health_status = HealthStatus::Healthy;
-        e.host.set_health_flag(HealthFlag::FailedOutlierCheck, true);
+        e.host.set_health_flag(HealthFlag::FailedOutlier, true);
         assert_eq!(e.health(), Health::Unhealthy);
-        e.host.set_health_flag(HealthFlag::FailedOutlierCheck, false);
+        e.host.set_health_flag(HealthFlag::FailedOutlier, false);
         assert_eq!(e.health(), Health::Healthy);
     }
 }

@@ -54,7 +54,7 @@ impl WorkerBalancers {
                 .entry(cluster.id())
                 .or_insert_with(|| State::OriginalDst(WorkerHosts::default()));
             let State::OriginalDst(known) = state else { return None };
-            return known.pick(cluster, hosts, destination?);
+            return Some(known.pick(cluster, hosts, destination?));
         }
         let set = cluster.hosts();
         let state = self.by_cluster.entry(cluster.id()).or_insert_with(|| {

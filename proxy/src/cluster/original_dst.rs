@@ -90,7 +90,7 @@ impl WorkerHosts {
         cluster: &Cluster,
         hosts: &OriginalDstHosts,
         destination: OriginalDst,
-    ) -> Option<Arc<Endpoint>> {
+    ) -> Arc<Endpoint> {
         let sweeps = hosts.sweeps.load(Relaxed);
         if self.sweeps != sweeps {
             self.sweeps = sweeps;
@@ -98,7 +98,7 @@ impl WorkerHosts {
         }
         if let Some(endpoint) = self.known.get(&destination.0) {
             endpoint.host.note_picked();
-            return Some(Arc::clone(endpoint));
+            return Arc::clone(endpoint);
         }
         let (endpoint, added) = hosts.find_or_add(cluster.name(), cluster.registry(), destination);
         if added {
@@ -106,6 +106,6 @@ impl WorkerHosts {
         }
         endpoint.host.note_picked();
         self.known.insert(destination.0, Arc::clone(&endpoint));
-        Some(endpoint)
+        endpoint
     }
 }

@@ -83,8 +83,8 @@ impl Matcher {
             .flat_map(|(index, chain)| rows_of(&chain.matches, index as u32))
             .collect();
         rows.sort_unstable();
-        if let Some(pair) = rows.windows(2).find(|pair| pair[0].key == pair[1].key) {
-            return Err(same_match(chains, &pair[0], &pair[1]));
+        if let Some((a, b)) = rows.iter().zip(&rows[1.min(rows.len())..]).find(|(a, b)| a.key == b.key) {
+            return Err(same_match(chains, a, b));
         }
         let root = (!rows.is_empty()).then(|| compile(&rows, Step::DestinationPort));
         Ok(Self { root, default: default.map(|_| chains.len()) })
