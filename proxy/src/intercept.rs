@@ -7,10 +7,12 @@
 mod bpf;
 mod bpffs;
 pub mod cgroup;
+pub mod destinations;
 pub mod error;
 mod links;
 pub mod maps;
 pub mod original_dst;
+pub mod pods;
 pub mod programs;
 
 pub use bpffs::default_pin_dir;

@@ -90,6 +90,12 @@ pub enum InterceptError {
         /// Its size, entries.
         capacity: u32,
     },
+    /// The thread that finds pods can't start.
+    #[error("can't watch for pods: {source}")]
+    Pods {
+        /// What it lacks.
+        source: io::Error,
+    },
     /// Another process has taken the interception over.
     #[error("another tidegate process has taken over the interception at {}", .0.display())]
     Superseded(PathBuf),
@@ -110,6 +116,7 @@ impl InterceptError {
             Self::Attach { .. } => "attach",
             Self::Map { .. } => "map",
             Self::Full { .. } => "full",
+            Self::Pods { .. } => "pods",
             Self::Superseded(_) => "superseded",
             Self::InUse(_) => "in_use",
         }

@@ -1,0 +1,167 @@
+//! inotify on a cgroup subtree: which cgroups deserve a look.
+//!
+//! Two watches for each cgroup: its directory (cgroups made and removed in it, processes moved by a write to
+//! `cgroup.procs`) and its `cgroup.events` (the first process, by whatever means, and the end of the last one).
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
+
+/// The watches of all cgroups.
+#[derive(Debug)]
+pub(super) struct Watch {
+    inotify: Inotify,
+    paths: HashMap<WatchDescriptor, PathBuf>,
+    of_cgroup: BTreeMap<PathBuf, Watched>,
+    buffer: Vec<u8>,
+    /// Said once.
+    exhausted: bool,
+}
+
+#[derive(Debug)]
+struct Watched {
+    directory: WatchDescriptor,
+    events: Option<WatchDescriptor>,
+}
+
+/// What happened since the last look.
+#[derive(Debug, Default)]
+pub(super) struct Happened {
+    /// Cgroups to look at, new ones among them.
+    pub(super) changed: HashSet<PathBuf>,
+    /// Cgroups that are gone: to be forgotten first. One may be in `changed` too, made again by the same name.
+    pub(super) removed: HashSet<PathBuf>,
+    /// Events were lost: look at everything.
+    pub(super) overflow: bool,
+}
+
+impl Watch {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            inotify: Inotify::init()?,
+            paths: HashMap::new(),
+            of_cgroup: BTreeMap::new(),
+            buffer: vec![0; 16 * 1024],
+            exhausted: false,
+        })
+    }
+
+    /// Whether every cgroup could be watched; otherwise changes are only seen by rescans.
+    pub(super) fn is_complete(&self) -> bool {
+        !self.exhausted
+    }
+
+    /// Watches a cgroup from now on; nothing happens when it is watched already. A cgroup that is removed meanwhile
+    /// is no error.
+    pub(super) fn add(&mut self, cgroup: &Path) {
+        if self.of_cgroup.contains_key(cgroup) {
+            return;
+        }
+        let mask = WatchMask::CREATE
+            | WatchMask::DELETE
+            | WatchMask::MODIFY
+            | WatchMask::DELETE_SELF
+            | WatchMask::ONLYDIR;
+        let Some(directory) = self.add_watch(cgroup, mask, cgroup) else { return };
+        let events = self.add_watch(&cgroup.join("cgroup.events"), WatchMask::MODIFY, cgroup);
+        self.of_cgroup.insert(cgroup.to_owned(), Watched { directory, events });
+    }
+
+    fn add_watch(&mut self, path: &Path, mask: WatchMask, cgroup: &Path) -> Option<WatchDescriptor> {
+        match self.inotify.watches().add(path, mask) {
+            Ok(descriptor) => {
+                self.paths.insert(descriptor.clone(), cgroup.to_owned());
+                Some(descriptor)
+            }
+            Err(error) => {
+                if error.raw_os_error() == Some(libc::ENOSPC) && !self.exhausted {
+                    self.exhausted = true;
+                    tracing::warn!(
+                        cgroup = %cgroup.display(),
+                        "fs.inotify.max_user_watches is used up: new pods are found by rescans and at their first \
+                         connect only; raise it (sysctl fs.inotify.max_user_watches)"
+                    );
+                }
+                None
+            }
+        }
+    }
+
+    /// Forgets a removed cgroup and everything below it. The `cgroup.events` watch would keep its inode otherwise.
+    pub(super) fn remove(&mut self, cgroup: &Path) {
+        // Paths are ordered by component: what lies below follows at once.
+        let from_here = self.of_cgroup.range(cgroup.to_owned()..);
+        let below: Vec<_> =
+            from_here.map(|(path, _)| path.clone()).take_while(|path| path.starts_with(cgroup)).collect();
+        for path in below {
+            let Some(watched) = self.of_cgroup.remove(&path) else { continue };
+            for descriptor in [Some(watched.directory), watched.events].into_iter().flatten() {
+                self.paths.remove(&descriptor);
+                // The kernel has removed the directory's already.
+                let _ = self.inotify.watches().remove(descriptor);
+            }
+        }
+    }
+
+    /// How many cgroups are watched.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.of_cgroup.len()
+    }
+
+    /// Takes everything that waits. Never blocks.
+    pub(super) fn drain(&mut self) -> Happened {
+        let mut happened = Happened::default();
+        loop {
+            let events = match self.inotify.read_events(&mut self.buffer) {
+                Ok(events) => events,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    tracing::warn!(%error, "reading inotify events failed; rescanning");
+                    happened.overflow = true;
+                    break;
+                }
+            };
+            let mut any = false;
+            for event in events {
+                any = true;
+                if event.mask.contains(EventMask::Q_OVERFLOW) {
+                    happened.overflow = true;
+                }
+                let Some(cgroup) = self.paths.get(&event.wd) else { continue };
+                let child = event
+                    .name
+                    .filter(|_| event.mask.contains(EventMask::ISDIR))
+                    .map(|name| cgroup.join(name));
+                match child {
+                    Some(child) if event.mask.contains(EventMask::DELETE) => {
+                        happened.changed.remove(&child);
+                        happened.removed.insert(child);
+                    }
+                    Some(child) => {
+                        happened.changed.insert(child);
+                    }
+                    None if event.mask.intersects(EventMask::DELETE_SELF | EventMask::IGNORED) => {
+                        happened.removed.insert(cgroup.clone());
+                    }
+                    None => {
+                        happened.changed.insert(cgroup.clone());
+                    }
+                }
+            }
+            if !any {
+                break;
+            }
+        }
+        happened
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inotify.as_fd()
+    }
+}
