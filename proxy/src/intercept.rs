@@ -1,9 +1,28 @@
-//! Interception: the agent's half of the eBPF programs in `proxy-ebpf`.
+//! Interception: which connections of which pods go to the proxy, and how they get there.
 //!
-//! [`programs::Interceptor`] loads and attaches them and owns the rules; it lives on the main thread. Workers get
-//! [`original_dst::OriginalDstReader`] and, where it is needed, [`original_dst::OwnSocketMarker`].
+//! [`Interception`] is the whole of it for the main thread: it loads and attaches the eBPF programs
+//! ([`programs::Interceptor`]), finds and enrols pods ([`pods::Pods`], a thread of its own), and applies what a
+//! configuration wants captured ([`destinations::Destinations`]). Workers get [`Capture`] with each capture socket,
+//! and [`OwnSockets`].
+//!
+//! Order at the start: programs, capture listeners, enrolments, rules. At a stop: rules, handshakes in flight,
+//! enrolments, capture listeners, programs. So nothing is captured that nobody serves.
 #![allow(unsafe_code)] // bpf(2), in `bpf` only
 
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tidegate_common::{Reason, Verdict};
+
+use crate::config::bootstrap;
+use crate::sys::{cgroup as cgroups, mounts};
+
+pub mod audit;
 mod bpf;
 mod bpffs;
 pub mod cgroup;
@@ -16,3 +35,203 @@ pub mod pods;
 pub mod programs;
 
 pub use bpffs::default_pin_dir;
+pub use destinations::Destinations;
+pub use error::InterceptError;
+pub use pods::{Capture, OnPod, Pod, PodEvent, PodState, PodStatus};
+pub use programs::{Detached, EbpfLog};
+
+/// Port of the capture listeners where nothing else is wanted.
+pub const CAPTURE_PORT: u16 = 15001;
+
+/// How long a stop waits for handshakes that are in flight. On one machine they take microseconds; one whose
+/// process is stopped by a debugger may never end.
+const IN_FLIGHT_GRACE: Duration = Duration::from_millis(500);
+
+/// How to start.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// What to intercept.
+    pub wanted: bootstrap::Interception,
+    /// How many workers there are: each pod gets as many capture sockets.
+    pub workers: usize,
+    /// Compile the programs' debug lines in ([`Interception::take_log`]).
+    pub debug: bool,
+}
+
+/// A running interception. Dropping it leaves everything attached (for a successor, or `tidegate cleanup`);
+/// [`Self::stop`] removes it.
+#[derive(Debug)]
+pub struct Interception {
+    pods: pods::Pods,
+    interceptor: Arc<Mutex<programs::Interceptor>>,
+    own_sockets: OwnSockets,
+    attach_points: Vec<PathBuf>,
+}
+
+/// What the admin server shows.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Every namespace that is known.
+    pub pods: Vec<PodStatus>,
+    /// Every counter, in the order of [`Reason::ALL`].
+    pub counters: Vec<(Reason, u64)>,
+    /// Handshakes in flight.
+    pub in_flight: usize,
+    /// Whether the pods thread runs and every program is attached where it should be, and is ours.
+    pub healthy: bool,
+}
+
+impl Interception {
+    /// Loads and attaches the programs, and enrols every pod that is there. Nothing is captured before
+    /// [`Self::apply`] (except what a predecessor captures already).
+    ///
+    /// `on_pod` runs on the pods thread, and for the first pods before this returns.
+    ///
+    /// Fails with [`InterceptError::NoCgroup`] when no cgroup is configured and there is no kubepods subtree; else
+    /// with what the kernel or the machine lacks. The proxy can go on without interception then.
+    pub fn start(settings: &Settings, on_pod: OnPod) -> Result<Self, InterceptError> {
+        let wanted = &settings.wanted;
+        let mut options = programs::Options::new(cgroups_of(wanted)?)?;
+        options.debug = settings.debug;
+        options.fail_mode = match wanted.fail_mode {
+            bootstrap::FailMode::Open => tidegate_common::FailMode::Open,
+            bootstrap::FailMode::Closed => tidegate_common::FailMode::Closed,
+        };
+        if let Some(pin_dir) = &wanted.pin_path {
+            options.pin_dir.clone_from(pin_dir);
+        }
+        if let Some(capacity) = wanted.in_flight_capacity {
+            options.sizes.in_flight = capacity;
+        }
+        let mut interceptor = programs::Interceptor::load(&options)?;
+        let events = interceptor.take_events();
+        let own_sockets =
+            OwnSockets(interceptor.covers_own_cgroup().then(|| interceptor.own_socket_marker()));
+        let attach_points = interceptor.attach_points().to_vec();
+        let interceptor = Arc::new(Mutex::new(interceptor));
+        let pod_settings = pods::PodSettings {
+            cgroups: attach_points.clone(),
+            host_namespace: wanted.host_namespace,
+            capture_port: wanted.capture_port.unwrap_or(CAPTURE_PORT),
+            sockets_per_pod: settings.workers.max(1),
+        };
+        let pods = pods::Pods::start(pod_settings, Arc::clone(&interceptor), events, on_pod)?;
+        Ok(Self { pods, interceptor, own_sockets, attach_points })
+    }
+
+    /// Makes the kernel capture exactly this. The workers must have the listeners already (publish first).
+    pub fn apply(&self, destinations: &Destinations) -> Result<(), InterceptError> {
+        let mut interceptor = self.interceptor();
+        interceptor.set_destinations(&destinations.kernel_rules())?;
+        interceptor.set_default_verdict(destinations.everything_else.verdict())
+    }
+
+    /// How workers keep their own upstream sockets from being captured.
+    pub fn own_sockets(&self) -> OwnSockets {
+        self.own_sockets.clone()
+    }
+
+    /// Where the programs are attached.
+    pub fn attach_points(&self) -> &[PathBuf] {
+        &self.attach_points
+    }
+
+    /// Ids of the programs, for `bpftool prog`.
+    pub fn program_ids(&self) -> Vec<u32> {
+        self.interceptor().program_ids()
+    }
+
+    /// The programs' debug lines, when they were asked for. Once.
+    pub fn take_log(&self) -> Option<EbpfLog> {
+        self.interceptor().take_log()
+    }
+
+    /// A look at everything.
+    pub fn status(&self) -> Result<Status, InterceptError> {
+        let interceptor = self.interceptor();
+        Ok(Status {
+            pods: self.pods.status(),
+            counters: interceptor.counters()?,
+            in_flight: interceptor.in_flight_len()?,
+            healthy: interceptor.is_current() && self.pods.is_running(),
+        })
+    }
+
+    /// Whether another process has taken over; then this one has only to drain.
+    pub fn is_superseded(&self) -> bool {
+        self.interceptor().is_superseded()
+    }
+
+    /// Ends the interception and removes everything, unless a successor has taken over. New connections pass
+    /// untouched from here on; connections that are established stay. Every pod is reported as gone: the workers
+    /// take what waits in the accept queues and close the capture sockets.
+    pub fn stop(self) -> Result<Detached, InterceptError> {
+        self.capture_nothing();
+        let Self { pods, interceptor, .. } = self;
+        pods.stop();
+        match Arc::into_inner(interceptor) {
+            Some(interceptor) => interceptor.into_inner().unwrap_or_else(PoisonError::into_inner).detach(),
+            None => {
+                Err(InterceptError::Pods { source: io::Error::other("the pods thread is still at work") })
+            }
+        }
+    }
+
+    /// Removes the rules, then waits for the handshakes that they have begun.
+    fn capture_nothing(&self) {
+        let cleared = {
+            let mut interceptor = self.interceptor();
+            interceptor
+                .set_default_verdict(Verdict::Leave)
+                .and_then(|()| interceptor.set_destinations(&HashMap::new()))
+        };
+        match cleared {
+            Err(InterceptError::Superseded(_)) => return,
+            Err(error) => tracing::warn!(%error, "can't remove the rules before detaching"),
+            Ok(_) => {}
+        }
+        let deadline = Instant::now() + IN_FLIGHT_GRACE;
+        while self.interceptor().in_flight_len().is_ok_and(|len| len > 0) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn interceptor(&self) -> MutexGuard<'_, programs::Interceptor> {
+        self.interceptor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Keeps the process's own upstream sockets from being captured. The default does nothing: for a process that
+/// intercepts nothing, or whose cgroup is not intercepted.
+#[derive(Clone, Debug, Default)]
+pub struct OwnSockets(Option<original_dst::OwnSocketMarker>);
+
+impl OwnSockets {
+    /// Call it before connect(2). At most one system call.
+    pub fn mark(&self, socket: impl AsFd) -> io::Result<()> {
+        match &self.0 {
+            Some(marker) => marker.mark(socket.as_fd()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for programs::Interceptor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Interceptor").field("attach_points", &self.attach_points()).finish_non_exhaustive()
+    }
+}
+
+/// The configured directories, or the kubepods subtrees.
+fn cgroups_of(wanted: &bootstrap::Interception) -> Result<Vec<PathBuf>, InterceptError> {
+    if !wanted.cgroups.is_empty() {
+        return Ok(wanted.cgroups.clone());
+    }
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| InterceptError::Cgroup { path, source }
+    };
+    let mount =
+        mounts::cgroup2().map_err(failed(Path::new("/proc/self/mounts")))?.ok_or(InterceptError::NoCgroup)?;
+    cgroups::kubepods(&mount).map_err(failed(&mount))
+}

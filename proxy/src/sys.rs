@@ -4,3 +4,4 @@
 pub mod cgroup;
 pub mod mounts;
 pub mod netns;
+pub mod process;

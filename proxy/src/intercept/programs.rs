@@ -259,6 +259,11 @@ impl Interceptor {
         self.links.are_current()
     }
 
+    /// Whether another process has taken over: the kernel runs its programs now.
+    pub fn is_superseded(&self) -> bool {
+        self.links.are_superseded()
+    }
+
     /// Detaches and removes everything: unless a successor has taken over, who then owns all of it.
     pub fn detach(self) -> Result<Detached, InterceptError> {
         let _lock = self.dir.lock()?;
@@ -285,14 +290,15 @@ impl Interceptor {
     }
 }
 
-/// Removes what a killed process left behind. Refuses while a process is at work there. Fine when there is nothing.
-pub fn cleanup(pin_dir: &Path) -> Result<Cleaned, InterceptError> {
+/// Removes what a killed process left behind. Refuses while a process is at work there, unless `force`. Fine when
+/// there is nothing.
+pub fn cleanup(pin_dir: &Path, force: bool) -> Result<Cleaned, InterceptError> {
     if !pin_dir.exists() {
         return Ok(Cleaned::default());
     }
     let dir = PinDir::new(pin_dir);
     let _lock = dir.lock()?;
-    if dir.in_use()? {
+    if !force && dir.in_use()? {
         return Err(InterceptError::InUse(pin_dir.into()));
     }
     let map_dirs = dir.all_maps()?.len();
