@@ -35,8 +35,9 @@ pub struct Setup {
     engine: Engine,
     config: String,
     args: Vec<String>,
+    concurrency: u32,
     netns: Option<Netns>,
-    cgroups: Vec<PathBuf>,
+    cgroups: Vec<(&'static str, PathBuf)>,
     wrapper: Vec<String>,
     pins: Option<PathBuf>,
     state: Option<PathBuf>,
@@ -54,6 +55,7 @@ impl Setup {
             engine,
             config: config.to_owned(),
             args: Vec::new(),
+            concurrency: 2,
             netns: None,
             cgroups: Vec::new(),
             wrapper: Vec::new(),
@@ -76,6 +78,13 @@ impl Setup {
         self
     }
 
+    /// Worker threads; 2 unless said otherwise.
+    #[must_use]
+    pub fn concurrency(mut self, workers: u32) -> Self {
+        self.concurrency = workers;
+        self
+    }
+
     /// Run inside a namespace.
     #[must_use]
     pub fn netns(mut self, netns: &Netns) -> Self {
@@ -83,10 +92,17 @@ impl Setup {
         self
     }
 
-    /// Intercept the processes below this cgroup.
+    /// Intercept the pods below this cgroup.
     #[must_use]
-    pub fn intercept(mut self, cgroup: &Path) -> Self {
-        self.cgroups.push(cgroup.to_path_buf());
+    pub fn pods(mut self, cgroup: &Path) -> Self {
+        self.cgroups.push(("--pod-cgroup", cgroup.to_path_buf()));
+        self
+    }
+
+    /// Intercept all processes of this cgroup, those in the proxy's own network namespace included.
+    #[must_use]
+    pub fn processes(mut self, cgroup: &Path) -> Self {
+        self.cgroups.push(("--intercept-cgroup", cgroup.to_path_buf()));
         self
     }
 
@@ -132,20 +148,23 @@ impl Setup {
         match &self.engine {
             Engine::Tidegate => {
                 command.arg(program::built("tidegate")?);
-                for cgroup in &self.cgroups {
-                    command.arg("--intercept-cgroup").arg(cgroup);
+                // A test that could not intercept must fail, not pass by luck.
+                let intercepts = !self.cgroups.is_empty();
+                command.arg(if intercepts { "--require-interception" } else { "--no-interception" });
+                for (flag, cgroup) in &self.cgroups {
+                    command.arg(flag).arg(cgroup);
                 }
                 command.arg("--pin-path").arg(&pins).arg("--state-dir").arg(&state);
             }
             Engine::Envoy(path) => {
                 ensure!(self.cgroups.is_empty(), "Envoy does not intercept");
-                command.arg(path).arg("--disable-hot-restart");
+                command.arg(path).args(["--disable-hot-restart", "-l", "warning"]);
             }
         }
         let child = command
             .arg("-c")
             .arg(&config)
-            .args(["--concurrency", "2", "--file-flush-interval-msec", "50"])
+            .args(["--concurrency", &self.concurrency.to_string(), "--file-flush-interval-msec", "50"])
             .arg("--admin-address-path")
             .arg(dir.path().join("admin"))
             .args(&self.args)
@@ -160,7 +179,7 @@ impl Setup {
 
     fn write_config(&self, dir: &Path) -> Result<PathBuf> {
         let mut config = self.config.replace("@DIR@", &dir.display().to_string());
-        if !config.lines().any(|line| line.starts_with("admin:")) {
+        if !config.lines().any(|line| line.starts_with("admin:") || line.starts_with("  \"admin\":")) {
             config.insert_str(0, "admin: {address: {socket_address: {address: 127.0.0.1, port_value: 0}}}\n");
         }
         let path = dir.join("envoy.yaml");
@@ -188,7 +207,7 @@ impl Proxy {
         loop {
             if let Some(status) = self.child.try_wait()? {
                 self.status = Some(status);
-                bail!("the proxy ended before it was ready: {status}\n{}", self.log());
+                bail!("the proxy ended before it was ready: {status}\n{}", self.log_tail());
             }
             if let Some(address) = self.admin_address() {
                 self.admin.address = address;
@@ -196,8 +215,12 @@ impl Proxy {
                     return Ok(());
                 }
             }
-            ensure!(Instant::now() < deadline, "the proxy is not ready after {PATIENCE:?}:\n{}", self.log());
-            sleep(Duration::from_millis(10));
+            ensure!(
+                Instant::now() < deadline,
+                "the proxy is not ready after {PATIENCE:?}:\n{}",
+                self.log_tail()
+            );
+            sleep(Duration::from_millis(20));
         }
     }
 
@@ -240,6 +263,13 @@ impl Proxy {
         self.file("proxy.log")
     }
 
+    /// The last lines of [`Self::log`].
+    pub fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+
     /// Waits until `name` in its directory has `count` lines that contain `text`, and gives them.
     pub fn lines(&self, name: &str, text: &str, count: usize) -> Result<Vec<String>> {
         let deadline = Instant::now() + PATIENCE;
@@ -254,7 +284,7 @@ impl Proxy {
                 Instant::now() < deadline,
                 "{name} has {} of {count} lines with {text:?}:\n{content}\nlog:\n{}",
                 lines.len(),
-                self.log()
+                self.log_tail()
             );
             sleep(Duration::from_millis(20));
         }
@@ -273,7 +303,7 @@ impl Proxy {
             if wanted(value) {
                 return Ok(value);
             }
-            ensure!(Instant::now() < deadline, "{name} stayed {value}\nlog:\n{}", self.log());
+            ensure!(Instant::now() < deadline, "{name} stayed {value}\nlog:\n{}", self.log_tail());
             sleep(Duration::from_millis(20));
         }
     }

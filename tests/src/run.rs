@@ -49,17 +49,28 @@ pub(crate) fn lock() -> Result<Flock<fs::File>> {
 
 /// Removes the namespaces, cgroups with their processes, pins and directories whose maker is gone.
 pub fn sweep() -> Result<()> {
+    remove_all(maker_is_dead)
+}
+
+/// Removes everything that this process has made: for a process that is about to end without running its
+/// destructors. What can't be removed is left to the next [`sweep`].
+pub fn remove_own() {
+    let own = format!("{}-", id());
+    let _ = remove_all(|name| name.starts_with(&own));
+}
+
+fn remove_all(doomed: impl Fn(&str) -> bool) -> Result<()> {
     for root in cgroup::mount_point().into_iter().chain(["/sys/fs/cgroup".into()]) {
-        for dir in dead_entries(&root) {
+        for dir in entries(&root, &doomed) {
             cgroup::remove_tree(&dir);
         }
     }
-    for path in dead_entries(Path::new("/run/netns")) {
+    for path in entries(Path::new("/run/netns"), &doomed) {
         let name = path.file_name().unwrap_or_default();
         let _ = Command::new("ip").args(["netns", "del"]).arg(name).status();
     }
     for dir in [Path::new(BPFFS), &std::env::temp_dir()] {
-        for path in dead_entries(dir) {
+        for path in entries(dir, &doomed) {
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
         }
     }
@@ -100,11 +111,11 @@ fn mount_bpffs() -> Result<()> {
     Ok(())
 }
 
-fn dead_entries(dir: &Path) -> Vec<PathBuf> {
+fn entries(dir: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
     entries
         .flatten()
-        .filter(|entry| entry.file_name().to_str().is_some_and(maker_is_dead))
+        .filter(|entry| entry.file_name().to_str().is_some_and(&wanted))
         .map(|entry| entry.path())
         .collect()
 }

@@ -232,7 +232,10 @@ impl Endpoint {
     /// Notes why a step failed.
     pub fn failed(&mut self, error: &io::Error) {
         self.transcript.end = match error.kind() {
-            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => End::Reset,
+            // shutdown(2) after a RST has arrived says "not connected".
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected => {
+                End::Reset
+            }
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => End::TimedOut,
             _ => End::Error(error.to_string()),
         };

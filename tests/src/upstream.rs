@@ -96,6 +96,11 @@ impl Upstream {
         self.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The connections that have ended and were not asked for before.
+    pub fn ended(&self) -> Vec<Served> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner).try_iter().collect()
+    }
+
     /// The next connection that ended; waits for it.
     pub fn served(&self) -> Result<Served> {
         let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);

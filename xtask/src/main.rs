@@ -1,9 +1,11 @@
 //! The repository's commands: `cargo xtask <verb>`. One file per verb.
 
 mod build_ebpf;
+mod cargo;
 mod demo;
 mod gen_api;
 mod parity;
+mod root;
 mod test;
 
 use anyhow::Result;

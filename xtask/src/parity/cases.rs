@@ -1,0 +1,18 @@
+//! The cases, by subject.
+
+mod connect;
+mod data;
+mod logs;
+mod matching;
+mod routing;
+mod timers;
+
+use super::case::Case;
+
+/// Every case. The order gives the ports, so it is the same for both proxies.
+pub(super) fn all() -> Vec<Case> {
+    [data::cases(), connect::cases(), timers::cases(), matching::cases(), routing::cases(), logs::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
+}

@@ -1,0 +1,70 @@
+//! Root, and cleaning up whatever happens.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tidegate_tests::{run, tool};
+
+/// Set for the process that sudo starts, so that it does not build as root.
+const CHILD: &str = "TIDEGATE_XTASK_CHILD";
+
+/// Whether this process was started by [`become_root`].
+pub(crate) fn is_child() -> bool {
+    std::env::var_os(CHILD).is_some()
+}
+
+/// Runs this command again under sudo unless it runs as root already.
+pub(crate) fn become_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    if is_child() || tool::find("sudo").is_none() {
+        bail!("network namespaces and eBPF need root: run this as root, or install sudo");
+    }
+    eprintln!("network namespaces and eBPF need root: going on under sudo");
+    let error = Command::new("sudo")
+        .arg("--preserve-env=PATH,HOME,CARGO,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR,CARGO_MANIFEST_DIR")
+        .arg("env")
+        .arg(format!("{CHILD}=1"))
+        .arg(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .exec();
+    Err(error).context("run sudo")
+}
+
+/// After SIGINT or SIGTERM: pass it on to the child that runs, remove everything that this process has made,
+/// and exit. Without this, Ctrl-C would end the process before any destructor ran.
+pub(crate) fn clean_up_on_signals() -> Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGHUP,
+    ])?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            let child = CHILD_PID.load(Ordering::Acquire);
+            if child > 0 {
+                let _ = kill(Pid::from_raw(child), Signal::SIGTERM);
+            }
+            run::remove_own();
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
+}
+
+/// The child to which signals are passed on; 0: none.
+static CHILD_PID: AtomicI32 = AtomicI32::new(0);
+
+/// Runs a child to its end; SIGINT and SIGTERM reach it too.
+pub(crate) fn run_child(command: &mut Command) -> Result<std::process::ExitStatus> {
+    let mut child = command.spawn().with_context(|| format!("run {}", command.get_program().display()))?;
+    CHILD_PID.store(i32::try_from(child.id())?, Ordering::Release);
+    let status = child.wait();
+    CHILD_PID.store(0, Ordering::Release);
+    Ok(status?)
+}
