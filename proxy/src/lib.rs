@@ -2,6 +2,7 @@
 //! the least CPU that Linux allows. ARCHITECTURE.md walks through a connection and a configuration update.
 #![deny(unsafe_code)]
 
+pub mod access_log;
 pub mod addr;
 pub mod args;
 pub mod cluster;

@@ -36,10 +36,18 @@ pub struct Record {
     pub requested_server_name: Option<Box<str>>,
     /// The chosen cluster (also when connecting failed).
     pub cluster: Option<Arc<str>>,
+    /// `alt_stat_name` of that cluster, which `%UPSTREAM_CLUSTER%` prints instead; none when it has none.
+    pub cluster_alt_stat_name: Option<Arc<str>>,
     /// The upstream host; set by every attempt, the last one stays.
     pub upstream: Option<Upstream>,
+    /// Hosts of the attempts before that one, in order (`%UPSTREAM_HOSTS_ATTEMPTED%`); empty without retries.
+    pub earlier_attempts: Vec<Upstream>,
     /// Attempts made, including the successful one.
     pub attempts: u32,
+    /// When the last attempt began to connect, after `start`; none before the first.
+    pub connect_begin: Option<Duration>,
+    /// When it was connected, after `start`; none when it never was.
+    pub connect_end: Option<Duration>,
     /// Response flags; they accumulate.
     pub flags: ResponseFlags,
     /// `%CONNECTION_TERMINATION_DETAILS%`, for example `tcp_session_idle_timeout`.
@@ -64,6 +72,24 @@ pub struct Record {
     pub upstream_bytes_sent: u64,
     /// Bytes received from the upstream.
     pub upstream_bytes_received: u64,
+    /// What the downstream socket had to send again; read from TCP_INFO at the end, none before.
+    pub retransmitted: Option<Retransmitted>,
+}
+
+/// What a socket had to send again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retransmitted {
+    /// `%BYTES_RETRANSMITTED%`.
+    pub bytes: u64,
+    /// `%PACKETS_RETRANSMITTED%`.
+    pub packets: u64,
+}
+
+impl Record {
+    /// How long the connection lasted; until `now` when it has not ended.
+    pub fn lasted(&self, now: Instant) -> Duration {
+        self.duration.unwrap_or_else(|| now.saturating_duration_since(self.start))
+    }
 }
 
 /// The upstream side of a connection.
@@ -104,4 +130,44 @@ pub enum LogType {
     TcpConnectionEnd,
     /// The listener's own entry at the end of a connection (`NotSet` in Envoy).
     NotSet,
+}
+
+impl CloseType {
+    /// Envoy's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "Normal",
+            Self::LocalReset => "LocalReset",
+            Self::RemoteReset => "RemoteReset",
+        }
+    }
+}
+
+impl LogType {
+    const ALL: [Self; 5] = [
+        Self::TcpConnectionStart,
+        Self::TcpUpstreamConnected,
+        Self::TcpPeriodic,
+        Self::TcpConnectionEnd,
+        Self::NotSet,
+    ];
+
+    /// Names of all types that TCP has.
+    pub const NAMES: [&'static str; 5] =
+        ["TcpConnectionStart", "TcpUpstreamConnected", "TcpPeriodic", "TcpConnectionEnd", "NotSet"];
+
+    /// Envoy's name of it.
+    pub fn name(self) -> &'static str {
+        Self::NAMES[self as usize]
+    }
+
+    /// The type with this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|log_type| log_type.name() == name)
+    }
+
+    /// Whether it is a type that only HTTP, UDP tunnels or QUIC have.
+    pub fn is_http(name: &str) -> bool {
+        name.starts_with("Downstream") || name.starts_with("Upstream") || name.starts_with("Udp")
+    }
 }

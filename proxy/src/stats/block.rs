@@ -290,6 +290,12 @@ pub struct GaugeGuard {
     cell: u16,
 }
 
+impl std::fmt::Debug for GaugeGuard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GaugeGuard({})", self.block.name())
+    }
+}
+
 impl Drop for GaugeGuard {
     fn drop(&mut self) {
         Gauge { block: &self.block, cell: self.cell }.dec();

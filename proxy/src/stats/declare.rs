@@ -120,6 +120,12 @@ macro_rules! stats_block {
                 per_worker: &[$($worker),*],
             };
 
+            impl std::fmt::Debug for $name {
+                fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                    write!(f, "{}({})", stringify!($name), self.0.name())
+                }
+            }
+
             #[allow(dead_code)]
             impl $name {
                 pub(in $crate::stats) const LAYOUT: &'static b::Layout = &LAYOUT;
