@@ -16,3 +16,4 @@ pub mod response_flag;
 pub mod signal;
 pub mod stats;
 pub mod sys;
+pub mod uring;

@@ -2,6 +2,10 @@
 #![allow(unsafe_code)]
 
 pub mod cgroup;
+pub mod clock;
 pub mod mounts;
 pub mod netns;
+pub mod pipe;
 pub mod process;
+pub mod socket;
+pub mod splice;
