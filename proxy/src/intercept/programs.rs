@@ -328,3 +328,35 @@ fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), Intercep
     let maps = Maps::take(&mut ebpf, sizes, salvage)?;
     Ok((ebpf, maps))
 }
+
+#[cfg(test)]
+mod tests {
+    use aya::programs::Program;
+
+    use super::*;
+
+    /// Needs root. With debug lines the programs are largest; without bpf_set_retval another branch is live.
+    #[test]
+    fn the_verifier_takes_the_object_in_every_variant() {
+        for has_set_retval in [0_u8, 1] {
+            for log_level in [0_u8, aya_log::Level::Debug as u8] {
+                let mut ebpf = EbpfLoader::new()
+                    .override_global(global::HAS_SET_RETVAL, &has_set_retval, true)
+                    .override_global(aya_log::LEVEL, &log_level, true)
+                    .load(OBJECT)
+                    .unwrap();
+                let mut loaded = 0;
+                for (name, program) in ebpf.programs_mut() {
+                    let result = match program {
+                        Program::CgroupSockAddr(program) => program.load(),
+                        Program::SockOps(program) => program.load(),
+                        other => panic!("{name}: {other:?}"),
+                    };
+                    result.unwrap_or_else(|error| panic!("{name}: {error:?}"));
+                    loaded += 1;
+                }
+                assert_eq!(loaded, 5);
+            }
+        }
+    }
+}

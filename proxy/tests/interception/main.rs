@@ -1,0 +1,7 @@
+//! The eBPF programs on the running kernel: they need root, cgroup2 and bpffs, and fail without.
+#![allow(unsafe_code, reason = "raw sockets options and a forked helper")]
+
+mod capture;
+mod lab;
+mod policy;
+mod takeover;

@@ -1,0 +1,224 @@
+//! Who is captured, what is refused, and what each reason looks like from outside.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
+
+use socket2::Domain;
+use tidegate::intercept::error::InterceptError;
+use tidegate::intercept::programs::Interceptor;
+use tidegate_common::{Destination, Enrolment, FailMode, Reason, Verdict};
+
+use crate::lab::*;
+
+/// What a connect that isn't captured gets in a pod (`prohibit` routes).
+const PASSED: i32 = libc::EACCES;
+
+fn rules(list: &[(&str, Verdict)]) -> HashMap<Destination, Verdict> {
+    list.iter().map(|(addr, verdict)| (addr.parse::<SocketAddr>().unwrap().into(), *verdict)).collect()
+}
+
+#[test]
+fn exact_rule_then_port_rule_then_default() {
+    let lab = Lab::new();
+    let mut interceptor = lab.load();
+    let pod = lab.pod();
+    let listener = pod.capture(&mut interceptor);
+    assert_eq!(pod.connect("172.16.0.1:80").unwrap_err(), PASSED, "without rules nothing is captured");
+    let set = [
+        ("172.16.0.1:80", Verdict::Capture),
+        ("172.16.0.2:80", Verdict::Refuse),
+        ("[fd99::2]:80", Verdict::Refuse),
+        ("172.16.0.3:80", Verdict::Leave),
+        ("0.0.0.0:80", Verdict::Capture),
+        ("0.0.0.0:81", Verdict::Refuse),
+        ("0.0.0.0:82", Verdict::Leave),
+    ];
+    interceptor.set_destinations(&rules(&set)).unwrap();
+    for (default, to, outcome) in [
+        (Verdict::Leave, "172.16.0.1:80", Ok(())),
+        (Verdict::Leave, "172.16.0.2:80", Err(libc::ECONNREFUSED)),
+        (Verdict::Leave, "[fd99::2]:80", Err(libc::ECONNREFUSED)),
+        (Verdict::Leave, "172.16.0.3:80", Err(PASSED)),
+        (Verdict::Leave, "172.16.0.4:80", Ok(())),
+        (Verdict::Leave, "[fd99::4]:80", Ok(())),
+        (Verdict::Leave, "172.16.0.4:81", Err(libc::ECONNREFUSED)),
+        (Verdict::Leave, "172.16.0.4:83", Err(PASSED)),
+        (Verdict::Capture, "172.16.0.4:83", Ok(())),
+        (Verdict::Capture, "172.16.0.4:82", Err(PASSED)),
+        (Verdict::Refuse, "172.16.0.4:83", Err(libc::ECONNREFUSED)),
+        (Verdict::Refuse, "172.16.0.1:80", Ok(())),
+    ] {
+        interceptor.set_default_verdict(default).unwrap();
+        let result = pod.connect(to);
+        if result.is_ok() {
+            assert_eq!(original_dst(&interceptor, &accept(&listener)), Some(to.parse().unwrap()));
+        }
+        assert_eq!(result.map(drop), outcome, "{to} with default {default:?}");
+    }
+    assert_eq!(interceptor.in_flight_len().unwrap(), 0);
+}
+
+#[test]
+fn only_the_difference_is_written() {
+    let lab = Lab::new();
+    let mut interceptor = lab.load();
+    let first = rules(&[("10.0.0.1:1", Verdict::Capture), ("10.0.0.2:2", Verdict::Refuse)]);
+    assert_eq!(interceptor.set_destinations(&first).unwrap(), 2);
+    assert_eq!(interceptor.set_destinations(&first).unwrap(), 0);
+    let second = rules(&[("10.0.0.1:1", Verdict::Leave), ("10.0.0.3:3", Verdict::Refuse)]);
+    assert_eq!(interceptor.set_destinations(&second).unwrap(), 3, "one changed, one new, one gone");
+}
+
+#[test]
+fn a_general_rule_leaves_what_is_meant_for_the_host_itself() {
+    let lab = Lab::new();
+    let mut interceptor = lab.load();
+    let pod = lab.pod();
+    let listener = pod.capture(&mut interceptor);
+    interceptor.set_default_verdict(Verdict::Capture).unwrap();
+    let own_v4 = format!("{POD_V4}:80");
+    let own_v6 = format!("[{POD_V6}]:80");
+    for to in ["127.0.0.1:80", "127.9.9.9:80", "0.0.0.0:80", "[::1]:80", "[::]:80", &own_v4, &own_v6] {
+        // Nobody listens there: the kernel's refusal shows that it was not captured.
+        assert_eq!(pod.connect(to).map(drop), Err(libc::ECONNREFUSED), "{to}");
+    }
+    assert_eq!(counts(&interceptor), [("passed_loopback", 5), ("passed_own_address", 2)]);
+    let link_local = pod.app_socket(Domain::IPV6);
+    link_local.set_nonblocking(true).unwrap();
+    let _ = connect(&link_local, "[fe80::1]:80".parse().unwrap());
+    assert_eq!(count(&interceptor, Reason::PassedLinkLocal), 1);
+    // A rule that names the address means it.
+    for to in ["127.0.0.1:80", &own_v4] {
+        interceptor.set_destinations(&rules(&[(to, Verdict::Capture)])).unwrap();
+        let _client = pod.connect(to).unwrap();
+        assert_eq!(original_dst(&interceptor, &accept(&listener)), Some(to.parse().unwrap()));
+    }
+}
+
+#[test]
+fn not_enrolled_passes_or_fails_by_mode_and_is_announced_once() {
+    for (mode, errno, reason) in [
+        (FailMode::Open, PASSED, Reason::NotEnrolledPassed),
+        (FailMode::Closed, libc::EHOSTUNREACH, Reason::NotEnrolledRefused),
+    ] {
+        let lab = Lab::new();
+        let mut options = lab.options();
+        options.fail_mode = mode;
+        let mut interceptor = Interceptor::load(&options).unwrap();
+        let mut events = interceptor.take_events().unwrap();
+        let pod = lab.pod();
+        interceptor.set_destinations(&rules(&[("172.16.0.1:80", Verdict::Capture)])).unwrap();
+        assert_eq!(pod.connect("172.16.0.9:80").unwrap_err(), PASSED, "no rule: no business of ours");
+        assert!(events.pop().is_none());
+        for _ in 0..3 {
+            assert_eq!(pod.connect("172.16.0.1:80").unwrap_err(), errno);
+        }
+        assert_eq!(count(&interceptor, reason), 3);
+        let event = events.pop().expect("announced");
+        assert_eq!((event.netns_cookie, event.tgid), (pod.cookie, std::process::id()));
+        let announced = count(&interceptor, Reason::Announced);
+        assert_eq!(std::iter::from_fn(|| events.pop()).count() as u64 + 1, announced);
+        // It is enrolled, and captured from the next connect on.
+        let listener = pod.capture(&mut interceptor);
+        let _client = pod.connect("172.16.0.1:80").unwrap();
+        assert!(original_dst(&interceptor, &accept(&listener)).is_some());
+        assert!(interceptor.forget(pod.cookie).unwrap());
+        assert!(!interceptor.forget(pod.cookie).unwrap());
+        assert_eq!(pod.connect("172.16.0.1:80").unwrap_err(), errno);
+    }
+}
+
+#[test]
+fn an_excluded_namespace_is_left_alone() {
+    let lab = Lab::new();
+    let mut interceptor = lab.load();
+    let pod = lab.pod();
+    interceptor.enrol(pod.cookie, Enrolment::excluded()).unwrap();
+    let set = rules(&[("172.16.0.1:80", Verdict::Capture), ("172.16.0.2:80", Verdict::Refuse)]);
+    interceptor.set_destinations(&set).unwrap();
+    assert_eq!(pod.connect("172.16.0.1:80").unwrap_err(), PASSED);
+    assert_eq!(pod.connect("172.16.0.2:80").unwrap_err(), PASSED);
+    assert_eq!(counts(&interceptor), [("passed_excluded", 2)]);
+}
+
+#[test]
+fn own_sockets_pass_and_a_mark_is_no_proof() {
+    let lab = Lab::new();
+    let mut interceptor = lab.load();
+    assert!(!interceptor.covers_own_cgroup());
+    let pod = lab.pod();
+    let listener = pod.capture(&mut interceptor);
+    interceptor.set_destinations(&rules(&[("172.16.0.1:80", Verdict::Capture)])).unwrap();
+    let to: SocketAddr = "172.16.0.1:80".parse().unwrap();
+    // A socket of the agent's cgroup meets no hook at all.
+    assert_eq!(connect(&pod.agent_socket(Domain::IPV4), to), Err(PASSED));
+    assert_eq!(counts(&interceptor), []);
+    // In a covered cgroup, one that the agent wrote to passes.
+    let own = pod.app_socket(Domain::IPV4);
+    interceptor.mark_own(own.as_fd()).unwrap();
+    assert_eq!(connect(&own, to), Err(PASSED));
+    assert_eq!(counts(&interceptor), [("passed_own_socket", 1)]);
+    // Marks don't help, whichever.
+    for mark in [1, 0x539, 1337, u32::MAX] {
+        let forged = pod.app_socket(Domain::IPV4);
+        forged.set_mark(mark).unwrap();
+        connect(&forged, to).unwrap();
+        assert_eq!(original_dst(&interceptor, &accept(&listener)), Some(to));
+    }
+}
+
+#[test]
+fn an_agent_inside_an_attach_point_knows_it() {
+    let lab = Lab::new();
+    let mut options = lab.options();
+    options.cgroups = vec![lab.pods.parent().unwrap().into()];
+    assert!(Interceptor::load(&options).unwrap().covers_own_cgroup());
+}
+
+#[test]
+fn a_socket_bound_to_a_device_cannot_be_captured_and_says_so() {
+    for (mode, errno, reason) in [
+        // Open: on its way to nowhere, with a route that the device alone makes.
+        (FailMode::Open, libc::EINPROGRESS, Reason::BoundToDevicePassed),
+        (FailMode::Closed, libc::ENETUNREACH, Reason::BoundToDeviceRefused),
+    ] {
+        let lab = Lab::new();
+        let mut options = lab.options();
+        options.fail_mode = mode;
+        let mut interceptor = Interceptor::load(&options).unwrap();
+        let pod = lab.pod();
+        let _listener = pod.capture(&mut interceptor);
+        interceptor.set_destinations(&rules(&[("172.16.0.1:80", Verdict::Capture)])).unwrap();
+        let bound = pod.app_socket(Domain::IPV4);
+        bound.bind_device(Some(b"eth0")).unwrap();
+        bound.set_nonblocking(true).unwrap();
+        assert_eq!(connect(&bound, "172.16.0.1:80".parse().unwrap()), Err(errno));
+        assert_eq!(counts(&interceptor), [(reason.label(), 1)]);
+    }
+}
+
+#[test]
+fn udp_and_port_zero_are_none_of_its_business() {
+    let lab = Lab::new();
+    let mut interceptor = lab.load();
+    let pod = lab.pod();
+    let _listener = pod.capture(&mut interceptor);
+    interceptor.set_default_verdict(Verdict::Capture).unwrap();
+    assert_eq!(connect(&pod.app_udp(), "172.16.0.1:80".parse().unwrap()), Err(PASSED));
+    assert_eq!(pod.connect("172.16.0.1:0").unwrap_err(), PASSED);
+    assert_eq!(counts(&interceptor), [("passed_not_tcp", 1), ("passed_port_zero", 1)]);
+}
+
+#[test]
+fn a_full_map_says_which_and_what_to_do() {
+    let lab = Lab::new();
+    let mut options = lab.options();
+    options.sizes.destinations = 1;
+    let mut interceptor = Interceptor::load(&options).unwrap();
+    let many: Vec<String> = (1..=64).map(|i| format!("10.0.0.{i}:80")).collect();
+    let list: Vec<_> = many.iter().map(|addr| (addr.as_str(), Verdict::Capture)).collect();
+    let error = interceptor.set_destinations(&rules(&list)).unwrap_err();
+    assert!(matches!(error, InterceptError::Full { .. }), "{error:?}");
+    assert_eq!(error.to_string(), "map DESTINATIONS is full (1 entries); raise its size");
+}
