@@ -16,6 +16,7 @@ use crate::config::cluster::Discovery;
 use crate::stats::{ClusterStats, Stats};
 
 pub mod circuit_breaker;
+pub mod dns;
 mod edf;
 pub mod endpoint;
 pub mod load_balancer;
@@ -49,7 +50,7 @@ static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
 
 impl Cluster {
     /// Builds a cluster. Its endpoints are those that the configuration gives as addresses; names (STRICT_DNS) come
-    /// in with [`Cluster::set_resolved`].
+    /// in with [`dns::Watch`].
     ///
     /// `previous` is the cluster of the same name that this one replaces: live endpoint state and what is in use
     /// under the circuit breakers carry over.
@@ -67,24 +68,17 @@ impl Cluster {
             original_dst,
             config,
         });
-        let names_kept = previous.filter(|previous| {
-            cluster.config.discovery == Discovery::StrictDns
-                && previous.config.load_assignment == cluster.config.load_assignment
-        });
-        match names_kept {
-            // Until DNS answers again, what it said before holds.
-            Some(previous) => cluster.replace_endpoints(
-                previous.hosts.load().endpoints().map(|endpoint| Endpoint::clone(endpoint)).collect(),
-            ),
-            None => cluster.set_resolved(|_, _| Vec::new()),
-        };
+        cluster.set_resolved(|_, _| Vec::new());
         cluster
     }
 
     /// Replaces the endpoints: those of the configuration, with the addresses that `resolve` knows for names.
     /// Returns whether anything changed.
     pub fn set_resolved<'a>(&'a self, resolve: impl Fn(&'a str, u16) -> Vec<SocketAddr>) -> bool {
-        self.replace_endpoints(endpoint::endpoints_of(&self.config.load_assignment, &self.registry, resolve))
+        let config = &self.config;
+        let resolved = config.discovery == Discovery::StrictDns;
+        let endpoints = endpoint::endpoints_of(&config.load_assignment, &self.registry, resolved, resolve);
+        self.replace_endpoints(endpoints)
     }
 
     /// Replaces the endpoints. Connections to endpoints that are gone live on; so does the state of endpoints

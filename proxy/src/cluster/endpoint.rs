@@ -393,29 +393,27 @@ impl HostSet {
 
 /// The endpoints of an assignment. `resolve` gives the addresses of a name.
 ///
-/// An address that appears twice in one priority stays twice when it was written as an address (a weight of its own
-/// each time, as in Envoy), and counts once where it comes from DNS.
+/// Where endpoints are resolved (STRICT_DNS), an address is its own name, and one that comes up twice in a priority
+/// counts once. Elsewhere it stays twice, with a weight of its own each time, as in Envoy.
 pub(super) fn endpoints_of<'a>(
     assignment: &'a ClusterLoadAssignment,
     registry: &HostRegistry,
+    resolved: bool,
     resolve: impl Fn(&'a str, u16) -> Vec<SocketAddr>,
 ) -> Vec<Endpoint> {
     let mut out = Vec::new();
-    let mut resolved = HashSet::new();
+    let mut seen = HashSet::new();
     for group in &assignment.localities {
         for endpoint in &group.endpoints {
-            match &endpoint.address {
-                EndpointAddress::Ip(address) => {
-                    out.push(endpoint_at(*address, endpoint.hostname.clone(), endpoint, group, registry));
-                }
-                EndpointAddress::Name(name, port) => {
-                    let hostname =
-                        if endpoint.hostname.is_empty() { name.clone() } else { endpoint.hostname.clone() };
-                    for address in resolve(name, *port) {
-                        if resolved.insert((group.priority, address)) {
-                            out.push(endpoint_at(address, hostname.clone(), endpoint, group, registry));
-                        }
-                    }
+            let (addresses, name) = match &endpoint.address {
+                EndpointAddress::Ip(address) if resolved => (vec![*address], address.ip().to_string().into()),
+                EndpointAddress::Ip(address) => (vec![*address], "".into()),
+                EndpointAddress::Name(name, port) => (resolve(name, *port), Arc::clone(name)),
+            };
+            let hostname = if endpoint.hostname.is_empty() { name } else { Arc::clone(&endpoint.hostname) };
+            for address in addresses {
+                if !resolved || seen.insert((group.priority, address)) {
+                    out.push(endpoint_at(address, Arc::clone(&hostname), endpoint, group, registry));
                 }
             }
         }
