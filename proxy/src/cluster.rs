@@ -16,6 +16,7 @@ use crate::config::cluster::Discovery;
 use crate::stats::{ClusterStats, Stats};
 
 pub mod circuit_breaker;
+pub mod connect;
 pub mod dns;
 mod edf;
 pub mod endpoint;
