@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tidegate_common::{Reason, Verdict};
+use tidegate_common::{Enrolment, Reason, Verdict};
 
 use crate::config::bootstrap;
 use crate::sys::{cgroup as cgroups, mounts};
@@ -155,6 +155,11 @@ impl Interception {
             in_flight: interceptor.in_flight_len()?,
             healthy: interceptor.is_current() && self.pods.is_running(),
         })
+    }
+
+    /// What the kernel's map of namespaces holds, by netns cookie.
+    pub fn enrolments(&self) -> Result<HashMap<u64, Enrolment>, InterceptError> {
+        self.interceptor().enrolments()
     }
 
     /// Whether another process has taken over; then this one has only to drain.

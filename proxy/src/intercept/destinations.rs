@@ -168,7 +168,7 @@ impl fmt::Display for Destinations {
         for (address, Rule { verdict, listener }) in &self.rules {
             match verdict {
                 Verdict::Refuse => {
-                    writeln!(f, "refuses {address} (listener {listener} leads to {BLACK_HOLE})")?
+                    writeln!(f, "refuses {address} (listener {listener} leads to {BLACK_HOLE})")?;
                 }
                 _ => writeln!(f, "captures {address} -> listener {listener}")?,
             }
@@ -245,7 +245,9 @@ mod tests {
 
     use super::*;
     use crate::config::cluster::{Dns, LbPolicy, LookupFamily, Thresholds};
-    use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress, LbEndpoint, LocalityLbEndpoints};
+    use crate::config::endpoint::{
+        ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, LocalityLbEndpoints,
+    };
     use crate::config::listener::Cidr;
     use crate::config::route::{HttpRouting, VirtualHost};
     use crate::config::tcp_proxy::WeightedCluster;
@@ -255,7 +257,7 @@ mod tests {
             address: EndpointAddress::Ip(address.parse().unwrap()),
             hostname: "".into(),
             load_balancing_weight: 1,
-            health_status: Default::default(),
+            health_status: HealthStatus::default(),
         });
         let locality = LocalityLbEndpoints { endpoints: endpoints.collect(), ..Default::default() };
         Arc::new(Cluster {

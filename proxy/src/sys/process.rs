@@ -167,7 +167,7 @@ mod tests {
         let process = id.find().unwrap().expect("alive");
         assert!(!process.has_ended());
         process.signal(Signal::SIGTERM).unwrap();
-        assert!(process.wait(Duration::from_secs(60)));
+        assert!(process.wait(Duration::from_mins(1)));
         // Not yet reaped: a zombie keeps its pid and start time.
         assert!(id.find().unwrap().is_none());
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGTERM));

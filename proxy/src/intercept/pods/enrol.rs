@@ -147,7 +147,7 @@ impl Actor {
         if now != before {
             match self.write_record(&capture.pod, now) {
                 Ok(()) => {
-                    tracing::info!(pod = %known.name, v4 = ?now.v4, v6 = ?now.v6, "pod's addresses changed")
+                    tracing::info!(pod = %known.name, v4 = ?now.v4, v6 = ?now.v6, "pod's addresses changed");
                 }
                 Err(InterceptError::Superseded(_)) => return self.be_superseded(),
                 Err(error) => {

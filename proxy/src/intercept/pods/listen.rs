@@ -66,7 +66,7 @@ pub(super) fn interfaces() -> io::Result<Interfaces> {
         }
         let Some(address) = interface.address.filter(|_| up) else { continue };
         if let Some(v4) = address.as_sockaddr_in() {
-            first.v4 = first.v4.or(Some(v4.ip()).filter(is_global_v4));
+            first.v4 = first.v4.or(Some(v4.ip()).filter(|v4| is_global_v4(*v4)));
         } else if let Some(v6) = address.as_sockaddr_in6() {
             first.v6 = first.v6.or(Some(v6.ip()).filter(is_global_v6));
         }
@@ -74,7 +74,7 @@ pub(super) fn interfaces() -> io::Result<Interfaces> {
     // No route towards the outside: the first address that others could reach.
     found.source = SourceAddresses {
         v4: match source_towards(OUTSIDE_V4) {
-            Some(IpAddr::V4(v4)) if is_global_v4(&v4) => Some(v4),
+            Some(IpAddr::V4(v4)) if is_global_v4(v4) => Some(v4),
             _ => first.v4,
         },
         v6: match source_towards(OUTSIDE_V6) {
@@ -93,7 +93,7 @@ fn source_towards(outside: SocketAddr) -> Option<IpAddr> {
     Some(socket.local_addr().ok()?.ip())
 }
 
-fn is_global_v4(address: &Ipv4Addr) -> bool {
+fn is_global_v4(address: Ipv4Addr) -> bool {
     !address.is_loopback() && !address.is_link_local() && !address.is_unspecified()
 }
 

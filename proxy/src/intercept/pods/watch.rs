@@ -106,12 +106,6 @@ impl Watch {
         }
     }
 
-    /// How many cgroups are watched.
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.of_cgroup.len()
-    }
-
     /// Takes everything that waits. Never blocks.
     pub(super) fn drain(&mut self) -> Happened {
         let mut happened = Happened::default();
@@ -163,5 +157,74 @@ impl Watch {
 impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inotify.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::sys::cgroup::testing::TestCgroup;
+
+    /// Drains until `done`; events of the kernel's workers come a little later than what caused them.
+    fn drain_until(watch: &mut Watch, done: impl Fn(&Happened) -> bool) -> Happened {
+        let mut all = Happened::default();
+        for _ in 0..1000 {
+            let more = watch.drain();
+            all.changed.extend(more.changed);
+            all.removed.extend(more.removed);
+            all.overflow |= more.overflow;
+            if done(&all) {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        all
+    }
+
+    #[test]
+    fn cgroups_made_filled_emptied_and_removed_make_events() {
+        let cgroup = TestCgroup::new("watch");
+        let mut watch = Watch::new().unwrap();
+        watch.add(&cgroup.0);
+        let child = cgroup.child("child");
+        let seen = drain_until(&mut watch, |seen| seen.changed.contains(&child));
+        assert!(seen.changed.contains(&child), "{seen:?}");
+        watch.add(&child);
+        watch.add(&child);
+        assert_eq!((watch.of_cgroup.len(), watch.paths.len()), (2, 4));
+        drain_until(&mut watch, |_| true);
+
+        let script = r#"echo 0 > "$0" && exec sleep 60"#;
+        let mut process =
+            Command::new("sh").args(["-c", script]).arg(child.join("cgroup.procs")).spawn().unwrap();
+        let seen = drain_until(&mut watch, |seen| seen.changed.contains(&child));
+        assert!(seen.changed.contains(&child), "{seen:?}");
+        drain_until(&mut watch, |_| true);
+        process.kill().unwrap();
+        process.wait().unwrap();
+        let seen = drain_until(&mut watch, |seen| seen.changed.contains(&child));
+        assert!(seen.changed.contains(&child), "nobody writes a file when the last process ends: {seen:?}");
+
+        // Removed, and made again by the same name before anybody looks.
+        while std::fs::remove_dir(&child).is_err() {}
+        std::fs::create_dir(&child).unwrap();
+        let seen =
+            drain_until(&mut watch, |seen| seen.removed.contains(&child) && seen.changed.contains(&child));
+        assert!(seen.removed.contains(&child) && seen.changed.contains(&child), "{seen:?}");
+        watch.remove(&child);
+        assert_eq!((watch.of_cgroup.len(), watch.paths.len()), (1, 2));
+        watch.add(&child);
+        assert_eq!(watch.paths.len(), 4);
+        watch.remove(&cgroup.0);
+        assert_eq!((watch.of_cgroup.len(), watch.paths.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_is_no_error() {
+        let mut watch = Watch::new().unwrap();
+        watch.add(Path::new("/sys/fs/cgroup/none-of-this-name"));
+        assert!(watch.of_cgroup.is_empty() && watch.is_complete());
     }
 }

@@ -1,0 +1,238 @@
+//! Pods are found, enrolled and forgotten.
+
+mod agent;
+
+use std::io;
+use std::sync::Arc;
+
+use agent::{Agent, SERVICE, SERVICE_V6, pin_dir, wanted};
+use anyhow::{Context, Result};
+use tidegate::config::bootstrap;
+use tidegate::intercept::{Detached, PodState, PodStatus, programs};
+use tidegate::sys::netns::NetNsId;
+use tidegate_common::{EnrolState, Reason};
+use tidegate_tests::cgroup::Cgroup;
+use tidegate_tests::netns::Netns;
+use tidegate_tests::network::Network;
+use tidegate_tests::pod::{Pod, adopt};
+use tidegate_tests::workload::Connect;
+
+#[test]
+fn pods_that_are_there_and_pods_that_come_later() -> Result<()> {
+    let network = Network::new()?;
+    let early = network.pod("early", &["10.9.0.1", "fd00:9::1"])?;
+    let pins = pin_dir();
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    let capture = agent.expect_captured(early.connect(SERVICE), SERVICE, "10.9.0.1")?;
+    assert_eq!(capture.pod.capture_port, 15001);
+    assert!(capture.pod.name.starts_with("pod-"), "{}", capture.pod.name);
+    agent.expect_captured(early.connect(SERVICE_V6), SERVICE_V6, "fd00:9::1")?;
+
+    let late = network.pod("late", &["10.9.0.2"])?;
+    agent.wait_for_enrolled(2)?;
+    let capture = agent.expect_captured(late.connect(SERVICE), SERVICE, "10.9.0.2")?;
+    assert_eq!(capture.pod.netns().id(), NetNsId::of_process(late_pid(&late)?)?);
+    // A second container of a pod: another cgroup, the same namespace.
+    let second = late.workload_under(&[])?;
+    let sidecar = Cgroup::child(network.cgroup(), &format!("{}-sidecar", late.netns().name()))?;
+    adopt(sidecar.path(), second.pid())?;
+    agent.expect_captured(second.connect(&Connect::to(SERVICE)), SERVICE, "10.9.0.2")?;
+    assert_eq!(agent.pods().len(), 2);
+    drop(second);
+    assert_eq!(agent.interception.stop()?, Detached::Removed);
+    Ok(())
+}
+
+/// Some process of the pod.
+fn late_pid(pod: &Pod) -> Result<u32> {
+    let text = std::fs::read_to_string(pod.cgroup().path().join("cgroup.procs"))?;
+    text.lines().next().context("the pod has no process")?.parse().context("pid")
+}
+
+#[test]
+fn a_taken_port_without_ipv6() -> Result<()> {
+    let network = Network::new()?;
+    let pod = network.pod("pod", &["10.9.0.1"])?;
+    pod.netns().sysctl("net.ipv6.conf.all.disable_ipv6", "1")?;
+    let taken = pod.netns().enter(|| std::net::TcpListener::bind("0.0.0.0:15001"))??;
+    let pins = pin_dir();
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    let capture = agent.expect_captured(pod.connect(SERVICE), SERVICE, "10.9.0.1")?;
+    assert_ne!(capture.pod.capture_port, 15001);
+    // The owner of the port keeps it.
+    pod.connect("10.9.0.1:15001")?;
+    taken.accept()?;
+    Ok(())
+}
+
+#[test]
+fn two_pods_with_the_same_address_and_port() -> Result<()> {
+    let network = Network::new()?;
+    let beside = network.beside()?;
+    let pods = [network.pod("a", &["10.9.0.1"])?, beside.pod("b", &["10.9.0.1"])?];
+    let pins = pin_dir();
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    agent.apply(&[SERVICE, "172.16.0.2:50001"])?;
+    let destinations = [SERVICE, "172.16.0.2:50001"];
+    let mut clients = Vec::new();
+    for (pod, to) in pods.iter().zip(destinations) {
+        clients.push(pod.connect_with(&Connect::to(to).from("10.9.0.1:40000"))?);
+    }
+    for _ in 0..2 {
+        let (capture, peer, original) = agent.accept()?;
+        let index = pods
+            .iter()
+            .position(|pod| {
+                late_pid(pod).and_then(|pid| Ok(NetNsId::of_process(pid)?)).ok()
+                    == Some(capture.pod.netns().id())
+            })
+            .context("whose?")?;
+        assert_eq!(original, Some(destinations[index].parse()?));
+        assert_eq!(peer, "10.9.0.1:40000".parse()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_process_that_enters_its_namespace_after_its_cgroup() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    let cgroup = network.cgroup().child("late")?;
+    let script = r#"echo 0 > "$0"; sleep 0.05; exec unshare --net sh -c 'ip link set lo up; exec sleep 60'"#;
+    let mut process = std::process::Command::new("sh")
+        .args(["-c", script])
+        .arg(cgroup.path().join("cgroup.procs"))
+        .spawn()?;
+    let outcome = agent.wait_for_enrolled(1);
+    process.kill()?;
+    process.wait()?;
+    outcome?;
+    agent.wait_for_enrolled(0)
+}
+
+#[test]
+fn a_pod_whose_loopback_and_address_come_late() -> Result<()> {
+    let network = Network::new()?;
+    let pod = network.pod("pod", &[])?;
+    pod.netns().ip("link set lo down")?;
+    let pins = pin_dir();
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    let reason = |pods: &[PodStatus]| match pods {
+        [PodStatus { state: PodState::Waiting { reason }, .. }] => reason.clone(),
+        _ => String::new(),
+    };
+    assert!(reason(&agent.pods()).contains("loopback interface is down"), "{:?}", agent.pods());
+    pod.netns().ip("link set lo up")?;
+    agent.wait_for_enrolled(1)?;
+    pod.netns().ip("addr add 10.9.0.7/32 dev eth0")?;
+    agent.wait_for("the address", |pods| {
+        matches!(pods, [PodStatus { state: PodState::Enrolled { v4: Some(v4), .. }, .. }] if v4.octets() == [10, 9, 0, 7])
+    })?;
+    agent.expect_captured(pod.connect(SERVICE), SERVICE, "10.9.0.7")?;
+    Ok(())
+}
+
+/// Runs `test` on a thread for which `netns` is the host's network.
+fn with_host<T: Send>(netns: &Netns, test: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    netns.enter(test)?
+}
+
+#[test]
+fn the_host_s_own_namespace_when_it_is_asked_for() -> Result<()> {
+    let network = Network::new()?;
+    let host = network.pod("host", &["10.9.0.1"])?;
+    with_host(host.netns(), || {
+        let pins = pin_dir();
+        let wanted = bootstrap::Interception { host_namespace: true, ..wanted(network.cgroup(), &pins) };
+        let agent = Agent::start_with(wanted)?;
+        agent.wait_for_enrolled(1)?;
+        let capture = agent.expect_captured(host.connect(SERVICE), SERVICE, "10.9.0.1")?;
+        assert!(capture.pod.is_host() && capture.pod.socket_namespace().is_none());
+        // A process of the same namespace outside the cgroup is left alone.
+        let before = agent.count(Reason::Captured);
+        let connect = Connect::to("10.9.0.1:9");
+        assert_eq!(connect.open().unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(agent.count(Reason::Captured), before);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_host_network_pod_passes_and_is_counted() -> Result<()> {
+    let network = Network::new()?;
+    let host = network.pod("host", &["10.9.0.1"])?;
+    with_host(host.netns(), || {
+        let pins = pin_dir();
+        let agent = Agent::start(network.cgroup(), &pins)?;
+        assert_eq!(agent.pods(), []);
+        agent.apply(&["10.9.0.1:9"])?;
+        assert_eq!(host.connect("10.9.0.1:9").unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(agent.count(Reason::PassedExcluded), 1);
+        let excluded = agent.interception.enrolments()?;
+        assert!(excluded.values().all(|enrolment| enrolment.state == EnrolState::Excluded as u16));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_killed_process_is_succeeded_or_cleaned_up() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let stays = network.pod("stays", &["10.9.0.1"])?;
+    let goes = network.pod("goes", &["10.9.0.2"])?;
+    let killed = Agent::start(network.cgroup(), &pins)?;
+    killed.wait_for_enrolled(2)?;
+    let stale = killed.interception.enrolments()?;
+    // What the kernel keeps of a killed process: what is pinned.
+    drop(killed);
+    drop(goes);
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    assert_eq!(agent.pods().len(), 1);
+    let now = agent.interception.enrolments()?;
+    assert_eq!(now.len(), stale.len() - 1, "the enrolment of the pod that has gone meanwhile");
+    agent.expect_captured(stays.connect(SERVICE), SERVICE, "10.9.0.1")?;
+
+    assert!(programs::cleanup(&pins, false).is_err(), "a live process holds it");
+    drop(agent);
+    let cleaned = programs::cleanup(&pins, false)?;
+    assert!(cleaned.links >= 5 && cleaned.map_dirs == 1, "{cleaned:?}");
+    assert!(!pins.exists());
+    assert_eq!(programs::cleanup(&pins, false)?, programs::Cleaned::default());
+    // Untouched again: the router drops it.
+    assert_eq!(stays.connect(SERVICE).unwrap_err().kind(), io::ErrorKind::TimedOut);
+    Ok(())
+}
+
+#[test]
+fn a_second_process_takes_over() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let pod = network.pod("pod", &["10.9.0.1"])?;
+    let first = Agent::start(network.cgroup(), &pins)?;
+    let before = first.expect_captured(pod.connect(SERVICE), SERVICE, "10.9.0.1")?;
+    assert!(!first.interception.is_superseded());
+
+    let second = Agent::start(network.cgroup(), &pins)?;
+    let after = second.expect_captured(pod.connect(SERVICE), SERVICE, "10.9.0.1")?;
+    assert_ne!(before.pod.capture_port, after.pod.capture_port);
+    assert!(first.interception.is_superseded() && !second.interception.is_superseded());
+
+    // Both see a pod that starts now; only the second enrols it.
+    let late = network.pod("late", &["10.9.0.2"])?;
+    second.wait_for_enrolled(2)?;
+    second.expect_captured(late.connect(SERVICE), SERVICE, "10.9.0.2")?;
+    let enrolments = second.interception.enrolments()?;
+    assert!(first.apply(&[]).is_err());
+    let captures = Arc::clone(&first.captures);
+    assert_eq!(first.interception.stop()?, Detached::Superseded);
+    assert!(captures.lock().unwrap().is_empty(), "its workers were told to close");
+    assert_eq!(second.interception.enrolments()?, enrolments, "nothing of the successor's was touched");
+    second.expect_captured(pod.connect(SERVICE), SERVICE, "10.9.0.1")?;
+
+    assert_eq!(second.interception.stop()?, Detached::Removed);
+    assert!(second.captures.lock().unwrap().is_empty());
+    assert!(!pins.exists());
+    assert_eq!(pod.connect(SERVICE).unwrap_err().kind(), io::ErrorKind::TimedOut);
+    Ok(())
+}
