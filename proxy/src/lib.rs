@@ -5,6 +5,8 @@
 pub mod access_log;
 pub mod addr;
 pub mod args;
+pub mod check;
+pub mod cleanup;
 pub mod cluster;
 pub mod config;
 pub mod connection;
@@ -16,4 +18,5 @@ pub mod response_flag;
 pub mod signal;
 pub mod stats;
 pub mod sys;
+pub mod takeover;
 pub mod uring;

@@ -122,6 +122,11 @@ impl InterceptError {
         }
     }
 
+    /// Adapter for `map_err` round loading.
+    pub(super) fn load(source: EbpfError) -> Self {
+        Self::Load(Box::new(source))
+    }
+
     /// Adapter for `map_err` round a file operation.
     pub(super) fn pin(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();

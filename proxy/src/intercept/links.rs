@@ -132,7 +132,8 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program
     ebpf.program_mut(name).ok_or(InterceptError::NotInObject(name))
 }
 
-fn load(ebpf: &mut Ebpf, name: &'static str) -> Result<(), InterceptError> {
+/// Has the verifier check one program.
+pub(super) fn load(ebpf: &mut Ebpf, name: &'static str) -> Result<(), InterceptError> {
     let loaded = match program(ebpf, name)? {
         Program::CgroupSockAddr(program) => program.load(),
         Program::SockOps(program) => program.load(),

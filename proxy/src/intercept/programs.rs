@@ -15,7 +15,7 @@ use tidegate_common::{Destination, Enrolment, FailMode, Reason, Settings, Verdic
 use super::bpffs::{PinDir, default_pin_dir, remove_dir_with_files};
 use super::cgroup::{self, Cgroup, covers, outermost};
 use super::error::InterceptError;
-use super::links::{Links, detach_all};
+use super::links::{self, CONNECT_PROGRAMS, Links, TCP_EVENTS, detach_all};
 use super::maps::{self, Events, MapSizes, Maps};
 use super::original_dst::{OriginalDstReader, OwnSocketMarker};
 
@@ -307,26 +307,42 @@ pub fn cleanup(pin_dir: &Path, force: bool) -> Result<Cleaned, InterceptError> {
     Ok(Cleaned { links, map_dirs })
 }
 
+/// Loads the programs and throws them away again: whether this kernel takes them from this process. Nothing is
+/// attached or pinned.
+pub fn trial() -> Result<(), InterceptError> {
+    let smallest = MapSizes { in_flight: 1, namespaces: 1, destinations: 1 };
+    let mut ebpf = loader(smallest, &has_set_retval(), &0).load(OBJECT).map_err(InterceptError::load)?;
+    CONNECT_PROGRAMS.into_iter().chain([TCP_EVENTS]).try_for_each(|program| links::load(&mut ebpf, program))
+}
+
 fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), InterceptError> {
     let sizes = options.sizes;
     let salvage = sizes.unpin_misfits(&dir.maps())?;
-    let has_set_retval = u8::from(
-        is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false),
-    );
-    let log_level = if options.debug { aya_log::Level::Debug as u8 } else { 0 };
-    let mut loader = EbpfLoader::new();
-    loader
-        .override_global(global::HAS_SET_RETVAL, &has_set_retval, true)
-        .override_global(aya_log::LEVEL, &log_level, true)
-        .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
-        .map_max_entries(map::NAMESPACES, sizes.namespaces)
-        .map_max_entries(map::DESTINATIONS, sizes.destinations);
+    let (has_set_retval, log_level) =
+        (has_set_retval(), if options.debug { aya_log::Level::Debug as u8 } else { 0 });
+    let mut loader = loader(sizes, &has_set_retval, &log_level);
     for name in sizes.pinned_names() {
         loader.map_pin_path(name, dir.maps().join(name));
     }
-    let mut ebpf = loader.load(OBJECT).map_err(|error| InterceptError::Load(Box::new(error)))?;
+    let mut ebpf = loader.load(OBJECT).map_err(InterceptError::load)?;
     let maps = Maps::take(&mut ebpf, sizes, salvage)?;
     Ok((ebpf, maps))
+}
+
+fn loader<'a>(sizes: MapSizes, has_set_retval: &'a u8, log_level: &'a u8) -> EbpfLoader<'a> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(global::HAS_SET_RETVAL, has_set_retval, true)
+        .override_global(aya_log::LEVEL, log_level, true)
+        .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
+        .map_max_entries(map::NAMESPACES, sizes.namespaces)
+        .map_max_entries(map::DESTINATIONS, sizes.destinations);
+    loader
+}
+
+fn has_set_retval() -> u8 {
+    let supported = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
+    u8::from(supported.unwrap_or(false))
 }
 
 #[cfg(test)]
