@@ -4,6 +4,7 @@
 
 pub mod access_log;
 pub mod addr;
+pub mod admin;
 pub mod args;
 pub mod check;
 pub mod cleanup;

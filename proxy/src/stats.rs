@@ -11,8 +11,12 @@ mod block;
 mod blocks;
 mod declare;
 mod histogram;
+mod prometheus;
+mod query;
+mod text;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -25,6 +29,11 @@ pub use blocks::{
     TcpProxyStats, TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
+pub(crate) use query::regex;
+pub use query::{Format, Query, QueryError};
+
+/// The scope of what the kernel counts.
+const INTERCEPT: &str = "tidegate.intercept.";
 
 /// All stats of the process. Kept by the main thread in an [`Arc`]; look-ups by name take a lock, so workers keep
 /// the handles that their snapshot carries.
@@ -162,6 +171,20 @@ impl Stats {
     /// How many workers there are.
     pub fn workers(&self) -> usize {
         self.workers
+    }
+
+    /// Writes what the query asks for, in its format. Blocks the thread for a while when there are many stats.
+    pub fn write(&self, query: &Query, out: &mut impl io::Write) -> io::Result<()> {
+        match query.format {
+            Format::Text => text::write(self, query, out),
+            Format::Json => text::write_json(self, query, out),
+            Format::Prometheus => prometheus::write(self, query, out),
+        }
+    }
+
+    /// `tidegate.intercept.*` as it is now.
+    fn intercept(&self) -> Vec<(String, Kind, u64)> {
+        lock(&self.intercept).iter().map(|(name, (kind, value))| (name.clone(), *kind, *value)).collect()
     }
 
     /// Sets every counter to 0, except those of the kernel.

@@ -176,6 +176,24 @@ impl Block {
         }
     }
 
+    /// Whether one worker ever wrote it.
+    pub fn worker_is_used(&self, stat: &Stat, worker: usize) -> bool {
+        match (stat.home, stat.kind, self.shards[worker].get()) {
+            (Home::Shard(cell), Kind::Gauge, Some(shard)) => {
+                shard.cell(0).load(Relaxed) & (1 << (cell % 64)) != 0
+            }
+            _ => self.worker_value(stat, worker) != 0,
+        }
+    }
+
+    /// The first part of its stats' names: `cluster.foo.`
+    pub fn scope(&self) -> String {
+        match self.name() {
+            "" => format!("{}.", self.layout.root),
+            name => format!("{}.{name}.", self.layout.root),
+        }
+    }
+
     /// The buckets of a histogram.
     pub fn histogram(&self, stat: &Stat) -> HistogramValue {
         let mut value = HistogramValue::default();

@@ -89,7 +89,9 @@ impl HistogramValue {
             if below + in_bucket >= rank {
                 // Whole milliseconds: what is at or below half a one was 0.
                 let width = if bucket == 0 { 0.0 } else { upper - lower };
-                return lower + width * ((rank - below) / in_bucket).clamp(0.0, 1.0);
+                let value = lower + width * ((rank - below) / in_bucket).clamp(0.0, 1.0);
+                // An estimate has no more digits than this.
+                return (value * 1e3).round() / 1e3;
             }
             below += in_bucket;
         }
