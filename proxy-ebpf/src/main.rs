@@ -58,8 +58,7 @@ fn panic(_info: &core::panic::PanicInfo) -> ! {
     loop {}
 }
 
-// bpf_sk_storage_* and the ring buffer need none, but the kernel asks for a licence string, and bpf_ktime and some
-// helpers on older kernels want a GPL-compatible one.
+// The kernel wants to know. None of the helpers in use is for GPL-compatible programs only.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+static LICENSE: [u8; 11] = *b"Apache-2.0\0";
