@@ -20,12 +20,14 @@ pub mod connect;
 pub mod dns;
 mod edf;
 pub mod endpoint;
+pub mod host;
 pub mod load_balancer;
 pub mod original_dst;
 pub mod priority;
 
 use circuit_breaker::CircuitBreaker;
-use endpoint::{Endpoint, HostRegistry, HostSet};
+use endpoint::{Endpoint, HostSet};
+use host::HostRegistry;
 pub use load_balancer::WorkerBalancers;
 use original_dst::OriginalDstHosts;
 
@@ -311,7 +313,7 @@ pub(crate) mod tests {
         let cluster =
             Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1), ip(2), ip(3)])), &stats, None);
         let host = Arc::clone(&cluster.endpoints()[0].host);
-        host.set_health_flag(endpoint::HealthFlag::FailedActive, true);
+        host.set_health_flag(host::HealthFlag::FailedActive, true);
         cluster.refresh_health();
         assert_eq!(cluster.stats().membership_healthy().value(), 2);
         let mut balancers = WorkerBalancers::with_seed(1);

@@ -9,22 +9,26 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use socket2::{SockAddr, Socket};
 
 use super::circuit_breaker::Permit;
-use super::endpoint::{ActiveConnection, Endpoint};
+use super::endpoint::Endpoint;
 use super::{Cluster, WorkerBalancers};
 use crate::addr::OriginalDst;
 use crate::config;
 use crate::config::tcp_proxy::{Backoff, ClusterChoice, TcpProxy};
 use crate::connection::record::{Record, Upstream};
 use crate::response_flag::ResponseFlag;
-use crate::stats::GaugeGuard;
 use crate::sys::socket::{self, OpenError};
 use crate::uring::{self, Interest};
+
+mod guard;
+
+use guard::Pending;
+pub use guard::{ClosedBy, UpstreamGuard};
 
 /// Attempts that fail at once don't give other connections of the worker a turn; after so many in a row there is a
 /// pause. Far more than any sensible `max_connect_attempts`.
@@ -76,16 +80,6 @@ impl Failure {
     }
 }
 
-/// Which side ended an upstream connection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ClosedBy {
-    /// We did (the downstream left, a timeout).
-    #[default]
-    Local,
-    /// The upstream's FIN or RST was what ended it.
-    Remote,
-}
-
 /// An established upstream connection.
 #[derive(Debug)]
 pub struct Connected {
@@ -101,129 +95,17 @@ impl Connected {
 
     /// Its cluster.
     pub fn cluster(&self) -> &Arc<Cluster> {
-        &self.guard.cluster
+        self.guard.cluster()
     }
 
     /// Its endpoint.
     pub fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.guard.endpoint
+        self.guard.endpoint()
     }
 
     /// The socket, and what counts the connection: drop that when the connection is over.
     pub fn into_parts(self) -> (Socket, UpstreamGuard) {
         (self.socket, self.guard)
-    }
-}
-
-/// Counts an upstream connection from its first SYN to its end: gauges, the host's load, its place under the
-/// circuit breaker. All are given back when this is dropped.
-#[derive(Debug)]
-pub struct UpstreamGuard {
-    cluster: Arc<Cluster>,
-    endpoint: Arc<Endpoint>,
-    started: Instant,
-    active: ActiveConnection,
-    /// From when it is established.
-    rq_active: Option<GaugeGuard>,
-    closed_by: ClosedBy,
-    _cx_active: GaugeGuard,
-    _permit: Permit,
-}
-
-impl UpstreamGuard {
-    fn new(cluster: &Arc<Cluster>, endpoint: &Arc<Endpoint>, permit: Permit) -> Self {
-        cluster.stats().upstream_cx_total().inc();
-        Self {
-            cluster: Arc::clone(cluster),
-            endpoint: Arc::clone(endpoint),
-            started: Instant::now(),
-            active: endpoint.host.connecting(),
-            rq_active: None,
-            closed_by: ClosedBy::default(),
-            _cx_active: cluster.stats().upstream_cx_active().guard(),
-            _permit: permit,
-        }
-    }
-
-    fn establish(&mut self) {
-        let stats = self.cluster.stats();
-        stats.upstream_cx_connect_ms().record(millis(self.started));
-        stats.upstream_rq_total().inc();
-        self.rq_active = Some(stats.upstream_rq_active().guard());
-        self.active.establish();
-    }
-
-    /// Its cluster.
-    pub fn cluster(&self) -> &Arc<Cluster> {
-        &self.cluster
-    }
-
-    /// Its endpoint.
-    pub fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
-    }
-
-    /// Notes who ended the connection; without it, we did.
-    pub fn closed_by(&mut self, side: ClosedBy) {
-        self.closed_by = side;
-    }
-}
-
-impl Drop for UpstreamGuard {
-    fn drop(&mut self) {
-        let stats = self.cluster.stats();
-        let established = self.rq_active.is_some();
-        stats.upstream_cx_destroy().inc();
-        stats.upstream_cx_length_ms().record(millis(self.started));
-        match self.closed_by {
-            ClosedBy::Local => stats.upstream_cx_destroy_local().inc(),
-            ClosedBy::Remote => stats.upstream_cx_destroy_remote().inc(),
-        }
-        match self.closed_by {
-            _ if !established => {
-                stats.upstream_cx_connect_fail().inc();
-                self.endpoint.host.note_connect_fail();
-                return;
-            }
-            ClosedBy::Local => stats.upstream_cx_destroy_local_with_active_rq().inc(),
-            ClosedBy::Remote => stats.upstream_cx_destroy_remote_with_active_rq().inc(),
-        }
-        stats.upstream_cx_destroy_with_active_rq().inc();
-    }
-}
-
-fn millis(since: Instant) -> u64 {
-    since.elapsed().as_millis() as u64
-}
-
-/// An attempt that is under way. Dropped before [`Pending::end`], it was cancelled.
-struct Pending<'a> {
-    cluster: &'a Cluster,
-    over: bool,
-    _gauge: GaugeGuard,
-    _permit: Permit,
-}
-
-impl<'a> Pending<'a> {
-    fn new(cluster: &'a Cluster, permit: Permit) -> Self {
-        cluster.stats().upstream_rq_pending_total().inc();
-        let gauge = cluster.stats().upstream_rq_pending_active().guard();
-        Self { cluster, over: false, _gauge: gauge, _permit: permit }
-    }
-
-    fn end(mut self, failed: bool) {
-        self.over = true;
-        if failed {
-            self.cluster.stats().upstream_rq_pending_failure_eject().inc();
-        }
-    }
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        if !self.over {
-            self.cluster.stats().upstream_rq_cancelled().inc();
-        }
     }
 }
 
@@ -304,7 +186,9 @@ async fn attempts(
         let more = record.attempts < proxy.max_connect_attempts;
         match &mut delays {
             Some(delays) if more => tokio::time::sleep(delays.next()).await,
-            None if more && record.attempts % ATTEMPTS_WITHOUT_PAUSE == 0 => tokio::time::sleep(PAUSE).await,
+            None if more && record.attempts.is_multiple_of(ATTEMPTS_WITHOUT_PAUSE) => {
+                tokio::time::sleep(PAUSE).await;
+            }
             _ => {}
         }
     }
@@ -400,7 +284,7 @@ async fn attempt(
             match error {
                 AttemptError::Timeout => cluster.stats().upstream_cx_connect_timeout().inc(),
                 AttemptError::Socket(ref error) if error.step == "bind" => {
-                    cluster.stats().bind_errors().inc()
+                    cluster.stats().bind_errors().inc();
                 }
                 AttemptError::Socket(_) => {}
                 AttemptError::Immediate(_) | AttemptError::Delayed(_) => guard.closed_by(ClosedBy::Remote),
@@ -460,7 +344,7 @@ mod tests {
     use std::cell::Cell;
     use std::collections::HashMap;
     use std::net::TcpListener;
-    use std::time::SystemTime;
+    use std::time::{Instant, SystemTime};
 
     use super::super::tests::config;
     use super::*;
@@ -533,8 +417,9 @@ mod tests {
     }
 
     fn run<F: Future>(future: F) -> F::Output {
-        let bounded =
-            async { tokio::time::timeout(Duration::from_secs(60), future).await.expect("not within 60 s") };
+        let bounded = async {
+            tokio::time::timeout(Duration::from_mins(1), future).await.expect("not within a minute")
+        };
         uring::start(Engine::IoUring, bounded).expect("io_uring is available")
     }
 
@@ -915,7 +800,7 @@ mod tests {
     fn attempts_wait_for_each_other_as_the_backoff_says() {
         let (_bound, address) = refusing();
         let fixture = Fixture::new().with("c", &[address]);
-        let interval = Duration::from_secs(3600);
+        let interval = Duration::from_hours(1);
         let backoff = Backoff { base_interval: interval, max_interval: interval };
         // No wait follows the last attempt.
         let (result, record) = fixture.connect(&TcpProxy { backoff: Some(backoff), ..single("c", 1) });

@@ -235,8 +235,8 @@ mod tests {
     use fastrand::Rng;
     use proptest::prelude::*;
 
-    use super::super::endpoint::HostRegistry;
     use super::super::endpoint::tests::endpoint;
+    use super::super::host::HostRegistry;
     use super::*;
     use crate::config::endpoint::HealthStatus;
 

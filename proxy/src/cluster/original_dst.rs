@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Cluster;
-use super::endpoint::{Endpoint, HostRegistry};
+use super::endpoint::Endpoint;
+use super::host::HostRegistry;
 use crate::addr::{EndpointAddr, OriginalDst};
 use crate::config::endpoint::{HealthStatus, Locality};
 

@@ -13,8 +13,14 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::config::filter_chain::{FilterChain, FilterChainMatch, SourceType};
+use crate::config::filter_chain::FilterChain;
 use crate::config::listener::Cidr;
+
+mod prefixes;
+mod rules;
+
+use prefixes::Prefixes;
+use rules::{Key, Name, Row, rows_of};
 
 /// What is known of a connection when its filter chain is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -111,86 +117,6 @@ enum Step {
     SourcePort,
 }
 
-/// One combination of the criteria of one chain. `None` is "any" and sorts first.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Key<'a> {
-    destination_port: Option<u16>,
-    destination: Option<Cidr>,
-    server_name: Option<Name<'a>>,
-    transport_protocol: Option<&'a str>,
-    application_protocol: Option<&'a str>,
-    direct_source: Option<Cidr>,
-    local_source: Option<bool>,
-    source: Option<Cidr>,
-    source_port: Option<u16>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Row<'a> {
-    key: Key<'a>,
-    chain: u32,
-}
-
-/// A server name criterion. `*.example.com` is the suffix `.example.com`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Name<'a> {
-    Exact(&'a str),
-    Suffix(&'a str),
-}
-
-impl<'a> Name<'a> {
-    fn parse(name: &'a str) -> Self {
-        match name.strip_prefix('*') {
-            Some(suffix) => Self::Suffix(suffix),
-            None if name.starts_with('.') => Self::Suffix(name),
-            None => Self::Exact(name),
-        }
-    }
-}
-
-/// Every combination of a chain's criteria.
-fn rows_of(matches: &FilterChainMatch, chain: u32) -> Vec<Row<'_>> {
-    let any = Key {
-        destination_port: matches.destination_port,
-        destination: None,
-        server_name: None,
-        transport_protocol: (!matches.transport_protocol.is_empty()).then_some(&*matches.transport_protocol),
-        application_protocol: None,
-        direct_source: None,
-        local_source: match matches.source_type {
-            SourceType::Any => None,
-            SourceType::SameIpOrLoopback => Some(true),
-            SourceType::External => Some(false),
-        },
-        source: None,
-        source_port: None,
-    };
-    let mut keys = vec![any];
-    multiply(&mut keys, &matches.prefix_ranges, |key, cidr| key.destination = Some(*cidr));
-    multiply(&mut keys, &matches.server_names, |key, name| key.server_name = Some(Name::parse(name)));
-    multiply(&mut keys, &matches.application_protocols, |key, alpn| key.application_protocol = Some(&**alpn));
-    multiply(&mut keys, &matches.direct_source_prefix_ranges, |key, cidr| key.direct_source = Some(*cidr));
-    multiply(&mut keys, &matches.source_prefix_ranges, |key, cidr| key.source = Some(*cidr));
-    multiply(&mut keys, &matches.source_ports, |key, port| key.source_port = Some(*port));
-    keys.into_iter().map(|key| Row { key, chain }).collect()
-}
-
-/// Replaces each key by one copy per value; an empty list leaves the criterion at "any".
-fn multiply<'a, T>(keys: &mut Vec<Key<'a>>, values: &'a [T], set: impl Fn(&mut Key<'a>, &'a T)) {
-    if values.is_empty() {
-        return;
-    }
-    let bases = std::mem::take(keys);
-    keys.reserve(bases.len() * values.len());
-    for base in bases {
-        for value in values {
-            let mut key = base.clone();
-            set(&mut key, value);
-            keys.push(key);
-        }
-    }
-}
-
 fn same_match(chains: &[Arc<FilterChain>], a: &Row<'_>, b: &Row<'_>) -> MatchError {
     let rules = a.key.to_string();
     // Equal keys sort by the chain's position.
@@ -199,33 +125,6 @@ fn same_match(chains: &[Arc<FilterChain>], a: &Row<'_>, b: &Row<'_>) -> MatchErr
     }
     let name = |row: &Row<'_>| chains[row.chain as usize].name.clone();
     MatchError::Chains { first: name(a), second: name(b), rules }
-}
-
-impl std::fmt::Display for Key<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let cidr = |c: Cidr| format!("{}/{}", c.address, c.prefix_len);
-        let parts = [
-            self.destination_port.map(|port| format!("destination_port {port}")),
-            self.destination.map(|c| format!("prefix_ranges {}", cidr(c))),
-            self.server_name.map(|name| match name {
-                Name::Exact(name) => format!("server_names {name}"),
-                Name::Suffix(suffix) => format!("server_names *{suffix}"),
-            }),
-            self.transport_protocol.map(|name| format!("transport_protocol {name}")),
-            self.application_protocol.map(|name| format!("application_protocols {name}")),
-            self.direct_source.map(|c| format!("direct_source_prefix_ranges {}", cidr(c))),
-            self.local_source.map(|local| {
-                format!("source_type {}", if local { "SAME_IP_OR_LOOPBACK" } else { "EXTERNAL" })
-            }),
-            self.source.map(|c| format!("source_prefix_ranges {}", cidr(c))),
-            self.source_port.map(|port| format!("source_ports {port}")),
-        ];
-        let mut parts = parts.into_iter().flatten().peekable();
-        if parts.peek().is_none() {
-            return f.write_str("every connection");
-        }
-        f.write_str(&parts.collect::<Vec<_>>().join(", "))
-    }
 }
 
 /// One step of the compiled tree. Levels that no chain uses are left out.
@@ -321,75 +220,6 @@ fn is_local(input: &MatchInput<'_>) -> bool {
         || source == input.destination.ip().to_canonical()
 }
 
-/// Longest prefix match as sorted intervals: each address belongs to the interval that starts at or before it.
-#[derive(Debug, Default)]
-struct Prefixes {
-    v4: Vec<Interval>,
-    v6: Vec<Interval>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Interval {
-    start: u128,
-    child: Option<u32>,
-}
-
-impl Prefixes {
-    fn new(prefixes: impl Iterator<Item = (Cidr, u32)>) -> Self {
-        let (v4, v6): (Vec<_>, Vec<_>) = prefixes.partition(|(cidr, _)| cidr.address.is_ipv4());
-        Self { v4: intervals(v4, 32), v6: intervals(v6, 128) }
-    }
-
-    fn find(&self, ip: IpAddr) -> Option<u32> {
-        let (table, bits) = match ip.to_canonical() {
-            IpAddr::V4(ip) => (&self.v4, u128::from(ip.to_bits())),
-            IpAddr::V6(ip) => (&self.v6, ip.to_bits()),
-        };
-        let after = table.partition_point(|interval| interval.start <= bits);
-        table.get(after.checked_sub(1)?)?.child
-    }
-}
-
-/// Cuts nested prefixes into disjoint intervals, each owned by its most specific prefix.
-fn intervals(prefixes: Vec<(Cidr, u32)>, width: u32) -> Vec<Interval> {
-    let max = u128::MAX >> (128 - width);
-    let mut ranges: Vec<(u128, u8, u32)> = prefixes
-        .into_iter()
-        .map(|(cidr, child)| {
-            let bits = match cidr.address {
-                IpAddr::V4(ip) => u128::from(ip.to_bits()),
-                IpAddr::V6(ip) => ip.to_bits(),
-            };
-            (bits, cidr.prefix_len, child)
-        })
-        .collect();
-    ranges.sort_unstable();
-
-    let mut out: Vec<Interval> = Vec::with_capacity(ranges.len() * 2);
-    let mut emit = |start: u128, child: Option<u32>| match out.last_mut() {
-        Some(last) if last.start == start => last.child = child,
-        _ => out.push(Interval { start, child }),
-    };
-    // Prefixes that contain the current position, outermost first, with their last address.
-    let mut open: Vec<(u128, u32)> = Vec::new();
-    let close_before =
-        |open: &mut Vec<(u128, u32)>, start: Option<u128>, emit: &mut dyn FnMut(u128, Option<u32>)| {
-            while let Some((end, _)) = open.pop_if(|(end, _)| start.is_none_or(|start| *end < start)) {
-                if end < max {
-                    emit(end + 1, open.last().map(|(_, child)| *child));
-                }
-            }
-        };
-    for (start, len, child) in ranges {
-        close_before(&mut open, Some(start), &mut emit);
-        emit(start, Some(child));
-        let host_bits = max.checked_shr(u32::from(len)).unwrap_or(0);
-        open.push((start | host_bits, child));
-    }
-    close_before(&mut open, None, &mut emit);
-    out
-}
-
 /// Compiles sorted rows that agree on every earlier step.
 fn compile(rows: &[Row<'_>], step: Step) -> Node {
     match step {
@@ -466,8 +296,11 @@ fn words(keys: Vec<(&str, u32)>) -> Table {
 }
 
 fn source_types(keys: Vec<(bool, u32)>) -> Table {
-    let child = |local: bool| keys.iter().find(|(key, _)| *key == local).map(|(_, child)| *child);
-    Table::SourceType { local: child(true), external: child(false) }
+    let (mut local, mut external) = (None, None);
+    for (is_local, child) in keys {
+        *(if is_local { &mut local } else { &mut external }) = Some(child);
+    }
+    Table::SourceType { local, external }
 }
 
 #[cfg(test)]
@@ -475,6 +308,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::filter_chain::{FilterChainMatch, SourceType};
 
     fn cidr(text: &str) -> Cidr {
         let (address, len) = text.split_once('/').unwrap();
@@ -504,9 +338,9 @@ mod tests {
     /// A matcher and the names of its chains, the default chain last.
     struct Built(Matcher, Vec<Arc<str>>);
 
-    fn build(chains: &[Arc<FilterChain>], default: Option<Arc<FilterChain>>) -> Result<Built, MatchError> {
-        let matcher = Matcher::build(chains, default.as_ref())?;
-        Ok(Built(matcher, chains.iter().chain(&default).map(|chain| chain.name.clone()).collect()))
+    fn build(chains: &[Arc<FilterChain>], default: Option<&Arc<FilterChain>>) -> Result<Built, MatchError> {
+        let matcher = Matcher::build(chains, default)?;
+        Ok(Built(matcher, chains.iter().chain(default).map(|chain| chain.name.clone()).collect()))
     }
 
     fn found<'m>(Built(matcher, names): &'m Built, input: &MatchInput<'_>) -> Option<&'m str> {
@@ -554,7 +388,7 @@ mod tests {
                     },
                 ),
             ],
-            Some(chain("default", FilterChainMatch::default())),
+            Some(&chain("default", FilterChainMatch::default())),
         )
         .unwrap();
         assert_eq!(found(&matcher, &input("10.2.0.1:80", "1.1.1.1:7")), Some("wide"));

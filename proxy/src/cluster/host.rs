@@ -1,0 +1,229 @@
+//! The live state of endpoints, which outlives the sets that they are members of.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::addr::EndpointAddr;
+
+/// The live state of one address of one cluster. It survives updates of the cluster and its endpoints for as long
+/// as a host set or a connection refers to it. Written by every worker.
+#[derive(Debug)]
+pub struct Host {
+    address: EndpointAddr,
+    cx_active: AtomicU64,
+    cx_total: AtomicU64,
+    cx_connect_fail: AtomicU64,
+    rq_active: AtomicU64,
+    rq_total: AtomicU64,
+    health_flags: AtomicU32,
+    /// ORIGINAL_DST: picked since the last sweep.
+    recently_picked: AtomicBool,
+    /// ORIGINAL_DST: dropped by a sweep, so a worker that still remembers it asks the cluster again.
+    swept: AtomicBool,
+}
+
+/// What health checks and outlier detection found; bits of [`Host::health_flags`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum HealthFlag {
+    /// Active health checks fail.
+    FailedActive = 1 << 0,
+    /// Ejected by outlier detection.
+    FailedOutlier = 1 << 1,
+    /// Active health checks report it degraded.
+    DegradedActive = 1 << 2,
+    /// Not yet checked; does not count as a host.
+    PendingActive = 1 << 3,
+}
+
+impl Host {
+    /// A host that nothing is known of yet.
+    pub fn new(address: EndpointAddr) -> Self {
+        Self {
+            address,
+            cx_active: AtomicU64::new(0),
+            cx_total: AtomicU64::new(0),
+            cx_connect_fail: AtomicU64::new(0),
+            rq_active: AtomicU64::new(0),
+            rq_total: AtomicU64::new(0),
+            health_flags: AtomicU32::new(0),
+            recently_picked: AtomicBool::new(true),
+            swept: AtomicBool::new(false),
+        }
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> EndpointAddr {
+        self.address
+    }
+
+    /// Connections to it that are open or being opened (`cx_active`).
+    pub fn cx_active(&self) -> u64 {
+        self.cx_active.load(Relaxed)
+    }
+
+    /// Connection attempts ever made (`cx_total`).
+    pub fn cx_total(&self) -> u64 {
+        self.cx_total.load(Relaxed)
+    }
+
+    /// Attempts that failed (`cx_connect_fail`).
+    pub fn cx_connect_fail(&self) -> u64 {
+        self.cx_connect_fail.load(Relaxed)
+    }
+
+    /// Connections that are established and in use (`rq_active`).
+    pub fn rq_active(&self) -> u64 {
+        self.rq_active.load(Relaxed)
+    }
+
+    /// Connections that were ever established (`rq_total`).
+    pub fn rq_total(&self) -> u64 {
+        self.rq_total.load(Relaxed)
+    }
+
+    /// Bits of [`HealthFlag`].
+    pub fn health_flags(&self) -> u32 {
+        self.health_flags.load(Relaxed)
+    }
+
+    /// Sets or clears a health flag. The cluster has to be refreshed for balancers to see it.
+    pub fn set_health_flag(&self, flag: HealthFlag, on: bool) {
+        if on {
+            self.health_flags.fetch_or(flag as u32, Relaxed);
+        } else {
+            self.health_flags.fetch_and(!(flag as u32), Relaxed);
+        }
+    }
+
+    /// Counts an attempt to connect; it is active until the guard goes.
+    pub fn connecting(self: &Arc<Self>) -> ActiveConnection {
+        self.cx_total.fetch_add(1, Relaxed);
+        self.cx_active.fetch_add(1, Relaxed);
+        ActiveConnection { host: Arc::clone(self), established: false }
+    }
+
+    pub(super) fn note_connect_fail(&self) {
+        self.cx_connect_fail.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn note_picked(&self) {
+        if !self.recently_picked.load(Relaxed) {
+            self.recently_picked.store(true, Relaxed);
+        }
+    }
+
+    /// Whether a sweep may drop it: no connection now, and none picked it since the last sweep.
+    pub(super) fn sweep(&self) -> bool {
+        let unused = !self.recently_picked.swap(false, Relaxed) && self.cx_active() == 0;
+        if unused {
+            self.swept.store(true, Relaxed);
+        }
+        unused
+    }
+
+    pub(super) fn is_swept(&self) -> bool {
+        self.swept.load(Relaxed)
+    }
+}
+
+/// Holds a host's `cx_active`, and `rq_active` once established.
+#[derive(Debug)]
+pub struct ActiveConnection {
+    host: Arc<Host>,
+    established: bool,
+}
+
+impl ActiveConnection {
+    /// The attempt succeeded.
+    pub fn establish(&mut self) {
+        if !self.established {
+            self.established = true;
+            self.host.rq_total.fetch_add(1, Relaxed);
+            self.host.rq_active.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+impl Drop for ActiveConnection {
+    fn drop(&mut self) {
+        self.host.cx_active.fetch_sub(1, Relaxed);
+        if self.established {
+            self.host.rq_active.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
+/// The hosts of one cluster by address. Held by the cluster and its successors of the same name.
+#[derive(Debug, Default)]
+pub struct HostRegistry(Mutex<HashMap<SocketAddr, Weak<Host>>>);
+
+impl HostRegistry {
+    /// The host at this address: the one that is still referred to, else a new one.
+    pub fn host(&self, address: EndpointAddr) -> Arc<Host> {
+        let mut hosts = self.lock();
+        if let Some(host) = hosts.get(&address.0).and_then(Weak::upgrade) {
+            return host;
+        }
+        let host = Arc::new(Host::new(address));
+        hosts.insert(address.0, Arc::downgrade(&host));
+        host
+    }
+
+    /// A host for an ORIGINAL_DST destination: the one that is still referred to unless a sweep dropped it.
+    pub(super) fn fresh(&self, address: EndpointAddr) -> Arc<Host> {
+        let host = self.host(address);
+        if !host.is_swept() {
+            return host;
+        }
+        let host = Arc::new(Host::new(address));
+        self.lock().insert(address.0, Arc::downgrade(&host));
+        host
+    }
+
+    /// Forgets hosts that nothing refers to.
+    pub fn prune(&self) {
+        self.lock().retain(|_, host| host.strong_count() > 0);
+    }
+
+    /// How many addresses it knows, for tests and `/memory`.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether it knows none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The map is consistent after every statement, so a panic while it was locked spoils nothing.
+    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Weak<Host>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_kept_while_a_connection_uses_it_and_forgotten_after() {
+        let registry = HostRegistry::default();
+        let address = EndpointAddr(([127, 0, 0, 1], 1).into());
+        let host = registry.host(address);
+        let mut active = host.connecting();
+        active.establish();
+        drop(host);
+        registry.prune();
+        assert_eq!(registry.len(), 1);
+        let again = registry.host(address);
+        assert_eq!((again.cx_active(), again.rq_active(), again.cx_total()), (1, 1, 1));
+        drop(active);
+        assert_eq!((again.cx_active(), again.rq_active(), again.cx_total()), (0, 0, 1));
+        drop(again);
+        registry.prune();
+        assert!(registry.is_empty());
+    }
+}
