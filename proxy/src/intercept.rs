@@ -114,6 +114,7 @@ impl Interception {
             host_namespace: wanted.host_namespace,
             capture_port: wanted.capture_port.unwrap_or(CAPTURE_PORT),
             sockets_per_pod: settings.workers.max(1),
+            walk_interval: pods::WALK_INTERVAL,
         };
         let pods = pods::Pods::start(pod_settings, Arc::clone(&interceptor), events, on_pod)?;
         Ok(Self { pods, interceptor, own_sockets, attach_points })

@@ -3,14 +3,19 @@
 mod agent;
 
 use std::io;
-use std::sync::Arc;
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use agent::{Agent, SERVICE, SERVICE_V6, pin_dir, wanted};
+use agent::{Agent, SERVICE, SERVICE_V6, pin_dir, wait, wanted};
 use anyhow::{Context, Result};
 use tidegate::config::bootstrap;
+use tidegate::intercept::audit::{Audit, Health};
+use tidegate::intercept::pods::{PodSettings, Pods};
 use tidegate::intercept::{Detached, PodState, PodStatus, programs};
+use tidegate::stats::Stats;
 use tidegate::sys::netns::NetNsId;
-use tidegate_common::{EnrolState, Reason};
+use tidegate_common::{EnrolState, Reason, Verdict};
 use tidegate_tests::cgroup::Cgroup;
 use tidegate_tests::netns::Netns;
 use tidegate_tests::network::Network;
@@ -100,15 +105,94 @@ fn a_process_that_enters_its_namespace_after_its_cgroup() -> Result<()> {
     let agent = Agent::start(network.cgroup(), &pins)?;
     let cgroup = network.cgroup().child("late")?;
     let script = r#"echo 0 > "$0"; sleep 0.05; exec unshare --net sh -c 'ip link set lo up; exec sleep 60'"#;
-    let mut process = std::process::Command::new("sh")
-        .args(["-c", script])
-        .arg(cgroup.path().join("cgroup.procs"))
-        .spawn()?;
-    let outcome = agent.wait_for_enrolled(1);
-    process.kill()?;
-    process.wait()?;
-    outcome?;
+    let process = start(script, &cgroup)?;
+    agent.wait_for_enrolled(1)?;
+    drop(process);
     agent.wait_for_enrolled(0)
+}
+
+/// A process of a pod, for programs that a shell script starts.
+fn start(script: &str, cgroup: &Cgroup) -> Result<Script> {
+    let procs = cgroup.path().join("cgroup.procs");
+    Ok(Script(Command::new("sh").args(["-c", script]).arg(procs).spawn()?))
+}
+
+/// Killed on drop.
+struct Script(Child);
+
+impl Drop for Script {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_pod_with_a_user_namespace_of_its_own() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    let cgroup = network.cgroup().child("rootless")?;
+    let script = r#"echo 0 > "$0"; exec unshare --user --map-root-user --net sh -c 'ip link set lo up; exec sleep 60'"#;
+    let process = start(script, &cgroup)?;
+    agent.wait_for_enrolled(1)?;
+    drop(process);
+    agent.wait_for_enrolled(0)
+}
+
+/// Nothing but the connect itself says that there is a new namespace: no cgroup changes, and no walk is due.
+#[test]
+fn a_namespace_is_found_by_its_first_connect() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let mut options = programs::Options::new(vec![network.cgroup().path().to_owned()])?;
+    options.pin_dir = pins.to_path_buf();
+    let mut interceptor = programs::Interceptor::load(&options)?;
+    interceptor.set_default_verdict(Verdict::Capture)?;
+    let events = interceptor.take_events();
+    let settings = PodSettings {
+        cgroups: interceptor.attach_points().to_vec(),
+        host_namespace: false,
+        capture_port: 15001,
+        sockets_per_pod: 1,
+        walk_interval: Duration::from_hours(1),
+    };
+    let interceptor = Arc::new(Mutex::new(interceptor));
+    let pods = Pods::start(settings, Arc::clone(&interceptor), events, Box::new(|_| {}))?;
+    let cgroup = network.cgroup().child("late")?;
+    // Later than the cgroup is looked at again for settling.
+    let script = r#"echo 0 > "$0"; sleep 3; exec unshare --net bash -c 'ip link set lo up; sleep 1
+        while :; do true < /dev/tcp/198.51.100.1/9; sleep 0.2; done' 2> /dev/null"#;
+    let _process = start(script, &cgroup)?;
+    let enrolled = || pods.status().iter().any(|pod| matches!(pod.state, PodState::Enrolled { .. }));
+    wait("the namespace", enrolled)?;
+    let counters = interceptor.lock().unwrap().counters()?;
+    assert!(counters[Reason::Announced as usize].1 > 0, "{counters:?}");
+    pods.stop();
+    assert!(interceptor.lock().unwrap().enrolments()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn the_audit_sees_what_others_did() -> Result<()> {
+    let network = Network::new()?;
+    let _pod = network.pod("pod", &["10.9.0.1"])?;
+    let (pins, stats) = (pin_dir(), Stats::new(1));
+    let inner = network.cgroup().child("inner")?;
+    let mut wanted = wanted(network.cgroup(), &pins);
+    wanted.cgroups = vec![inner.path().to_owned(), Cgroup::new("other")?.path().to_owned()];
+    // The second one is gone already.
+    assert!(Agent::start_with(wanted.clone()).is_err());
+    wanted.cgroups = vec![inner.path().to_owned()];
+    let agent = Agent::start_with(wanted)?;
+    let mut audit = Audit::default();
+    assert_eq!(audit.look(&agent.interception, &stats), Health::Good);
+    drop(inner);
+    wait("the link to notice", || audit.look(&agent.interception, &stats) == Health::Broken)?;
+    let successor = Agent::start(network.cgroup(), &pins)?;
+    assert_eq!(audit.look(&agent.interception, &stats), Health::Superseded);
+    assert_eq!(Audit::default().look(&successor.interception, &stats), Health::Good);
+    Ok(())
 }
 
 #[test]

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use socket2::Socket;
 
@@ -113,7 +114,13 @@ pub struct PodSettings {
     pub capture_port: u16,
     /// How many capture sockets each pod gets: the number of workers.
     pub sockets_per_pod: usize,
+    /// Full walks are at least this far apart, and farther if one takes long. [`WALK_INTERVAL`].
+    pub walk_interval: Duration,
 }
+
+/// The usual time between full walks. They only find what makes no event: a process that changes its namespace long
+/// after it entered its cgroup and doesn't connect, or leaves one behind.
+pub const WALK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What is known about one namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]

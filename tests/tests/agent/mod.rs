@@ -162,7 +162,7 @@ impl Agent {
     }
 }
 
-pub fn wait(what: &str, done: impl Fn() -> bool) -> Result<()> {
+pub fn wait(what: &str, mut done: impl FnMut() -> bool) -> Result<()> {
     let begin = Instant::now();
     while !done() {
         ensure!(begin.elapsed() < LIMIT, "waited in vain for {what}");

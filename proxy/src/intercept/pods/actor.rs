@@ -41,11 +41,9 @@ const SETTLING: [Duration; 5] = [
 pub(super) const RETRY_FIRST: Duration = Duration::from_millis(20);
 pub(super) const RETRY_LAST: Duration = Duration::from_secs(5);
 
-/// Full walks are at least this far apart …
-const WALK_INTERVAL: Duration = Duration::from_secs(10);
-/// … or this, while cgroups can't all be watched …
+/// Full walks come so often at the least while cgroups can't all be watched …
 const WALK_INTERVAL_UNWATCHED: Duration = Duration::from_secs(2);
-/// … and at least so many times as far as one takes: half a percent of a CPU.
+/// … but are never closer than so many times what one takes: half a percent of a CPU.
 const WALK_SHARE: u32 = 200;
 /// A walk that was asked for (a connect from a namespace that nobody finds) waits this long after the last one.
 const WALK_ON_DEMAND: Duration = Duration::from_millis(500);
@@ -268,7 +266,8 @@ impl Actor {
             self.set_namespaces(&removed, HashSet::new());
         }
         self.last_walk = Instant::now();
-        let least = if self.watch.is_complete() { WALK_INTERVAL } else { WALK_INTERVAL_UNWATCHED };
+        let wanted = self.parts.settings.walk_interval;
+        let least = if self.watch.is_complete() { wanted } else { wanted.min(WALK_INTERVAL_UNWATCHED) };
         self.next_walk = self.last_walk + least.max(begin.elapsed() * WALK_SHARE);
     }
 
