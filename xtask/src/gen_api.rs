@@ -191,6 +191,7 @@ mod generate {
         "envoy/extensions/retry/priority/previous_priorities/v3/previous_priorities_config.proto",
         "envoy/extensions/stat_sinks/open_telemetry/v3/open_telemetry.proto",
         "envoy/extensions/transport_sockets/quic/v3/quic_transport.proto",
+        "google/protobuf/field_mask.proto",
     ];
 
     /// Domain in front of every type name in an `Any`.
@@ -289,7 +290,7 @@ mod generate {
             let package = file.package();
             let options_only = package.ends_with(".annotations")
                 || package.ends_with(".annotations.v3")
-                || matches!(package, "validate" | "google.api");
+                || package == "google.api";
             !options_only
         });
         set

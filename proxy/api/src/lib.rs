@@ -1,6 +1,6 @@
 //! Envoy's v3 API, as far as tidegate reads it: Rust types and their descriptors.
 //!
-//! [`envoy`], [`google`], [`opentelemetry`], [`tidegate`], [`udpa`] and [`xds`] are generated from the
+//! [`envoy`], [`google`], [`opentelemetry`], [`tidegate`], [`udpa`], [`validate`] and [`xds`] are generated from the
 //! .proto files in `proto/` by `cargo xtask gen-api` and checked in, so that a build needs neither `protoc`
 //! nor a code generator. Messages and fields are documented in their .proto files. The packages that
 //! everybody uses have a short name at the top: [`core`], [`listener`], [`tcp_proxy`], …
@@ -15,7 +15,7 @@ mod generated {
     #![allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
     include!("generated/mod.rs");
 }
-pub use generated::{envoy, google, opentelemetry, tidegate, udpa, xds};
+pub use generated::{envoy, google, opentelemetry, tidegate, udpa, validate, xds};
 
 pub use envoy::admin::v3 as admin;
 pub use envoy::config::accesslog::v3 as accesslog;
