@@ -25,7 +25,12 @@ impl Cgroup {
 
     /// Makes a child.
     pub fn child(&self, name: &str) -> Result<Self> {
-        Self::at(self.path.join(name))
+        Self::below(&self.path, name)
+    }
+
+    /// Makes a child of `parent`.
+    pub fn below(parent: &Path, name: &str) -> Result<Self> {
+        Self::at(parent.join(name))
     }
 
     fn at(path: PathBuf) -> Result<Self> {

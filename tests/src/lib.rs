@@ -7,8 +7,10 @@
 pub mod admin;
 pub mod cgroup;
 pub mod client;
+pub mod config;
 pub mod netns;
 pub mod network;
+pub mod node;
 pub mod pod;
 pub mod program;
 pub mod proxy;

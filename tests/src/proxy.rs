@@ -39,6 +39,7 @@ pub struct Setup {
     netns: Option<Netns>,
     cgroups: Vec<(&'static str, PathBuf)>,
     wrapper: Vec<String>,
+    cgroup: Option<PathBuf>,
     pins: Option<PathBuf>,
     state: Option<PathBuf>,
 }
@@ -59,6 +60,7 @@ impl Setup {
             netns: None,
             cgroups: Vec::new(),
             wrapper: Vec::new(),
+            cgroup: None,
             pins: None,
             state: None,
         }
@@ -113,6 +115,13 @@ impl Setup {
         self
     }
 
+    /// Run in a child of this cgroup.
+    #[must_use]
+    pub fn cgroup(mut self, cgroup: &Cgroup) -> Self {
+        self.cgroup = Some(cgroup.path().to_path_buf());
+        self
+    }
+
     /// Use the pins and the state of a proxy that runs, or ran: the second one takes over.
     #[must_use]
     pub fn succeed(mut self, other: &Proxy) -> Self {
@@ -132,7 +141,10 @@ impl Setup {
     pub fn spawn(&self) -> Result<Proxy> {
         run::prepare()?;
         let dir = TempDir::new("proxy")?;
-        let cgroup = Cgroup::new("proxy")?;
+        let cgroup = match &self.cgroup {
+            Some(parent) => Cgroup::below(parent, &run::unique("proxy"))?,
+            None => Cgroup::new("proxy")?,
+        };
         let config = self.write_config(dir.path())?;
         let pins = self.pins.clone().unwrap_or_else(|| Path::new(run::BPFFS).join(run::unique("pins")));
         let state = self.state.clone().unwrap_or_else(|| dir.path().join("state"));
