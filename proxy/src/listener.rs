@@ -1,3 +1,4 @@
-//! Listeners: which socket, which filter chain.
+//! Listeners: which socket, what listener filters read, which filter chain.
 
+pub mod filter;
 pub mod filter_chain;

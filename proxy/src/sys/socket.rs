@@ -101,6 +101,45 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// Looks at the first bytes in the receive queue and leaves them there. 0 is the peer's FIN.
+pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_PEEK;
+    // SAFETY: `buffer` is writable for its whole length.
+    let n = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// The socket becomes readable when so many bytes are there, or a FIN (`SO_RCVLOWAT`). Under memory pressure
+/// the kernel says so earlier. 1 is the default.
+pub fn set_receive_low_water(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the value is an int of exactly `len` bytes, which the kernel only reads.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            len,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `SO_RCVLOWAT`, bytes.
+pub fn receive_low_water(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+    option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT)
+}
+
+/// Whether the peer has sent its FIN, or reset: no more bytes will come than are in the receive queue.
+pub fn has_received_fin(socket: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: `poll` is one live pollfd, and the count says one.
+    let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    n > 0 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
+}
+
 /// Receives up to `len` bytes and throws them away in the kernel, without a copy. 0 is the peer's FIN.
 pub fn discard(socket: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
     let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
