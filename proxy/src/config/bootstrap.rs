@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::access_log::AccessLog;
 use super::cluster::Cluster;
-use super::listener::Listener;
+use super::listener::{Cidr, Listener};
 
 /// A whole static configuration, validated.
 #[derive(Clone, Debug, Default)]
@@ -54,14 +54,32 @@ pub struct Interception {
     pub cgroups: Vec<PathBuf>,
     /// Whether processes of the host's own network namespace inside these cgroups are captured too.
     pub host_namespace: bool,
+    /// cgroup v2 directories whose processes are captured although they run in the host's own network
+    /// namespace (subtrees).
+    pub host_cgroups: Vec<PathBuf>,
     /// What a connect gets when interception can't be done (namespace not enrolled, map full, …).
     pub fail_mode: FailMode,
     /// Port of the capture listeners inside each pod; another one is taken where it is in use. Default 15001.
     pub capture_port: Option<u16>,
+    /// Destinations that are never captured.
+    pub exclude: Exclusions,
     /// Pin directory below a bpffs mount. Default `/sys/fs/bpf/tidegate`.
     pub pin_path: Option<PathBuf>,
     /// Capacity of the in-flight map in handshakes. Default 65,536.
     pub in_flight_capacity: Option<u32>,
+    /// Capacity of the map of captured destinations. Default 65,536.
+    pub destination_capacity: Option<u32>,
+    /// Capacity of the map of enrolled network namespaces. Default 4,096.
+    pub namespace_capacity: Option<u32>,
+}
+
+/// Destinations that are never captured.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exclusions {
+    /// Networks.
+    pub cidrs: Vec<Cidr>,
+    /// TCP ports.
+    pub ports: Vec<u16>,
 }
 
 /// The stated policy for connects that can't be intercepted.

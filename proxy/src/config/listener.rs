@@ -82,8 +82,11 @@ pub enum ListenerFilter {
     OriginalDst,
     /// Reads the ClientHello for transport protocol, SNI and ALPN.
     TlsInspector {
-        /// Larger ClientHellos count as "not TLS". Bytes; Envoy's default is 65,536.
+        /// A ClientHello that does not end within so many bytes closes the connection. Envoy's default, and its
+        /// maximum, is 16,384.
         max_client_hello_size: u32,
+        /// What is not a valid ClientHello closes the connection, instead of being served as plaintext.
+        close_connection_on_client_hello_parsing_errors: bool,
     },
     /// Recognises HTTP/1.x and HTTP/2 prefaces for `application_protocols`.
     HttpInspector,
@@ -93,7 +96,20 @@ pub enum ListenerFilter {
         allow_requests_without_proxy_protocol: bool,
         /// Header versions that are refused.
         disallowed_versions: Vec<ProxyProtocolVersion>,
+        /// Goes between `proxy_proto.` and the names of the stats; empty when not given.
+        stat_prefix: Arc<str>,
     },
+}
+
+impl ListenerFilter {
+    /// `proxy_protocol` with Envoy's defaults: a header of either version is required.
+    pub fn proxy_protocol() -> Self {
+        Self::ProxyProtocol {
+            allow_requests_without_proxy_protocol: false,
+            disallowed_versions: vec![],
+            stat_prefix: Arc::from(""),
+        }
+    }
 }
 
 /// Version of a PROXY protocol header.

@@ -504,11 +504,11 @@ mod tests {
                 route_name: "".into(),
                 proxy: Some(proxy(ClusterChoice::Single((*name).into()))),
             };
-            Some(Terminal::HttpAsTcp(Arc::new(HttpRouting {
-                stat_prefix: "h".into(),
-                route_config: "r".into(),
-                virtual_hosts: clusters.iter().map(host).collect(),
-            })))
+            Some(Terminal::HttpAsTcp(Arc::new(HttpRouting::new(
+                "h".into(),
+                "r".into(),
+                clusters.iter().map(host).collect(),
+            ))))
         };
         for (terminal, verdict) in [
             (weighted([BLACK_HOLE, BLACK_HOLE]), Verdict::Refuse),

@@ -438,7 +438,8 @@ fn is_hostname(value: &str) -> bool {
 
 fn is_header_name(value: &str, strict: bool) -> bool {
     if !strict {
-        return !value.is_empty() && !value.contains(['\0', '\n', '\r']);
+        // Not strict, names and values have the same rule, and an empty one is accepted (checked with Envoy).
+        return is_header_value(value, false);
     }
     let name = value.strip_prefix(':').unwrap_or(value);
     !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_|~`".contains(&b))

@@ -1,0 +1,245 @@
+//! From Envoy's messages to plain types.
+//!
+//! Every message that is acted on is destructured without `..`, so that a field that a new version of the API
+//! adds is a compile error here until somebody decides what becomes of it. All problems are collected; none
+//! ends the walk.
+//!
+//! # What becomes of a field that this version does not act on
+//!
+//! | Field | Decision | Why |
+//! |---|---|---|
+//! | `FilterChain.transport_socket` other than raw_buffer | refused | clients would be served in plaintext |
+//! | `Cluster.transport_socket`, or the one of `transport_socket_matches` that an endpoint selects, other than raw_buffer | refused | what should be encrypted would leave in plaintext |
+//! | network filters other than tcp_proxy, http_connection_manager and `istio.*` (rbac, ext_authz, connection_limit, local_ratelimit, …) | refused | a missing filter lets through what it should stop |
+//! | `istio.*` network filters of types that stock Envoy does not have | ignored, one warning for each kind, counted | telemetry and metadata exchange only |
+//! | HTTP filters that authorise (rbac, ext_authz, jwt_authn, …) | refused | L4 can't apply them |
+//! | other HTTP filters, header rewriting, timeouts, retries | warning | connections work without them |
+//! | `VirtualHost.require_tls`; a conditional `direct_response` of 400 or more before the `prefix: /` route | that virtual host is closed (flag NR), warning | serving it would skip the denial |
+//! | `TcpProxy.tunneling_config` | refused | the upstream expects CONNECT, not the bare stream |
+//! | listener filters other than original_dst, tls_inspector, http_inspector, proxy_protocol | refused | they limit or change who the upstream sees |
+//! | `Listener.socket_options` with SO_BINDTODEVICE, `network_namespace_filepath` | refused | the port would be open in another place |
+//! | `Listener.filter_chain_matcher`, `fcds_config`, `api_listener`, `udp_listener_config`, `internal_listener` | refused | there is nothing sensible to serve instead |
+//! | `dynamic_resources`, EDS and LOGICAL_DNS clusters, LEDS | refused | the proxy would report ready without its configuration |
+//! | `rds`, `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
+//! | RING_HASH, MAGLEV | warning, RANDOM is used | that is what Envoy's do when nothing is hashed |
+//! | health checks, outlier detection, locality weighting, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
+//! | access loggers other than file, stdout, stderr | warning, not written | |
+//! | fields that have no meaning for TCP in Envoy either (`max_retries`, circuit breakers of priority HIGH, …) | nothing | the outcome is Envoy's |
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
+
+use super::error::{ConfigError, Problem, Reason};
+use super::proto::{FieldPath, SourceMap};
+
+mod access_log;
+mod bootstrap;
+mod cluster;
+mod endpoint;
+mod extension;
+mod filter_chain;
+mod listener;
+mod listener_filter;
+mod net;
+mod route;
+mod runtime;
+mod tcp_proxy;
+mod transport_socket;
+
+pub(super) use bootstrap::bootstrap;
+
+/// What a conversion found: problems refuse the configuration, warnings don't.
+pub(super) struct Report<'a> {
+    source: &'a SourceMap,
+    /// Names of all clusters, for route configurations that must not name others.
+    clusters: HashSet<String>,
+    problems: Vec<Problem>,
+    warnings: Vec<Problem>,
+    /// Warnings of which one is kept: where it stands in `warnings`, and how many there were.
+    once: HashMap<String, (usize, usize)>,
+    /// Names of network filters that are accepted and have no effect, with the number of chains that have them.
+    ignored_filters: BTreeMap<String, usize>,
+}
+
+impl<'a> Report<'a> {
+    pub(super) fn new(source: &'a SourceMap) -> Self {
+        Self {
+            source,
+            clusters: HashSet::new(),
+            problems: vec![],
+            warnings: vec![],
+            once: HashMap::new(),
+            ignored_filters: BTreeMap::new(),
+        }
+    }
+
+    /// Refuses the configuration.
+    pub(super) fn refuse(&mut self, path: &FieldPath<'_>, reason: Reason) {
+        let problem = self.source.problem(path, reason);
+        self.problems.push(problem);
+    }
+
+    /// Refuses what contradicts itself, or something else in the configuration.
+    fn invalid(&mut self, path: &FieldPath<'_>, message: impl Into<String>) {
+        self.refuse(path, Reason::Invalid(message.into()));
+    }
+
+    /// Refuses what is right, but can't be done here.
+    fn unsupported(&mut self, path: &FieldPath<'_>, message: impl Into<String>) {
+        self.refuse(path, Reason::Unsupported(message.into()));
+    }
+
+    fn missing(&mut self, path: &FieldPath<'_>, field: &str) {
+        self.refuse(path, Reason::Missing(field.to_owned()));
+    }
+
+    /// Tells the operator about something that works otherwise than Envoy would.
+    fn warn(&mut self, path: &FieldPath<'_>, message: impl Into<String>) {
+        let problem = self.source.problem(path, Reason::Unsupported(message.into()));
+        self.warnings.push(problem);
+    }
+
+    /// Like [`Report::warn`], but repeats of the same `kind` are only counted: a mesh has thousands of
+    /// clusters with the same inactive field.
+    fn warn_once(&mut self, kind: String, path: &FieldPath<'_>, message: impl Into<String>) {
+        if let Some((_, count)) = self.once.get_mut(&kind) {
+            *count += 1;
+            return;
+        }
+        self.once.insert(kind, (self.warnings.len(), 1));
+        self.warn(path, message);
+    }
+
+    /// Warns about a field of `message` that is set and not acted on.
+    fn inactive(&mut self, message: &str, path: &FieldPath<'_>, field: &str) {
+        self.warn_once(
+            format!("{message}.{field}"),
+            &path.field(field),
+            "parsed, not active in this version",
+        );
+    }
+
+    /// Accepts a network filter without effect.
+    fn ignore_filter(&mut self, path: &FieldPath<'_>, name: &str) {
+        *self.ignored_filters.entry(name.to_owned()).or_default() += 1;
+        self.warn_once(
+            format!("filter {name}"),
+            path,
+            format!("network filter {name:?} is accepted without effect"),
+        );
+    }
+
+    pub(super) fn ignored_filters(&self) -> &BTreeMap<String, usize> {
+        &self.ignored_filters
+    }
+
+    /// The warnings, or why the configuration is refused.
+    pub(super) fn finish(self) -> Result<Vec<Problem>, ConfigError> {
+        if let Some(error) = ConfigError::from_problems(self.problems) {
+            return Err(error);
+        }
+        let mut warnings = self.warnings;
+        for (at, count) in self.once.into_values().filter(|(_, count)| *count > 1) {
+            if let Reason::Unsupported(message) = &mut warnings[at].reason {
+                message.push_str(&format!(" (and {} more like this)", count - 1));
+            }
+        }
+        Ok(warnings)
+    }
+}
+
+/// Whether a field is set: proto3 can't tell a scalar's default from absence.
+trait Present {
+    fn is_present(&self) -> bool;
+}
+
+macro_rules! present {
+    ($([$($of:ident),*] $kind:ty: $this:ident => $check:expr;)+) => {
+        $(impl<$($of),*> Present for $kind {
+            fn is_present(&self) -> bool {
+                let $this = self;
+                $check
+            }
+        })+
+    };
+}
+
+present! {
+    [T] Option<T>: this => this.is_some();
+    [T] Vec<T>: this => !this.is_empty();
+    [K, V] BTreeMap<K, V>: this => !this.is_empty();
+    [] String: this => !this.is_empty();
+    [] bool: this => *this;
+    [] i32: this => *this != 0;
+    [] u32: this => *this != 0;
+}
+
+/// Warns about each of these fields that is set: `inactive!(report, path, "Listener"; drain_type, metadata)`.
+macro_rules! inactive {
+    ($report:expr, $path:expr, $message:literal; $($field:ident),+ $(,)?) => {
+        $(if $crate::config::convert::Present::is_present(&$field) {
+            $report.inactive($message, $path, stringify!($field).trim_start_matches("r#"));
+        })+
+    };
+}
+use inactive;
+
+/// Converts every element of a repeated field; those that can't be converted have reported why.
+fn each<T, R>(
+    items: Vec<T>,
+    path: &FieldPath<'_>,
+    field: &str,
+    mut convert: impl FnMut(T, &FieldPath<'_>) -> Option<R>,
+) -> Vec<R> {
+    let path = path.field(field);
+    items.into_iter().enumerate().filter_map(|(index, item)| convert(item, &path.index(index))).collect()
+}
+
+/// A duration that is not negative.
+fn duration(
+    value: tidegate_api::wkt::Duration,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<Duration> {
+    let converted = Duration::try_from(value);
+    if converted.is_err() {
+        report.invalid(
+            path,
+            format!("a duration can't be negative: {}.{:09}s", value.seconds, value.nanos.abs()),
+        );
+    }
+    converted.ok()
+}
+
+/// The optional duration in `field`; an invalid one counts as absent after it was reported.
+fn optional_duration(
+    value: Option<tidegate_api::wkt::Duration>,
+    path: &FieldPath<'_>,
+    field: &str,
+    report: &mut Report<'_>,
+) -> Option<Duration> {
+    value.and_then(|value| duration(value, &path.field(field), report))
+}
+
+/// A value of an enum, which binary protos may carry out of range.
+fn enumeration<E: TryFrom<i32>>(
+    value: i32,
+    path: &FieldPath<'_>,
+    field: &str,
+    report: &mut Report<'_>,
+) -> Option<E> {
+    let converted = E::try_from(value).ok();
+    if converted.is_none() {
+        report.invalid(&path.field(field), format!("{value} is not a value of this enum"));
+    }
+    converted
+}
+
+/// A port number.
+fn port(value: u32, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<u16> {
+    let converted = u16::try_from(value).ok();
+    if converted.is_none() {
+        report.invalid(path, format!("{value} is not a port; use at most 65535"));
+    }
+    converted
+}

@@ -1,0 +1,187 @@
+//! `lb_policy` and `load_balancing_policy`.
+
+use tidegate_api::cluster as api;
+use tidegate_api::cluster::cluster as parts;
+use tidegate_api::cluster::cluster::{LbConfig, LbPolicy as Enum};
+use tidegate_api::core::RuntimeDouble;
+use tidegate_api::envoy::extensions::load_balancing_policies as policies;
+
+use super::lb_config_field;
+use crate::config::cluster::LbPolicy;
+use crate::config::convert::extension::Extension;
+use crate::config::convert::{Report, enumeration, inactive};
+use crate::config::proto::FieldPath;
+
+/// Envoy's defaults.
+const CHOICE_COUNT: u32 = 2;
+const ACTIVE_REQUEST_BIAS: f64 = 1.0;
+
+/// `load_balancing_policy` wins over `lb_policy`, as in Envoy.
+pub(super) fn lb_policy(
+    lb_policy: i32,
+    typed: Option<api::LoadBalancingPolicy>,
+    config: Option<LbConfig>,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<LbPolicy> {
+    if let Some(typed) = typed {
+        return typed_policy(typed, &path.field("load_balancing_policy"), report);
+    }
+    let policy = enumeration(lb_policy, path, "lb_policy", report)?;
+    match (policy, config) {
+        (Enum::LeastRequest, Some(LbConfig::LeastRequestLbConfig(config))) => {
+            let parts::LeastRequestLbConfig { choice_count, active_request_bias, slow_start_config } = config;
+            let path = path.field("least_request_lb_config");
+            inactive!(report, &path, "LeastRequestLbConfig"; slow_start_config);
+            Some(least_request(choice_count, active_request_bias))
+        }
+        (policy, config) => {
+            if let Some(config) = config {
+                // Envoy does not read the settings of a policy that is not chosen.
+                check_config(&config, path, report);
+            }
+            plain(policy, path, report)
+        }
+    }
+}
+
+fn check_config(config: &LbConfig, path: &FieldPath<'_>, report: &mut Report<'_>) {
+    let field = lb_config_field(config);
+    match config {
+        LbConfig::OriginalDstLbConfig(_) | LbConfig::RoundRobinLbConfig(_) => {
+            report.inactive("Cluster", path, field);
+        }
+        LbConfig::RingHashLbConfig(ring) => {
+            if let (Some(min), Some(max)) = (ring.minimum_ring_size, ring.maximum_ring_size)
+                && min > max
+            {
+                report.invalid(
+                    &path.field(field),
+                    format!("minimum_ring_size ({min}) is greater than maximum_ring_size ({max})"),
+                );
+            }
+        }
+        LbConfig::MaglevLbConfig(_) | LbConfig::LeastRequestLbConfig(_) => {}
+    }
+}
+
+fn plain(policy: Enum, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<LbPolicy> {
+    match policy {
+        Enum::RoundRobin => Some(LbPolicy::RoundRobin),
+        Enum::Random => Some(LbPolicy::Random),
+        Enum::LeastRequest => Some(least_request(None, None)),
+        Enum::ClusterProvided => Some(LbPolicy::ClusterProvided),
+        Enum::RingHash | Enum::Maglev => {
+            Some(random_instead(policy.as_str_name(), &path.field("lb_policy"), report))
+        }
+        Enum::LoadBalancingPolicyConfig => {
+            report.invalid(
+                &path.field("lb_policy"),
+                "LOAD_BALANCING_POLICY_CONFIG needs the field load_balancing_policy; set it",
+            );
+            None
+        }
+    }
+}
+
+fn random_instead(name: &str, path: &FieldPath<'_>, report: &mut Report<'_>) -> LbPolicy {
+    report.warn_once(
+        format!("lb_policy {name}"),
+        path,
+        format!("{name} is not active in this version: RANDOM is used"),
+    );
+    LbPolicy::Random
+}
+
+fn least_request(choice_count: Option<u32>, bias: Option<RuntimeDouble>) -> LbPolicy {
+    let bias =
+        bias.map_or(ACTIVE_REQUEST_BIAS, |RuntimeDouble { default_value, runtime_key: _ }| default_value);
+    LbPolicy::LeastRequest {
+        choice_count: choice_count.unwrap_or(CHOICE_COUNT).max(2),
+        active_request_bias: bias,
+    }
+}
+
+/// The first policy of the list that is known.
+fn typed_policy(
+    policy: api::LoadBalancingPolicy,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<LbPolicy> {
+    let api::LoadBalancingPolicy { policies } = policy;
+    let policies_path = path.field("policies");
+    let mut names = Vec::new();
+    for (index, policy) in policies.into_iter().enumerate() {
+        let path = policies_path.index(index);
+        let Some(config) = policy.typed_extension_config else {
+            report.missing(&path, "typed_extension_config");
+            continue;
+        };
+        let path = path.field("typed_extension_config");
+        let path = path.field("typed_config");
+        match known(config.typed_config.unwrap_or_default(), &path, report) {
+            Some(policy) => return Some(policy),
+            None => names.push(config.name),
+        }
+    }
+    report.unsupported(
+        path,
+        format!(
+            "none of these load balancing policies is supported in this version: [{}]; use round_robin, \
+                 least_request or random",
+            names.join(", ")
+        ),
+    );
+    None
+}
+
+fn known(any: tidegate_api::wkt::Any, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<LbPolicy> {
+    let config = Extension::new(any);
+    if config.is::<policies::round_robin::v3::RoundRobin>() {
+        let policies::round_robin::v3::RoundRobin { slow_start_config, locality_lb_config } =
+            config.decode(path, report)?;
+        inactive!(report, path, "RoundRobin"; slow_start_config, locality_lb_config);
+        Some(LbPolicy::RoundRobin)
+    } else if config.is::<policies::least_request::v3::LeastRequest>() {
+        typed_least_request(config.decode(path, report)?, path, report)
+    } else if config.is::<policies::random::v3::Random>() {
+        let policies::random::v3::Random { locality_lb_config } = config.decode(path, report)?;
+        inactive!(report, path, "Random"; locality_lb_config);
+        Some(LbPolicy::Random)
+    } else if config.is::<policies::cluster_provided::v3::ClusterProvided>() {
+        Some(LbPolicy::ClusterProvided)
+    } else if config.is::<policies::ring_hash::v3::RingHash>() || config.is::<policies::maglev::v3::Maglev>()
+    {
+        Some(random_instead(&config.type_name, path, report))
+    } else if config.is::<policies::wrr_locality::v3::WrrLocality>() {
+        let policies::wrr_locality::v3::WrrLocality { endpoint_picking_policy } =
+            config.decode(path, report)?;
+        report.warn_once(
+            "wrr_locality".into(),
+            path,
+            "weights of localities are not active in this version: the endpoint picking policy sees all endpoints",
+        );
+        typed_policy(endpoint_picking_policy?, &path.field("endpoint_picking_policy"), report)
+    } else {
+        None
+    }
+}
+
+#[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
+fn typed_least_request(
+    config: policies::least_request::v3::LeastRequest,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<LbPolicy> {
+    let policies::least_request::v3::LeastRequest {
+        choice_count,
+        active_request_bias,
+        slow_start_config,
+        locality_lb_config,
+        enable_full_scan,
+        selection_method,
+    } = config;
+    inactive!(report, path, "LeastRequest";
+        slow_start_config, locality_lb_config, enable_full_scan, selection_method);
+    Some(least_request(choice_count, active_request_bias))
+}

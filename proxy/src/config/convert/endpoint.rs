@@ -1,0 +1,181 @@
+//! `ClusterLoadAssignment`.
+
+use std::sync::Arc;
+
+use tidegate_api::core;
+use tidegate_api::endpoint as api;
+use tidegate_api::endpoint::cluster_load_assignment::Policy;
+use tidegate_api::endpoint::lb_endpoint::HostIdentifier;
+use tidegate_api::endpoint::locality_lb_endpoints::LbConfig;
+
+use super::net::host_and_port;
+use super::transport_socket::Matches;
+use super::{Report, each, enumeration, inactive};
+use crate::config::cluster::Discovery;
+use crate::config::endpoint::{
+    ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, Locality, LocalityLbEndpoints,
+};
+use crate::config::proto::FieldPath;
+
+/// Envoy's default, in percent.
+const OVERPROVISIONING_FACTOR: u32 = 140;
+
+/// What an assignment needs to know of its cluster.
+pub(super) struct Of<'a> {
+    pub(super) discovery: Discovery,
+    pub(super) transport_sockets: &'a Matches,
+}
+
+pub(super) fn load_assignment(
+    assignment: api::ClusterLoadAssignment,
+    of: &Of<'_>,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> ClusterLoadAssignment {
+    let api::ClusterLoadAssignment {
+        // EDS only; Envoy does not compare it with the cluster's name either.
+        cluster_name: _,
+        endpoints,
+        named_endpoints,
+        policy,
+    } = assignment;
+    let overprovisioning_factor = policy.map_or(OVERPROVISIONING_FACTOR, |policy| {
+        let Policy {
+            drop_overloads,
+            overprovisioning_factor,
+            endpoint_stale_after,
+            weighted_priority_health,
+        } = policy;
+        let path = path.field("policy");
+        inactive!(report, &path, "ClusterLoadAssignment.Policy";
+            drop_overloads, endpoint_stale_after, weighted_priority_health);
+        overprovisioning_factor.unwrap_or(OVERPROVISIONING_FACTOR)
+    });
+    let localities = each(endpoints, path, "endpoints", |group, path| {
+        Some(locality_lb_endpoints(group, &named_endpoints, of, path, report))
+    });
+    ClusterLoadAssignment { localities, overprovisioning_factor }
+}
+
+type Named = std::collections::BTreeMap<String, api::Endpoint>;
+
+#[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
+fn locality_lb_endpoints(
+    group: api::LocalityLbEndpoints,
+    named: &Named,
+    of: &Of<'_>,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> LocalityLbEndpoints {
+    let api::LocalityLbEndpoints {
+        locality,
+        metadata,
+        lb_endpoints,
+        load_balancing_weight,
+        priority,
+        proximity,
+        lb_config,
+    } = group;
+    inactive!(report, path, "LocalityLbEndpoints"; proximity);
+    let convert = |endpoints, path: &FieldPath<'_>, report: &mut Report<'_>| {
+        each(endpoints, path, "lb_endpoints", |endpoint, path| {
+            lb_endpoint(endpoint, metadata.as_ref(), named, of, path, report)
+        })
+    };
+    let endpoints = match lb_config {
+        None => convert(lb_endpoints, path, report),
+        Some(LbConfig::LoadBalancerEndpoints(list)) => {
+            convert(list.lb_endpoints, &path.field("load_balancer_endpoints"), report)
+        }
+        Some(LbConfig::LedsClusterLocalityConfig(_)) => {
+            report.unsupported(
+                &path.field("leds_cluster_locality_config"),
+                "LEDS needs xDS, which is not active in this version; use lb_endpoints",
+            );
+            vec![]
+        }
+    };
+    let core::Locality { region, zone, sub_zone } = locality.unwrap_or_default();
+    LocalityLbEndpoints {
+        locality: Locality { region: region.into(), zone: zone.into(), sub_zone: sub_zone.into() },
+        priority,
+        load_balancing_weight,
+        endpoints,
+    }
+}
+
+fn lb_endpoint(
+    endpoint: api::LbEndpoint,
+    locality_metadata: Option<&core::Metadata>,
+    named: &Named,
+    of: &Of<'_>,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<LbEndpoint> {
+    let api::LbEndpoint { health_status, metadata, load_balancing_weight, host_identifier } = endpoint;
+    // An endpoint's own labels win over those of its locality.
+    let labels = |metadata: &Option<&core::Metadata>| {
+        metadata.is_some_and(|metadata| metadata.filter_metadata.contains_key("envoy.transport_socket_match"))
+    };
+    let effective = Some(metadata.as_ref()).filter(labels).unwrap_or(locality_metadata);
+    if let Some(name) = of.transport_sockets.selects_encryption(effective) {
+        report.unsupported(
+            &path.field("metadata"),
+            format!(
+                "this endpoint selects transport_socket_matches {name:?}, which is not supported in this version, \
+                 and sending in plaintext instead would be unsafe"
+            ),
+        );
+    }
+    let (endpoint, field) = match host_identifier {
+        Some(HostIdentifier::Endpoint(endpoint)) => (endpoint, "endpoint"),
+        Some(HostIdentifier::EndpointName(name)) => match named.get(&name) {
+            Some(endpoint) => (endpoint.clone(), "endpoint_name"),
+            None => {
+                report.invalid(&path.field("endpoint_name"), format!("named_endpoints has no {name:?}"));
+                return None;
+            }
+        },
+        None => {
+            report.missing(path, "endpoint");
+            return None;
+        }
+    };
+    let health_status = match enumeration(health_status, path, "health_status", report)? {
+        core::HealthStatus::Unknown => HealthStatus::Unknown,
+        core::HealthStatus::Healthy => HealthStatus::Healthy,
+        core::HealthStatus::Unhealthy => HealthStatus::Unhealthy,
+        core::HealthStatus::Draining => HealthStatus::Draining,
+        core::HealthStatus::Timeout => HealthStatus::Timeout,
+        core::HealthStatus::Degraded => HealthStatus::Degraded,
+    };
+    let (address, hostname) = host(endpoint, of.discovery, &path.field(field), report)?;
+    Some(LbEndpoint {
+        address,
+        hostname,
+        load_balancing_weight: load_balancing_weight.unwrap_or(1).max(1),
+        health_status,
+    })
+}
+
+fn host(
+    endpoint: api::Endpoint,
+    discovery: Discovery,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<(EndpointAddress, Arc<str>)> {
+    let api::Endpoint { address, health_check_config, hostname, additional_addresses, observability_name } =
+        endpoint;
+    inactive!(report, path, "Endpoint"; health_check_config, additional_addresses, observability_name);
+    let address = host_and_port(address, path, "address", report)?;
+    if let (EndpointAddress::Name(name, _), Discovery::Static) = (&address, discovery) {
+        let path = path.field("address");
+        let path = path.field("socket_address");
+        report.invalid(
+            &path.field("address"),
+            format!("malformed IP address: {name}. Consider setting cluster type to 'STRICT_DNS'"),
+        );
+        return None;
+    }
+    Some((address, Arc::from(hostname)))
+}

@@ -1,0 +1,147 @@
+//! Addresses, prefixes, keepalive.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use tidegate_api::core;
+use tidegate_api::core::address::Address as Kind;
+use tidegate_api::core::socket_address::{PortSpecifier, Protocol};
+
+use super::{Report, enumeration, port};
+use crate::config::endpoint::EndpointAddress;
+use crate::config::listener::{Cidr, TcpKeepalive};
+use crate::config::proto::FieldPath;
+
+/// An address that a socket can be bound to.
+pub(super) fn socket_addr(
+    address: Option<core::Address>,
+    path: &FieldPath<'_>,
+    field: &str,
+    report: &mut Report<'_>,
+) -> Option<SocketAddr> {
+    let field_path = path.field(field);
+    match host_and_port(address, path, field, report)? {
+        EndpointAddress::Ip(address) => Some(address),
+        EndpointAddress::Name(host, _) => {
+            let path = field_path.field("socket_address");
+            report.invalid(&path.field("address"), format!("{host:?} is not an IP address"));
+            None
+        }
+    }
+}
+
+/// An address, or a name that has to be resolved, with a port.
+pub(super) fn host_and_port(
+    address: Option<core::Address>,
+    path: &FieldPath<'_>,
+    field: &str,
+    report: &mut Report<'_>,
+) -> Option<EndpointAddress> {
+    let Some(kind) = address.and_then(|address| address.address) else {
+        report.missing(path, field);
+        return None;
+    };
+    let path = path.field(field);
+    match kind {
+        Kind::SocketAddress(address) => {
+            let path = path.field("socket_address");
+            socket_address(address, &path, report)
+        }
+        Kind::Pipe(_) => {
+            report.unsupported(
+                &path.field("pipe"),
+                "unix domain sockets are not supported; use socket_address",
+            );
+            None
+        }
+        Kind::EnvoyInternalAddress(_) => {
+            report.unsupported(
+                &path.field("envoy_internal_address"),
+                "internal listeners are not supported; use socket_address",
+            );
+            None
+        }
+    }
+}
+
+fn socket_address(
+    address: core::SocketAddress,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<EndpointAddress> {
+    let core::SocketAddress {
+        protocol,
+        address: host,
+        resolver_name,
+        ipv4_compat,
+        network_namespace_filepath,
+        port_specifier,
+    } = address;
+    if enumeration::<Protocol>(protocol, path, "protocol", report)? == Protocol::Udp {
+        report.unsupported(&path.field("protocol"), "UDP is not supported; only TCP is");
+    }
+    if !resolver_name.is_empty() {
+        report.unsupported(&path.field("resolver_name"), "custom resolvers are not supported; remove it");
+    }
+    if ipv4_compat {
+        report.inactive("SocketAddress", path, "ipv4_compat");
+    }
+    if !network_namespace_filepath.is_empty() {
+        report.unsupported(
+            &path.field("network_namespace_filepath"),
+            "sockets in another network namespace are not supported, and opening the port in this one would \
+             expose it elsewhere; remove it",
+        );
+    }
+    let number = match port_specifier {
+        Some(PortSpecifier::PortValue(value)) => port(value, &path.field("port_value"), report)?,
+        Some(PortSpecifier::NamedPort(_)) => {
+            report.unsupported(&path.field("named_port"), "named ports are not supported; use port_value");
+            return None;
+        }
+        None => {
+            report.missing(path, "port_value");
+            return None;
+        }
+    };
+    match host.parse::<IpAddr>() {
+        Ok(ip) => Some(EndpointAddress::Ip(SocketAddr::new(ip, number))),
+        Err(_) if host.is_empty() => {
+            report.missing(path, "address");
+            None
+        }
+        Err(_) => Some(EndpointAddress::Name(Arc::from(host), number)),
+    }
+}
+
+/// An IP prefix with its host bits cleared, as Envoy does.
+pub(super) fn cidr(range: core::CidrRange, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<Cidr> {
+    let core::CidrRange { address_prefix, prefix_len } = range;
+    let Ok(address) = address_prefix.parse::<IpAddr>() else {
+        report.invalid(&path.field("address_prefix"), format!("{address_prefix:?} is not an IP address"));
+        return None;
+    };
+    let bits: u8 = if address.is_ipv4() { 32 } else { 128 };
+    let prefix_len = prefix_len.unwrap_or(0);
+    let Some(prefix_len) = u8::try_from(prefix_len).ok().filter(|len| *len <= bits) else {
+        report.invalid(
+            &path.field("prefix_len"),
+            format!("{prefix_len} is too long for {address_prefix}; use at most {bits}"),
+        );
+        return None;
+    };
+    let address = match address {
+        IpAddr::V4(v4) => {
+            IpAddr::V4((v4.to_bits() & u32::MAX.checked_shl(u32::from(32 - prefix_len)).unwrap_or(0)).into())
+        }
+        IpAddr::V6(v6) => IpAddr::V6(
+            (v6.to_bits() & u128::MAX.checked_shl(u32::from(128 - prefix_len)).unwrap_or(0)).into(),
+        ),
+    };
+    Some(Cidr { address, prefix_len })
+}
+
+pub(super) fn keepalive(keepalive: core::TcpKeepalive) -> TcpKeepalive {
+    let core::TcpKeepalive { keepalive_probes, keepalive_time, keepalive_interval } = keepalive;
+    TcpKeepalive { probes: keepalive_probes, time: keepalive_time, interval: keepalive_interval }
+}

@@ -1,0 +1,67 @@
+//! Transport sockets: only plaintext is there yet, and nothing else may silently become plaintext.
+
+use tidegate_api::cluster::cluster::TransportSocketMatch;
+use tidegate_api::core::{self, transport_socket::ConfigType};
+use tidegate_api::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
+use tidegate_api::wkt;
+
+use super::Report;
+use super::extension::Extension;
+use crate::config::proto::FieldPath;
+
+/// Whether it is plaintext. Without a `typed_config`, Envoy goes by the name.
+fn is_raw_buffer(socket: &core::TransportSocket) -> bool {
+    const RAW_BUFFER: &str = "envoy.transport_sockets.raw_buffer";
+    let core::TransportSocket { name, config_type } = socket;
+    match config_type {
+        None => name == RAW_BUFFER,
+        Some(ConfigType::TypedConfig(any)) => Extension::new(any.clone()).is::<RawBuffer>(),
+    }
+}
+
+/// Refuses what is not plaintext, saying what would go wrong.
+pub(super) fn require_raw_buffer(
+    socket: Option<core::TransportSocket>,
+    path: &FieldPath<'_>,
+    side: &str,
+    report: &mut Report<'_>,
+) {
+    let Some(socket) = socket else { return };
+    let path = path.field("transport_socket");
+    if !is_raw_buffer(&socket) {
+        report.unsupported(
+            &path,
+            format!("transport socket {:?} is not supported in this version, and {side} in plaintext instead would \
+                     be unsafe; remove it if plaintext is meant", socket.name),
+        );
+    }
+}
+
+/// `transport_socket_matches`: which of them endpoints select.
+pub(super) struct Matches {
+    matches: Vec<(wkt::Struct, bool, String)>,
+}
+
+impl Matches {
+    pub(super) fn new(matches: Vec<TransportSocketMatch>) -> Self {
+        let entry = |entry| {
+            let TransportSocketMatch { name, r#match, transport_socket } = entry;
+            let raw = transport_socket.is_none_or(|socket| is_raw_buffer(&socket));
+            (r#match.unwrap_or_default(), raw, name)
+        };
+        Self { matches: matches.into_iter().map(entry).collect() }
+    }
+
+    /// The name of the match that an endpoint with this metadata selects, unless it is plaintext.
+    pub(super) fn selects_encryption(&self, metadata: Option<&core::Metadata>) -> Option<&str> {
+        let labels =
+            metadata.and_then(|metadata| metadata.filter_metadata.get("envoy.transport_socket_match"));
+        let selected = self.matches.iter().find(|(criteria, _, _)| {
+            criteria
+                .fields
+                .iter()
+                .all(|(key, value)| labels.is_some_and(|labels| labels.fields.get(key) == Some(value)))
+        });
+        selected.filter(|(_, raw, _)| !raw).map(|(_, _, name)| name.as_str())
+    }
+}

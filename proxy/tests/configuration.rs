@@ -1,0 +1,10 @@
+//! Static configurations as a whole: the files in `config/`, and what is refused or warned of, in which words.
+
+#[path = "configuration/build.rs"]
+mod build;
+#[path = "configuration/files.rs"]
+mod files;
+#[path = "configuration/refused.rs"]
+mod refused;
+#[path = "configuration/warned.rs"]
+mod warned;

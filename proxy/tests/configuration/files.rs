@@ -1,0 +1,238 @@
+//! Every file in `config/` loads and means what it says.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use tidegate::config::bootstrap::{Bootstrap, FailMode};
+use tidegate::config::cluster::{Discovery, LbPolicy};
+use tidegate::config::endpoint::EndpointAddress;
+use tidegate::config::filter_chain::Terminal;
+use tidegate::config::listener::{ListenerFilter, TrafficDirection};
+use tidegate::config::proto::Source;
+use tidegate::config::tcp_proxy::ClusterChoice;
+use tidegate::config::{Loaded, Sources, load, static_options};
+
+fn directory() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../config")
+}
+
+fn file(name: &str) -> Loaded {
+    let content = std::fs::read(directory().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let sources = Sources { config_path: Some(Source::from_file(name, content).unwrap()), config_yaml: None };
+    load(&sources, &static_options()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn warnings(loaded: &Loaded) -> Vec<String> {
+    loaded.warnings.iter().map(ToString::to_string).collect()
+}
+
+/// Listener name → address, whether it has a socket, and where connections without any match go.
+fn listeners(bootstrap: &Bootstrap) -> Vec<(String, String, bool)> {
+    let row = |l: &std::sync::Arc<tidegate::config::listener::Listener>| {
+        (l.name.to_string(), l.address().to_string(), l.bind_to_port)
+    };
+    bootstrap.listeners.iter().map(row).collect()
+}
+
+fn endpoints(bootstrap: &Bootstrap) -> BTreeMap<String, Vec<String>> {
+    let address = |address: &EndpointAddress| match address {
+        EndpointAddress::Ip(address) => address.to_string(),
+        EndpointAddress::Name(name, port) => format!("{name}:{port}"),
+    };
+    bootstrap
+        .clusters
+        .iter()
+        .map(|cluster| {
+            let all = cluster.load_assignment.localities.iter().flat_map(|group| &group.endpoints);
+            (cluster.name.to_string(), all.map(|endpoint| address(&endpoint.address)).collect())
+        })
+        .collect()
+}
+
+fn chosen(terminal: Option<&Terminal>) -> &ClusterChoice {
+    match terminal {
+        Some(Terminal::TcpProxy(proxy)) => &proxy.clusters,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn virtual_host(bootstrap: &Bootstrap, listener: usize, destination: &str) -> (String, String) {
+    let chain = &bootstrap.listeners[listener].filter_chains[0];
+    let Some(Terminal::HttpAsTcp(routing)) = &chain.terminal else { panic!("{chain:?}") };
+    let host = routing.virtual_host(destination.parse().unwrap()).unwrap();
+    let ClusterChoice::Single(cluster) = &host.proxy.as_ref().unwrap().clusters else { panic!("{host:?}") };
+    (host.name.to_string(), cluster.to_string())
+}
+
+#[test]
+fn every_file_has_a_test() {
+    let mut names: Vec<_> = std::fs::read_dir(directory())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let known = [
+        "istio-outbound.yaml",
+        "rr-static.yaml",
+        "seed-listener-http.yaml",
+        "seed-outbound.yaml",
+        "seed-routes.yaml",
+        "seed-sidecar.yaml",
+        "tidegate.yaml",
+    ];
+    assert_eq!(names, known, "add a test for the new file here");
+}
+
+#[test]
+fn seed_outbound() {
+    let loaded = file("seed-outbound.yaml");
+    assert_eq!(
+        listeners(&loaded.bootstrap),
+        [
+            ("172.16.0.1_50001".into(), "172.16.0.1:50001".into(), false),
+            ("172.16.0.2_50002".into(), "172.16.0.2:50002".into(), false),
+            ("172.16.0.3_50003".into(), "172.16.0.3:50003".into(), false),
+        ]
+    );
+    for (listener, service) in loaded.bootstrap.listeners.iter().zip(["foo", "bar", "baz"]) {
+        let name = format!(
+            "outbound|{}|v1|{service}-service.{service}.svc.cluster.local",
+            listener.address().port()
+        );
+        let chain = &listener.filter_chains[0];
+        assert_eq!(chosen(chain.terminal.as_ref()), &ClusterChoice::Single(name.as_str().into()));
+        assert_eq!(chain.ignored_filters, ["istio.stats".into()]);
+        assert_eq!(listener.traffic_direction, TrafficDirection::Outbound);
+        assert_eq!(listener.access_log.len(), 1);
+        assert!(endpoints(&loaded.bootstrap).contains_key(&name), "{name}");
+    }
+    let all: Vec<_> = endpoints(&loaded.bootstrap).into_values().flatten().collect();
+    assert_eq!(
+        all,
+        ["10.0.0.1:80", "10.0.0.2:80", "11.0.0.1:80", "11.0.0.2:80", "12.0.0.1:80", "12.0.0.2:80"]
+    );
+    assert_eq!(loaded.bootstrap.admin.as_ref().unwrap().address, "127.0.0.1:15000".parse().unwrap());
+    assert_eq!(loaded.ignored_filters, BTreeMap::from([("istio.stats".to_owned(), 3)]));
+    assert_eq!(
+        warnings(&loaded),
+        ["seed-outbound.yaml:31: static_resources.listeners[0].filter_chains[0].filters[0]: network filter \
+          \"istio.stats\" is accepted without effect (and 2 more like this)"]
+    );
+}
+
+#[test]
+fn seed_routes() {
+    let loaded = file("seed-routes.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    for (index, (ip, port, service)) in
+        [("172.16.0.1", 50001, "foo"), ("172.16.0.2", 50002, "bar"), ("172.16.0.3", 50003, "baz")]
+            .into_iter()
+            .enumerate()
+    {
+        let name = format!("{service}-service.{service}-namespace.svc.cluster.local");
+        let expected = (format!("{name}:{port}"), format!("outbound|{port}|v1|{name}"));
+        assert_eq!(virtual_host(&loaded.bootstrap, index, &format!("{ip}:{port}")), expected);
+        assert_eq!(virtual_host(&loaded.bootstrap, index, &format!("{ip}:1")), expected);
+        let other = ("allow_any".to_owned(), "PassthroughCluster".to_owned());
+        assert_eq!(virtual_host(&loaded.bootstrap, index, "192.0.2.1:80"), other);
+    }
+}
+
+#[test]
+fn seed_listener_http() {
+    let loaded = file("seed-listener-http.yaml");
+    let addresses: Vec<_> = listeners(&loaded.bootstrap).into_iter().map(|(_, address, _)| address).collect();
+    assert_eq!(addresses, ["127.0.0.1:10000", "127.0.0.1:10001", "127.0.0.1:10002"]);
+    for index in 0..3 {
+        let host = virtual_host(&loaded.bootstrap, index, &addresses[index]);
+        assert_eq!(host, ("allow_any".to_owned(), "PassthroughCluster".to_owned()));
+    }
+    let warnings = warnings(&loaded);
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
+    for (warning, name) in warnings.iter().zip(["foo-host", "bar-host", "baz-host"]) {
+        assert!(
+            warning.contains(&format!(
+                "virtual_hosts[0].domains: virtual host \"{name}\" has no address among its domains, and host names can't \
+                 be seen without reading HTTP: their connections go to the virtual host \"allow_any\""
+            )),
+            "{warning}"
+        );
+    }
+    assert_eq!(endpoints(&loaded.bootstrap)["foo-cluster"], ["10.0.0.1:80", "10.0.0.2:80"]);
+    let passthrough = loaded.bootstrap.clusters.last().unwrap();
+    assert_eq!(
+        (passthrough.discovery, passthrough.lb_policy),
+        (Discovery::OriginalDst, LbPolicy::ClusterProvided)
+    );
+}
+
+#[test]
+fn seed_sidecar() {
+    let loaded = file("seed-sidecar.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    assert_eq!(listeners(&loaded.bootstrap), [("listener_0".into(), "0.0.0.0:10000".into(), true)]);
+    assert_eq!(
+        virtual_host(&loaded.bootstrap, 0, "10.1.2.3:10000"),
+        ("local_service".to_owned(), "local_app_cluster".to_owned())
+    );
+    assert_eq!(loaded.bootstrap.clusters[0].discovery, Discovery::StrictDns);
+    assert_eq!(endpoints(&loaded.bootstrap)["local_app_cluster"], ["127.0.0.1:8080"]);
+}
+
+#[test]
+fn istio_outbound() {
+    let loaded = file("istio-outbound.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    let outbound = &loaded.bootstrap.listeners[0];
+    assert_eq!(
+        (&*outbound.name, outbound.use_original_dst, outbound.bind_to_port),
+        ("virtualOutbound", true, true)
+    );
+    assert_eq!(outbound.listener_filters, [ListenerFilter::OriginalDst]);
+    let names: Vec<_> = outbound.filter_chains.iter().map(|chain| &*chain.name).collect();
+    assert_eq!(names, ["virtualOutbound-blackhole", "virtualOutbound-catchall-tcp"]);
+    let wildcard = &loaded.bootstrap.listeners[2];
+    assert_eq!(
+        chosen(wildcard.default_filter_chain.as_ref().unwrap().terminal.as_ref()),
+        &ClusterChoice::Single("PassthroughCluster".into())
+    );
+    assert_eq!(endpoints(&loaded.bootstrap)["BlackHoleCluster"], Vec::<String>::new());
+}
+
+#[test]
+fn rr_static() {
+    let loaded = file("rr-static.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    let Some(Terminal::TcpProxy(proxy)) = &loaded.bootstrap.listeners[0].filter_chains[0].terminal else {
+        panic!()
+    };
+    assert_eq!(proxy.max_connect_attempts, 2);
+    assert_eq!(proxy.idle_timeout, Some(std::time::Duration::from_secs(5)));
+}
+
+#[test]
+fn tidegate() {
+    let loaded = file("tidegate.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    let interception = loaded.bootstrap.interception.unwrap();
+    assert_eq!(interception.fail_mode, FailMode::Open);
+    assert_eq!(interception.capture_port, Some(15001));
+    assert_eq!(interception.exclude.cidrs.len(), 1);
+    assert_eq!(interception.cgroups, Vec::<PathBuf>::new());
+}
+
+#[test]
+fn an_overlay_is_merged_over_the_file() {
+    let content = std::fs::read(directory().join("rr-static.yaml")).unwrap();
+    let sources = Sources {
+        config_path: Some(Source::from_file("rr-static.yaml", content).unwrap()),
+        config_yaml: Some(Source::yaml(
+            "--config-yaml",
+            "node: {id: laptop}\nadmin: {address: {socket_address: {port_value: 9}}}",
+        )),
+    };
+    let bootstrap = load(&sources, &static_options()).unwrap().bootstrap;
+    assert_eq!(bootstrap.node.id, "laptop");
+    assert_eq!(bootstrap.admin.unwrap().address, "127.0.0.1:9".parse().unwrap());
+    assert_eq!(bootstrap.listeners.len(), 1);
+}

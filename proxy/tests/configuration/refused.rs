@@ -1,0 +1,385 @@
+//! What is refused beyond Envoy's field rules, with path and words. Where Envoy 1.40 refuses too, its verdict was
+//! taken from `envoy --mode validate` of the same configuration.
+
+use serde_json::{Value, json};
+
+use super::build::*;
+
+const L: &str = "static_resources.listeners[0]";
+const F: &str = "static_resources.listeners[0].filter_chains[0].filters[0]";
+const C: &str = "static_resources.clusters[0]";
+
+/// Exactly this problem, and no other.
+#[track_caller]
+fn refused(bootstrap: &Value, path: &str, message: &str) {
+    assert_eq!(problems(bootstrap), [format!("{path}: {message}")], "{bootstrap:#}");
+}
+
+#[test]
+fn all_problems_are_reported_at_once() {
+    let listeners = vec![
+        with(listener("a", 1), json!({"address": address("localhost", 1)})),
+        with(listener("b", 2), json!({"filter_chains": []})),
+    ];
+    let clusters = vec![with(cluster("c"), json!({"type": "EDS"})), cluster("d"), cluster("d")];
+    assert_eq!(
+        problems(&bootstrap(listeners, clusters)),
+        [
+            "static_resources.clusters[2].name: duplicate cluster \"d\"",
+            "static_resources.clusters[0].type: EDS needs xDS, which is not active in this version; use load_assignment",
+            "static_resources.listeners[0].address.socket_address.address: \"localhost\" is not an IP address",
+            "static_resources.listeners[1].filter_chains: no filter chains specified; add one, or a default_filter_chain",
+        ]
+    );
+}
+
+#[test]
+fn listeners_that_collide() {
+    refused(
+        &bootstrap(vec![listener("a", 1), listener("a", 2)], vec![]),
+        "static_resources.listeners[1].name",
+        "duplicate listener \"a\": the later one would replace the earlier one",
+    );
+    for virtual_too in [json!({}), json!({"bind_to_port": false})] {
+        refused(
+            &bootstrap(vec![listener("a", 1), with(listener("b", 1), virtual_too)], vec![]),
+            "static_resources.listeners[1].address",
+            "listener \"b\" has duplicate address 127.0.0.1:1 as existing listener \"a\"",
+        );
+    }
+}
+
+#[test]
+fn addresses() {
+    let socket = |fields| with(json!({"address": "127.0.0.1", "port_value": 1}), fields);
+    let at = format!("{L}.address.socket_address");
+    let with_socket = |fields| one_listener(json!({"address": {"socket_address": socket(fields)}}));
+    refused(
+        &with_socket(json!({"protocol": "UDP"})),
+        &format!("{at}.protocol"),
+        "UDP is not supported; only TCP is",
+    );
+    refused(
+        &with_socket(json!({"port_value": null, "named_port": "http"})),
+        &format!("{at}.named_port"),
+        "named ports are not supported; use port_value",
+    );
+    refused(
+        &with_socket(json!({"resolver_name": "x"})),
+        &format!("{at}.resolver_name"),
+        "custom resolvers are not supported; remove it",
+    );
+    refused(
+        &with_socket(json!({"network_namespace_filepath": "/run/netns/x"})),
+        &format!("{at}.network_namespace_filepath"),
+        "sockets in another network namespace are not supported, and opening the port in this one would expose it \
+         elsewhere; remove it",
+    );
+    refused(
+        &one_listener(json!({"address": {"pipe": {"path": "/tmp/x"}}})),
+        &format!("{L}.address.pipe"),
+        "unix domain sockets are not supported; use socket_address",
+    );
+}
+
+#[test]
+fn filter_chains_that_could_never_be_found() {
+    let chain = |name: &str| json!({"name": name, "filter_chain_match": {"destination_port": 1}, "filters": [tcp_proxy(json!({}))]});
+    refused(
+        &one_listener(json!({"filter_chains": [chain("a"), chain("b")]})),
+        &format!("{L}.filter_chains"),
+        "filter chain 'b' has the same matching rules defined as 'a': both match destination_port 1; remove one of them \
+         or make its filter_chain_match differ",
+    );
+}
+
+#[test]
+fn filter_chain_matches() {
+    let matching = |fields: Value| {
+        one_listener(
+            json!({"filter_chains": [{"filter_chain_match": fields, "filters": [tcp_proxy(json!({}))]}]}),
+        )
+    };
+    let at = format!("{L}.filter_chains[0].filter_chain_match");
+    for name in ["*", "*w.com", "a.*.com"] {
+        refused(
+            &matching(json!({"server_names": ["ok.com", name]})),
+            &format!("{at}.server_names[1]"),
+            &format!(
+                "partial wildcards are not supported in server_names: {name:?}; use an exact name or \"*.suffix\""
+            ),
+        );
+    }
+    refused(
+        &matching(json!({"prefix_ranges": [{"address_prefix": "foo", "prefix_len": 8}]})),
+        &format!("{at}.prefix_ranges[0].address_prefix"),
+        "\"foo\" is not an IP address",
+    );
+    refused(
+        &matching(json!({"address_suffix": "1.2"})),
+        &at,
+        "address_suffix and suffix_len are implemented by nobody, Envoy included; remove them",
+    );
+}
+
+#[test]
+fn network_filters() {
+    let istio = in_struct("istio.stats", "type.googleapis.com/stats.PluginConfig", json!({}));
+    refused(
+        &filters(vec![tcp_proxy(json!({})), tcp_proxy(json!({}))]),
+        F,
+        "terminal filter \"envoy.filters.network.tcp_proxy\" must be the last filter of its chain",
+    );
+    refused(
+        &filters(vec![istio]),
+        F,
+        "non-terminal filter \"istio.stats\" is the last filter of its chain; add envoy.filters.network.tcp_proxy after it",
+    );
+    refused(
+        &filters(vec![in_struct("x", "x.unknown", json!({})), tcp_proxy(json!({}))]),
+        &format!("{F}.typed_config"),
+        "Didn't find a registered implementation for 'x' with type URL: 'x.unknown'",
+    );
+    refused(
+        &filters(vec![json!({"name": "envoy.filters.network.tcp_proxy"})]),
+        F,
+        "Didn't find a registered implementation for 'envoy.filters.network.tcp_proxy' with type URL: ''",
+    );
+    // A name does not make a filter harmless.
+    for name in ["rbac", "istio.rbac"] {
+        let rbac =
+            extension(name, "envoy.extensions.filters.network.rbac.v3.RBAC", json!({"stat_prefix": "x"}));
+        refused(
+            &filters(vec![rbac, tcp_proxy(json!({}))]),
+            &format!("{F}.typed_config"),
+            "network filter envoy.extensions.filters.network.rbac.v3.RBAC is not supported in this version, and \
+             connections would pass without it; remove it if that is meant",
+        );
+    }
+}
+
+#[test]
+fn transport_sockets_never_become_plaintext() {
+    let tls = |side: &str| {
+        extension(
+            "envoy.transport_sockets.tls",
+            &format!("envoy.extensions.transport_sockets.tls.v3.{side}TlsContext"),
+            json!({}),
+        )
+    };
+    let chain = json!({"transport_socket": tls("Downstream"), "filters": [tcp_proxy(json!({}))]});
+    refused(
+        &one_listener(json!({"filter_chains": [chain]})),
+        &format!("{L}.filter_chains[0].transport_socket"),
+        "transport socket \"envoy.transport_sockets.tls\" is not supported in this version, and serving clients in \
+         plaintext instead would be unsafe; remove it if plaintext is meant",
+    );
+    refused(
+        &one_cluster(json!({"transport_socket": tls("Upstream")})),
+        &format!("{C}.transport_socket"),
+        "transport socket \"envoy.transport_sockets.tls\" is not supported in this version, and sending to upstreams in \
+         plaintext instead would be unsafe; remove it if plaintext is meant",
+    );
+    let matches = json!([
+        {"name": "tlsMode-istio", "match": {"tlsMode": "istio"}, "transport_socket": tls("Upstream")},
+        {"name": "tlsMode-disabled", "match": {}, "transport_socket": {"name": "envoy.transport_sockets.raw_buffer"}},
+    ]);
+    let labelled = with(
+        endpoint("127.0.0.1"),
+        json!({"metadata": {"filter_metadata": {"envoy.transport_socket_match": {"tlsMode": "istio"}}}}),
+    );
+    refused(
+        &one_cluster(
+            json!({"transport_socket_matches": matches, "load_assignment": assignment(vec![endpoint("127.0.0.1"), labelled])}),
+        ),
+        &format!("{C}.load_assignment.endpoints[0].lb_endpoints[1].metadata"),
+        "this endpoint selects transport_socket_matches \"tlsMode-istio\", which is not supported in this version, and \
+         sending in plaintext instead would be unsafe",
+    );
+    let plain = one_cluster(json!({"transport_socket_matches": matches}));
+    assert_eq!(
+        warnings(&plain),
+        Vec::<String>::new(),
+        "an endpoint without the label is served in plaintext"
+    );
+}
+
+#[test]
+fn tcp_proxy_fields() {
+    let at = format!("{F}.typed_config");
+    let proxy = |fields| filters(vec![tcp_proxy(fields)]);
+    refused(
+        &proxy(json!({"backoff_options": {"base_interval": "2s", "max_interval": "1s"}})),
+        &format!("{at}.backoff_options.max_interval"),
+        "max_interval 1s must be at least base_interval 2s",
+    );
+    refused(
+        &proxy(json!({"tunneling_config": {"hostname": "a"}})),
+        &format!("{at}.tunneling_config"),
+        "HTTP tunnels are not supported, and the bare stream is not what the upstream expects; remove it",
+    );
+    refused(
+        &proxy(
+            json!({"access_log_options": {"flush_access_log_on_start": true}, "flush_access_log_on_connected": true}),
+        ),
+        &at,
+        "only one of access_log_options and the deprecated access_log_flush_interval or flush_access_log_on_connected may \
+         be set; remove the deprecated ones",
+    );
+    refused(
+        &proxy(json!({"upstream_connect_mode": "ON_DOWNSTREAM_DATA"})),
+        &format!("{at}.max_early_data_bytes"),
+        "must be set when upstream_connect_mode is ON_DOWNSTREAM_DATA",
+    );
+}
+
+#[test]
+fn clusters() {
+    refused(
+        &one_cluster(json!({"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED"})),
+        &format!("{C}.load_assignment"),
+        "ORIGINAL_DST clusters must have no load assignment configured; remove it",
+    );
+    refused(
+        &one_cluster(json!({"type": "ORIGINAL_DST", "load_assignment": null})),
+        &format!("{C}.lb_policy"),
+        "only CLUSTER_PROVIDED is allowed with cluster type ORIGINAL_DST",
+    );
+    refused(
+        &one_cluster(json!({"lb_policy": "CLUSTER_PROVIDED"})),
+        &format!("{C}.lb_policy"),
+        "cluster provided LB specified but cluster \"c\" did not provide one; use CLUSTER_PROVIDED with type ORIGINAL_DST only",
+    );
+    refused(
+        &one_cluster(json!({"load_assignment": assignment(vec![endpoint("localhost")])})),
+        &format!("{C}.load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.address"),
+        "malformed IP address: localhost. Consider setting cluster type to 'STRICT_DNS'",
+    );
+    refused(
+        &one_cluster(json!({"lb_policy": "LOAD_BALANCING_POLICY_CONFIG"})),
+        &format!("{C}.lb_policy"),
+        "LOAD_BALANCING_POLICY_CONFIG needs the field load_balancing_policy; set it",
+    );
+    refused(
+        &one_cluster(
+            json!({"load_balancing_policy": {"policies": [{"typed_extension_config": in_struct("x", "x.y", json!({}))}]}}),
+        ),
+        &format!("{C}.load_balancing_policy"),
+        "none of these load balancing policies is supported in this version: [x]; use round_robin, least_request or random",
+    );
+    refused(
+        &one_cluster(
+            json!({"load_assignment": {"cluster_name": "c", "endpoints": [{"lb_endpoints": [{"endpoint_name": "a"}]}]}}),
+        ),
+        &format!("{C}.load_assignment.endpoints[0].lb_endpoints[0].endpoint_name"),
+        "named_endpoints has no \"a\"",
+    );
+}
+
+#[test]
+fn access_logs() {
+    let at = format!("{F}.typed_config.access_log[0]");
+    let log = |log: Value| filters(vec![tcp_proxy(json!({"access_log": [log]}))]);
+    let logger = in_struct("x", "x.y", json!({}));
+    refused(
+        &log(logger),
+        &format!("{at}.typed_config"),
+        "Didn't find a registered implementation for 'x' with type URL: 'x.y'",
+    );
+    refused(
+        &log(access_log(json!({}), json!({"log_format": {"text_format_source": {"filename": "/nope"}}}))),
+        &format!("{at}.typed_config.log_format.text_format_source.filename"),
+        "formats from files are not supported; use inline_string",
+    );
+    let found = problems(&log(access_log(
+        json!({}),
+        json!({"log_format": {"text_format_source": {"inline_string": "%NO_SUCH_OPERATOR%"}}}),
+    )));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(
+        found[0].starts_with(&format!("{at}: ")) && found[0].contains("NO_SUCH_OPERATOR"),
+        "{}",
+        found[0]
+    );
+}
+
+#[test]
+fn http_listeners() {
+    let at = format!("{F}.typed_config.route_config.virtual_hosts");
+    let hosts = |hosts| filters(vec![http(hosts)]);
+    refused(
+        &hosts(vec![
+            virtual_host("a", &["10.0.0.1"], vec![route("c")]),
+            virtual_host("b", &["*", "10.0.0.1"], vec![route("c")]),
+        ]),
+        &format!("{at}[1].domains[1]"),
+        "only unique values for domains are permitted; duplicate entry of domain \"10.0.0.1\" in route \"r\"",
+    );
+    refused(
+        &hosts(vec![
+            virtual_host("a", &["*"], vec![route("c")]),
+            virtual_host("b", &["*"], vec![route("c")]),
+        ]),
+        &format!("{at}[1].domains[0]"),
+        "only a single wildcard domain is permitted in route \"r\"",
+    );
+    refused(
+        &hosts(vec![virtual_host("a", &["*"], vec![route("nope")])]),
+        &format!("{at}[0].routes[0].route.cluster"),
+        "route: unknown cluster \"nope\"; define it, or set validate_clusters of the route_config to false",
+    );
+    let weightless = json!({"match": {"prefix": "/"}, "route": {"weighted_clusters": {"clusters": [{"name": "c", "weight": 0}]}}});
+    refused(
+        &hosts(vec![virtual_host("a", &["*"], vec![weightless])]),
+        &format!("{at}[0].routes[0].route.weighted_clusters.clusters"),
+        "at least one cluster must have a weight of 1 or more",
+    );
+}
+
+#[test]
+fn what_has_no_meaning_yet_and_no_safe_substitute() {
+    let bind = json!([{"level": 1, "name": 25, "buf_value": "ZXRoMA=="}]);
+    refused(
+        &one_listener(json!({"socket_options": bind})),
+        &format!("{L}.socket_options[0]"),
+        "SO_BINDTODEVICE is not supported in this version, and the port would be open on every interface; bind to the \
+         interface's address instead",
+    );
+    let dynamic = json!({"cds_config": {"path_config_source": {"path": "/x"}, "resource_api_version": "V3"}});
+    refused(
+        &with(bootstrap(vec![], vec![]), json!({"dynamic_resources": dynamic})),
+        "dynamic_resources.cds_config",
+        "xDS is not active in this version; put listeners and clusters into static_resources",
+    );
+    let source = extension("o", "envoy.extensions.filters.listener.original_src.v3.OriginalSrc", json!({}));
+    refused(
+        &one_listener(json!({"listener_filters": [source]})),
+        &format!("{L}.listener_filters[0].typed_config"),
+        "listener filter envoy.extensions.filters.listener.original_src.v3.OriginalSrc is not supported in this version, \
+         and connections would not be treated as it says; remove it",
+    );
+}
+
+#[test]
+fn bootstrap_extensions_and_runtime() {
+    let ours = || extension("i", "tidegate.bootstrap.v1.Interception", json!({}));
+    refused(
+        &with(bootstrap(vec![], vec![]), json!({"bootstrap_extensions": [ours(), ours()]})),
+        "bootstrap_extensions[1].typed_config",
+        "a second Interception; there can be only one",
+    );
+    let layer = |value: Value| json!({"name": "s", "static_layer": {"envoy.resource_limits.listener.l.connection_limit": value}});
+    refused(
+        &with(
+            bootstrap(vec![], vec![]),
+            json!({"layered_runtime": {"layers": [layer(json!(1)), layer(json!(2))]}}),
+        ),
+        "layered_runtime.layers[1].name",
+        "duplicate layer name \"s\"",
+    );
+    let found = problems(&with(
+        bootstrap(vec![], vec![]),
+        json!({"layered_runtime": {"layers": [layer(json!("many"))]}}),
+    ));
+    assert!(found[0].ends_with("must be a whole number of connections"), "{found:?}");
+}

@@ -1,0 +1,265 @@
+//! What is accepted, with or without a warning, and what it then means.
+
+use serde_json::{Value, json};
+use tidegate::config::cluster::{LbPolicy, Thresholds};
+use tidegate::config::filter_chain::Terminal;
+use tidegate::config::listener::ListenerFilter;
+use tidegate::config::route::HttpRouting;
+use tidegate::config::tcp_proxy::ClusterChoice;
+
+use super::build::*;
+
+const F: &str = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
+
+#[track_caller]
+fn warned(bootstrap: &Value, expected: &[&str]) {
+    assert_eq!(warnings(bootstrap), expected, "{bootstrap:#}");
+}
+
+fn routing(bootstrap: &Value) -> std::sync::Arc<HttpRouting> {
+    let loaded = load_json(bootstrap).unwrap_or_else(|error| panic!("{error}"));
+    match &loaded.bootstrap.listeners[0].filter_chains[0].terminal {
+        Some(Terminal::HttpAsTcp(routing)) => routing.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn inactive_fields_are_named_once_with_a_count() {
+    let clusters = ["a", "b", "c"].map(|name| with(cluster(name), json!({"outlier_detection": {}})));
+    warned(
+        &bootstrap(vec![], clusters.into()),
+        &[
+            "static_resources.clusters[0].outlier_detection: parsed, not active in this version (and 2 more like this)",
+        ],
+    );
+}
+
+#[test]
+fn a_typed_struct_stands_for_the_message() {
+    let url = "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
+    let proxy =
+        in_struct("any name", url, json!({"stat_prefix": "a", "cluster": "c", "maxConnectAttempts": 3}));
+    let loaded = load_json(&filters(vec![proxy])).unwrap_or_else(|error| panic!("{error}"));
+    let Some(Terminal::TcpProxy(proxy)) = &loaded.bootstrap.listeners[0].filter_chains[0].terminal else {
+        panic!()
+    };
+    assert_eq!((&*proxy.stat_prefix, proxy.max_connect_attempts), ("a", 3));
+}
+
+#[test]
+fn istio_filters_are_ignored_whatever_their_type() {
+    let wasm = in_struct(
+        "istio.stats",
+        "type.googleapis.com/envoy.extensions.filters.network.wasm.v3.Wasm",
+        json!({}),
+    );
+    let stats = extension("istio.stats", "stats.PluginConfig", json!({"disable_host_header_fallback": true}));
+    let exchange = in_struct(
+        "istio.metadata_exchange",
+        "type.googleapis.com/envoy.tcp.metadataexchange.config.MetadataExchange",
+        json!({}),
+    );
+    let loaded = load_json(&filters(vec![wasm, stats, exchange, tcp_proxy(json!({}))]))
+        .unwrap_or_else(|error| panic!("{error}"));
+    let counts: Vec<_> = loaded.ignored_filters.into_iter().collect();
+    assert_eq!(counts, [("istio.metadata_exchange".to_owned(), 1), ("istio.stats".to_owned(), 2)]);
+    assert_eq!(loaded.bootstrap.listeners[0].filter_chains[0].ignored_filters.len(), 3);
+}
+
+#[test]
+fn defaults_are_envoys() {
+    let loaded = load_json(&one_listener(json!({"name": null}))).unwrap();
+    let listener = &loaded.bootstrap.listeners[0];
+    assert_eq!(&*listener.name, "127.0.0.1:10000");
+    assert_eq!(listener.listener_filters_timeout.unwrap().as_secs(), 15);
+    assert_eq!(listener.per_connection_buffer_limit_bytes, 1024 * 1024);
+    assert!(listener.bind_to_port && listener.enable_reuse_port);
+    let Some(Terminal::TcpProxy(proxy)) = &listener.filter_chains[0].terminal else { panic!() };
+    assert_eq!((proxy.idle_timeout.unwrap().as_secs(), proxy.max_connect_attempts), (3600, 1));
+    let cluster = &loaded.bootstrap.clusters[0];
+    assert_eq!((cluster.connect_timeout.as_secs(), cluster.lb_policy), (5, LbPolicy::RoundRobin));
+    assert_eq!(cluster.circuit_breakers, Thresholds { max_connections: 1024, max_pending_requests: 1024 });
+}
+
+#[test]
+fn zero_turns_timeouts_off() {
+    let listener = with(
+        listener("l", 1),
+        json!({"listener_filters_timeout": "0s", "filter_chains": [{"filters": [tcp_proxy(json!({"idle_timeout": "0s"}))]}]}),
+    );
+    let loaded = load_json(&bootstrap(vec![listener], vec![])).unwrap();
+    let listener = &loaded.bootstrap.listeners[0];
+    assert_eq!(listener.listener_filters_timeout, None);
+    let Some(Terminal::TcpProxy(proxy)) = &listener.filter_chains[0].terminal else { panic!() };
+    assert_eq!(proxy.idle_timeout, None);
+}
+
+#[test]
+fn listener_spellings() {
+    let inspector = extension(
+        "t",
+        "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
+        json!({"max_client_hello_size": 8192}),
+    );
+    let listener = json!({
+        "deprecated_v1": {"bind_to_port": false},
+        "use_original_dst": true,
+        "additional_addresses": [{"address": address("::1", 10000)}, {"address": address("127.0.0.1", 10000)}],
+        "listener_filters": [inspector],
+    });
+    let runtime = json!({"layers": [
+        {"name": "a", "static_layer": {"envoy.resource_limits.listener.l.connection_limit": 5}},
+        {"name": "b", "static_layer": {"envoy": {"resource_limits": {"listener": {"l": {"connection_limit": 7}}}}}},
+    ]});
+    let loaded = load_json(&with(one_listener(listener), json!({"layered_runtime": runtime}))).unwrap();
+    let listener = &loaded.bootstrap.listeners[0];
+    assert!(!listener.bind_to_port);
+    assert_eq!(listener.addresses, ["127.0.0.1:10000".parse().unwrap(), "[::1]:10000".parse().unwrap()]);
+    assert_eq!(listener.connection_limit, Some(7));
+    assert_eq!(
+        listener.listener_filters,
+        [
+            ListenerFilter::OriginalDst,
+            ListenerFilter::TlsInspector {
+                max_client_hello_size: 8192,
+                close_connection_on_client_hello_parsing_errors: false
+            }
+        ]
+    );
+}
+
+#[test]
+fn hashing_load_balancers_fall_back_to_random() {
+    let bootstrap = one_cluster(json!({"lb_policy": "MAGLEV"}));
+    warned(
+        &bootstrap,
+        &["static_resources.clusters[0].lb_policy: MAGLEV is not active in this version: RANDOM is used"],
+    );
+    assert_eq!(load_json(&bootstrap).unwrap().bootstrap.clusters[0].lb_policy, LbPolicy::Random);
+}
+
+#[test]
+fn typed_load_balancing_policies() {
+    let policy = |kind: &str, fields| {
+        extension("x", &format!("envoy.extensions.load_balancing_policies.{kind}"), fields)
+    };
+    let policies = json!({"policies": [
+        {"typed_extension_config": in_struct("new", "type.googleapis.com/envoy.not.Yet", json!({}))},
+        {"typed_extension_config": policy("least_request.v3.LeastRequest", json!({"choice_count": 4}))},
+    ]});
+    let loaded =
+        load_json(&one_cluster(json!({"lb_policy": "RANDOM", "load_balancing_policy": policies}))).unwrap();
+    assert_eq!(
+        loaded.bootstrap.clusters[0].lb_policy,
+        LbPolicy::LeastRequest { choice_count: 4, active_request_bias: 1.0 }
+    );
+}
+
+#[test]
+fn the_lower_of_connections_and_requests_holds() {
+    let breakers = json!({"thresholds": [
+        {"priority": "HIGH", "max_connections": 1},
+        {"max_connections": 100, "max_requests": 50, "max_pending_requests": 7, "max_retries": 4294967295u32},
+        {"max_connections": 9},
+    ]});
+    let loaded = load_json(&one_cluster(json!({"circuit_breakers": breakers}))).unwrap();
+    assert_eq!(
+        loaded.bootstrap.clusters[0].circuit_breakers,
+        Thresholds { max_connections: 50, max_pending_requests: 7 }
+    );
+}
+
+#[test]
+fn http_hosts_that_address_and_route_can_be_decided() {
+    let weighted = json!({"name": "split", "match": {"prefix": "/"}, "route": {"weighted_clusters": {"clusters": [
+        {"name": "c", "weight": 3}, {"name": "c", "weight": 0}, {"name": "d", "weight": 1}]}}});
+    let listener = with(
+        listener("l", 1),
+        json!({"filter_chains": [{"filters": [http(vec![
+            virtual_host("a", &["a.b", "10.0.0.1:80"], vec![weighted]),
+            virtual_host("any", &["*"], vec![route("c")]),
+        ])]}]}),
+    );
+    let bootstrap = bootstrap(vec![listener], vec![cluster("c"), cluster("d")]);
+    warned(&bootstrap, &[]);
+    let routing = routing(&bootstrap);
+    let host = routing.virtual_host("10.0.0.1:80".parse().unwrap()).unwrap();
+    let ClusterChoice::Weighted(clusters) = &host.proxy.as_ref().unwrap().clusters else {
+        panic!("{host:?}")
+    };
+    let weights: Vec<_> = clusters.iter().map(|cluster| (&*cluster.name, cluster.weight)).collect();
+    assert_eq!((&*host.route_name, weights), ("split", vec![("c", 3), ("d", 1)]));
+}
+
+#[test]
+fn http_conditions_are_warnings_that_name_them() {
+    let api = json!({"match": {"prefix": "/api"}, "route": {"cluster": "c"}});
+    let header = json!({"match": {"prefix": "/", "headers": [{"name": "x", "present_match": true}]}, "route": {"cluster": "c"}});
+    let bootstrap = filters(vec![http(vec![virtual_host("a", &["*"], vec![api, header, route("c")])])]);
+    let at = format!("{F}.route_config.virtual_hosts[0].routes");
+    let why = "can't be decided without reading HTTP: no connection takes this route";
+    warned(&bootstrap, &[&format!("{at}[0].match.prefix: {why}"), &format!("{at}[1].match.headers: {why}")]);
+    assert!(routing(&bootstrap).virtual_hosts[0].proxy.is_some());
+}
+
+#[test]
+fn http_denials_close_the_virtual_host() {
+    let deny = json!({"match": {"prefix": "/admin"}, "direct_response": {"status": 403}});
+    let redirect = json!({"match": {"prefix": "/"}, "redirect": {"https_redirect": true}});
+    let bootstrap = filters(vec![http(vec![
+        virtual_host("denies", &["10.0.0.1"], vec![deny, route("c")]),
+        virtual_host("redirects", &["10.0.0.2"], vec![redirect]),
+        with(virtual_host("tls", &["10.0.0.3"], vec![route("c")]), json!({"require_tls": "ALL"})),
+        virtual_host("none", &["*"], vec![]),
+    ])]);
+    let at = format!("{F}.route_config.virtual_hosts");
+    warned(
+        &bootstrap,
+        &[
+            &format!(
+                "{at}[0].routes[0]: this route denies some requests, which can't be done without reading HTTP: the \
+                 connections of the virtual host end with flag NR"
+            ),
+            &format!(
+                "{at}[1].routes[0].redirect: can't be done without speaking HTTP: connections that take this route end \
+                 with flag NR"
+            ),
+            &format!(
+                "{at}[2].require_tls: virtual host \"tls\" redirects plaintext to TLS, which can't be done without \
+                 reading HTTP: its connections end with flag NR"
+            ),
+            &format!(
+                "{at}[3].routes: no route with `prefix: /` and without other conditions: connections of this virtual \
+                 host end with flag NR"
+            ),
+        ],
+    );
+    assert!(routing(&bootstrap).virtual_hosts.iter().all(|host| host.proxy.is_none()));
+}
+
+#[test]
+fn routes_from_xds_end_with_nr() {
+    let base = http(vec![]);
+    let rds = json!({"route_config_name": "r", "config_source": {"ads": {}, "resource_api_version": "V3"}});
+    let config = with(base["typed_config"].clone(), json!({"route_config": null, "rds": rds}));
+    let bootstrap = filters(vec![with(base, json!({"typed_config": config}))]);
+    warned(
+        &bootstrap,
+        &[&format!("{F}.rds: routes from xDS are not active in this version: connections end with flag NR")],
+    );
+    assert!(routing(&bootstrap).virtual_host("10.0.0.1:1".parse().unwrap()).is_none());
+}
+
+#[test]
+fn access_log_filters_that_tcp_can_not_evaluate() {
+    let header = json!({"filter": {"header_filter": {"header": {"name": "x", "present_match": true}}}});
+    let bootstrap = filters(vec![tcp_proxy(json!({"access_log": [access_log(header, json!({}))]}))]);
+    warned(
+        &bootstrap,
+        &[&format!(
+            "{F}.access_log[0].filter.header_filter: this filter can't be evaluated for TCP in this version: it lets every \
+             entry through"
+        )],
+    );
+}
