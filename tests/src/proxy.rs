@@ -148,7 +148,8 @@ impl Setup {
         let config = self.write_config(dir.path())?;
         let pins = self.pins.clone().unwrap_or_else(|| Path::new(run::BPFFS).join(run::unique("pins")));
         let state = self.state.clone().unwrap_or_else(|| dir.path().join("state"));
-        let log = File::create(dir.path().join("proxy.log"))?;
+        // Appended to: an access log on /dev/stdout opens the same file again.
+        let log = File::options().create(true).append(true).open(dir.path().join("proxy.log"))?;
         let mut command = match &self.netns {
             Some(netns) => netns.command("sh"),
             None => Command::new("sh"),

@@ -3,12 +3,14 @@
 mod build_ebpf;
 mod cargo;
 mod demo;
+mod deny;
 mod gen_api;
 mod parity;
 mod root;
 mod test;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// The repository's commands.
@@ -21,18 +23,29 @@ enum Xtask {
     Test(test::Test),
     /// Run the same cases against the real Envoy and tidegate, and print the differences.
     Parity(parity::Parity),
+    /// Check licences, duplicate versions and sources of the dependencies.
+    Deny(deny::Deny),
     /// Rebuild proxy-ebpf/prebuilt from source.
     BuildEbpf(build_ebpf::BuildEbpf),
     /// Regenerate the checked-in code of proxy/api from its .proto files.
     GenApi(gen_api::GenApi),
 }
 
-fn main() -> Result<()> {
-    match Xtask::parse() {
+fn main() -> ExitCode {
+    let outcome = match Xtask::parse() {
         Xtask::Demo(args) => args.run(),
         Xtask::Test(args) => args.run(),
         Xtask::Parity(args) => args.run(),
+        Xtask::Deny(args) => args.run(),
         Xtask::BuildEbpf(args) => args.run(),
         Xtask::GenApi(args) => args.run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // No backtrace: these are messages for whoever typed the command.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -62,13 +62,14 @@ impl Test {
         }
         cargo.args(&self.filter);
         as_root(&mut cargo)?;
-        let mut passed = root::run_child(&mut cargo)?.success();
+        let mut passed = true;
         if nextest && self.filter.is_none() {
             // The examples in doc comments: nextest has no part in them.
             let mut docs = cargo::command();
             docs.args(["test", "--quiet", "--doc"]);
-            passed &= root::run_child(&mut docs)?.success();
+            passed = root::run_child(&mut docs)?.success();
         }
+        passed &= root::run_child(&mut cargo)?.success();
         ensure!(passed, "some tests failed");
         Ok(())
     }
