@@ -267,7 +267,7 @@ pub(crate) mod tests {
         drop(logs);
         let mut fifo = std::fs::File::open(&path).unwrap();
         std::thread::spawn(move || std::io::copy(&mut fifo, &mut std::io::sink()));
-        assert!(registry.flush(Duration::from_secs(60)));
+        assert!(registry.flush(Duration::from_mins(1)));
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub use view::{ClusterView, HealthView, HostView, ListenerView, ThresholdsView};
 const MAX_CONNECTIONS: usize = 64;
 
 /// A request's head, and an idle connection, may take so long.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+const HEAD_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A client that reads nothing for so long is dropped.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);

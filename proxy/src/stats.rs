@@ -39,11 +39,14 @@ const INTERCEPT: &str = "tidegate.intercept.";
 /// the handles that their snapshot carries.
 pub struct Stats {
     workers: usize,
-    blocks: Mutex<BTreeMap<(&'static str, Box<str>), Weak<Block>>>,
+    blocks: Mutex<Blocks>,
     intercept: Mutex<BTreeMap<String, (Kind, u64)>>,
     /// Blocks that exist once, kept from the start.
     single: Single,
 }
+
+/// By the first part of their names and the scope's own name.
+type Blocks = BTreeMap<(&'static str, Box<str>), Weak<Block>>;
 
 struct Single {
     server: ServerStats,

@@ -252,7 +252,9 @@ fn write_all(jobs: &Receiver<Job>, shared: &Weak<Shared>) {
             Job::Reopen => {
                 let Some(shared) = shared.upgrade() else { return };
                 let files: Vec<_> = lock(&shared.files).values().filter_map(Weak::upgrade).collect();
-                files.iter().for_each(|file| file.reopen_if_old(&mut lock(&file.target)));
+                for file in files {
+                    file.reopen_if_old(&mut lock(&file.target));
+                }
             }
             Job::Flush(done) => {
                 let _ = done.try_send(());

@@ -382,7 +382,7 @@ mod tests {
         ] {
             match parse(format) {
                 Err(AccessLogError::Format { reason, .. }) => {
-                    assert!(reason.contains(part), "{format}: {reason}")
+                    assert!(reason.contains(part), "{format}: {reason}");
                 }
                 other => panic!("{format}: {other:?}"),
             }

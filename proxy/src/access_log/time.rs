@@ -313,7 +313,8 @@ mod tests {
             (0..40).map(|n| 946_684_799 + n * 86_400 * 91 + n * 3_607).chain([0, 1_104_537_599]).collect();
         let dir = tempfile::tempdir().unwrap();
         let list = dir.path().join("dates");
-        std::fs::write(&list, seconds.iter().map(|s| format!("@{s}\n")).collect::<String>()).unwrap();
+        std::fs::write(&list, seconds.iter().map(|s| format!("@{s}")).collect::<Vec<_>>().join("\n") + "\n")
+            .unwrap();
         let output = std::process::Command::new("date")
             .env("LC_ALL", "C")
             .arg("-u")

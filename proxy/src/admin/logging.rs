@@ -1,5 +1,7 @@
 //! `/logging`: shows and changes levels.
 
+use std::fmt::Write;
+
 use super::State;
 
 /// Envoy's level names.
@@ -16,8 +18,11 @@ levels: trace debug info warning error critical off
 /// Applies the parameters and shows all levels. The error text is for the operator, with the usage.
 pub(super) fn answer(state: &dyn State, parameters: &[(String, String)]) -> Result<String, String> {
     let result = parameters.iter().try_for_each(|(name, value)| change(state, name, value));
-    let active: String =
-        state.log_levels().iter().map(|(name, level)| format!("  {name}: {level}\n")).collect();
+    let mut active = String::new();
+    for (name, level) in state.log_levels() {
+        // Writing to a String can't fail.
+        let _ = writeln!(active, "  {name}: {level}");
+    }
     match result {
         Ok(()) => Ok(format!("active loggers:\n{active}\n")),
         Err(error) => Err(format!("error: {error}\n\n{USAGE}active loggers:\n{active}\n")),

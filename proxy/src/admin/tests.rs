@@ -147,7 +147,7 @@ fn dechunked(mut body: &str) -> String {
 /// Runs on the kind of runtime that the main thread has.
 fn on_main_runtime(test: impl Future<Output = ()>) {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-        tokio::time::timeout(Duration::from_secs(60), test).await.unwrap();
+        tokio::time::timeout(Duration::from_mins(1), test).await.unwrap();
     });
 }
 

@@ -157,7 +157,7 @@ impl HostView {
 
 impl HealthView {
     /// `healthy`, or what is wrong, each with a slash.
-    fn flags(&self) -> String {
+    fn flags(self) -> String {
         let down = matches!(self.eds_health_status, HealthStatus::Unhealthy | HealthStatus::Timeout);
         let flags: String = [
             (self.failed_active_health_check, "/failed_active_hc"),
@@ -175,7 +175,7 @@ impl HealthView {
         if flags.is_empty() { "healthy".into() } else { flags }
     }
 
-    fn json(&self) -> Value {
+    fn json(self) -> Value {
         let mut health = Map::new();
         for (set, name) in [
             (self.failed_active_health_check, "failed_active_health_check"),
@@ -225,7 +225,9 @@ pub(super) fn clusters_text(clusters: &[ClusterView]) -> String {
             let mut line = |field: &str, value: &dyn std::fmt::Display| {
                 let _ = writeln!(out, "{name}::{}::{field}::{value}", host.address);
             };
-            values.iter().for_each(|(field, value)| line(field, value));
+            for (field, value) in &values {
+                line(field, value);
+            }
             line("hostname", &host.hostname);
             line("health_flags", &host.health.flags());
             line("weight", &host.weight);

@@ -422,7 +422,9 @@ mod tests {
                 })
             })
             .collect();
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
         assert_eq!(cluster.upstream_cx_total().value(), 4000);
         assert_eq!(cluster.upstream_cx_tx_bytes_total().value(), 6);
         assert_eq!(cluster.block().shards().count(), 4);
@@ -438,7 +440,9 @@ mod tests {
                 std::thread::spawn(move || (0..10_000).for_each(|_| tcp.downstream_cx_total().inc()))
             })
             .collect();
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
         assert_eq!(tcp.downstream_cx_total().value(), 80_000);
     }
 

@@ -280,7 +280,9 @@ mod tests {
     fn histograms_are_exact_and_cumulative() {
         let stats = Stats::new(1);
         let foo = stats.cluster("foo");
-        [0, 7, 8, 4_000_000].into_iter().for_each(|v| foo.upstream_cx_connect_ms().record(v));
+        for millis in [0, 7, 8, 4_000_000] {
+            foo.upstream_cx_connect_ms().record(millis);
+        }
         let text = print(&stats, &[("filter", "connect_ms")]);
         let name = "envoy_cluster_upstream_cx_connect_ms";
         assert!(text.starts_with(&format!("# TYPE {name} histogram\n")), "{text}");

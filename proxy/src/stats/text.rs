@@ -1,5 +1,6 @@
 //! `/stats` as text and as JSON.
 
+use std::fmt;
 use std::io::{self, Write};
 
 use serde_json::json;
@@ -44,15 +45,16 @@ fn block_values(
     for stat in layout.stats.iter().filter(wanted) {
         name.truncate(scope);
         name.push_str(stat.name);
-        if query.wants_name(&name) && !(query.used_only && !block.is_used(stat)) {
+        if query.wants_name(&name) && (!query.used_only || block.is_used(stat)) {
             each(&name, block.value(stat))?;
         }
     }
     for worker in 0..if layout.per_worker.is_empty() { 0 } else { block.workers() } {
         for stat in layout.stats.iter().filter(wanted).filter(|stat| layout.per_worker.contains(&stat.name)) {
             name.truncate(scope);
-            name.push_str(&format!("worker_{worker}.{}", stat.name));
-            if query.wants_name(&name) && !(query.used_only && !block.worker_is_used(stat, worker)) {
+            // Writing to a String can't fail.
+            let _ = fmt::Write::write_fmt(&mut name, format_args!("worker_{worker}.{}", stat.name));
+            if query.wants_name(&name) && (!query.used_only || block.worker_is_used(stat, worker)) {
                 each(&name, block.worker_value(stat, worker))?;
             }
         }
@@ -72,7 +74,7 @@ fn for_each_histogram(
     for block in stats.blocks() {
         for stat in block.layout().stats.iter().filter(|stat| stat.kind == Kind::Histogram) {
             let name = format!("{}{}", block.scope(), stat.name);
-            if query.wants_name(&name) && !(query.used_only && !block.is_used(stat)) {
+            if query.wants_name(&name) && (!query.used_only || block.is_used(stat)) {
                 each(&name, &block.histogram(stat))?;
             }
         }
@@ -208,8 +210,8 @@ fn json_number(value: f64) -> serde_json::Value {
 }
 
 /// All stats as text, for tests and debugging.
-impl std::fmt::Display for Stats {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut out = Vec::new();
         // Writing to a Vec can't fail.
         let _ = write(self, &Query::all(super::Format::Text), &mut out);
@@ -217,8 +219,8 @@ impl std::fmt::Display for Stats {
     }
 }
 
-impl std::fmt::Debug for Stats {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stats").field("workers", &self.workers()).finish_non_exhaustive()
     }
 }
