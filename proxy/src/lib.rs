@@ -15,6 +15,7 @@ pub mod drain;
 pub mod intercept;
 pub mod listener;
 pub mod log;
+pub mod pump;
 pub mod response_flag;
 pub mod signal;
 pub mod stats;

@@ -193,10 +193,15 @@ pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<usize> {
 
 /// Whether the peer is gone for both directions (it reset, or both have sent their FIN): `POLLHUP`/`POLLERR`.
 pub fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
-    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };
+    events_now(socket, 0) & (libc::POLLHUP | libc::POLLERR) != 0
+}
+
+/// Which of `events` hold now; `POLLHUP` and `POLLERR` are always reported. As in poll(2).
+pub fn events_now(socket: BorrowedFd<'_>, events: libc::c_short) -> libc::c_short {
+    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events, revents: 0 };
     // SAFETY: `poll` is one live pollfd, and the count says one.
     let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
-    n > 0 && poll.revents & (libc::POLLHUP | libc::POLLERR) != 0
+    if n > 0 { poll.revents } else { 0 }
 }
 
 /// What the kernel measured on a connection.

@@ -20,7 +20,8 @@ pub fn into_pipe(source: BorrowedFd<'_>, pipe: &Pipe, len: usize) -> io::Result<
 /// Moves up to `len` bytes from `pipe` into `destination`; `len` is what the pipe holds, so that the kernel
 /// never waits for more before it sends the tail.
 ///
-/// `WouldBlock` means that the socket takes no more, as long as the pipe holds something.
+/// `WouldBlock` means that the socket takes no more, as long as the pipe holds something. Less than `len` means
+/// nothing by itself: a completion of this thread's io_uring counts as a pending signal, and stops the splice.
 pub fn out_of_pipe(pipe: &Pipe, destination: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
     splice(pipe.reader(), destination, len)
 }

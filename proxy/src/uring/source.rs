@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready as ready_or_pending};
 
 use socket2::Socket;
-use tokio::io::unix::AsyncFd;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use super::{Engine, RUNNING, op};
 use crate::sys::socket;
@@ -57,8 +57,8 @@ impl fmt::Debug for Readiness {
 
 /// A file that one task waits for. Waits stay pending between polls of the task, and across dropped futures.
 ///
-/// Protocol: try the system call, and wait only after `WouldBlock` (or a short read); a finished wait is a
-/// hint, so try again and expect `WouldBlock` again. Waiting for `Writable` and for `HangUp` at the same
+/// A wait ends at once if what it waits for holds already. A finished wait is a hint: try the system call, and
+/// expect `WouldBlock` again. Waiting for `Writable` and for `HangUp` at the same
 /// time is redundant and not supported: `Writable` ends with a hang-up too.
 ///
 /// Dropping it cancels what is pending (see the module's text). After [`super::close_gracefully`] or
@@ -88,6 +88,11 @@ impl File for &Socket {}
 impl sealed::Sealed for &Socket {}
 impl File for BorrowedFd<'_> {}
 impl sealed::Sealed for BorrowedFd<'_> {}
+
+type EdgePoll = for<'a> fn(
+    &'a AsyncFd<Registered>,
+    &mut Context<'_>,
+) -> Poll<io::Result<AsyncFdReadyGuard<'a, Registered>>>;
 
 /// A descriptor in epoll's set; the [`Source`] that holds it has the file.
 #[derive(Debug)]
@@ -122,12 +127,26 @@ impl<F: File> Source<F> {
 
     /// Waits for [`Interest::Readable`]. Must be called in a running runtime, as the other waits.
     pub fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Readiness>> {
+        const EVENTS: libc::c_short = libc::POLLIN | libc::POLLRDHUP;
         if engine() == Engine::Epoll {
-            let mut guard = ready_or_pending!(self.epoll()?.poll_read_ready(cx))?;
-            guard.clear_ready();
-            return Poll::Ready(Ok(Readiness(libc::POLLIN)));
+            return self.poll_epoll(AsyncFd::poll_read_ready, EVENTS, cx);
         }
-        poll_ring(&mut self.readable, self.file.as_fd(), libc::POLLIN | libc::POLLRDHUP, cx)
+        poll_ring(&mut self.readable, self.file.as_fd(), EVENTS, cx)
+    }
+
+    /// Gives the other tasks their turn before more is read, although more is there. The task must return
+    /// `Pending` after it. False: wait with [`Source::poll_readable`] first; true: read at the next poll.
+    ///
+    /// A wait for what is there already does it with io_uring. Waking the task would not: the ring would
+    /// never be flushed.
+    pub fn give_way(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        match self.poll_readable(cx)? {
+            Poll::Pending => Ok(false),
+            Poll::Ready(_) => {
+                cx.waker().wake_by_ref();
+                Ok(true)
+            }
+        }
     }
 
     /// Waits for [`Interest::Writable`].
@@ -140,9 +159,7 @@ impl<F: File> Source<F> {
             }
             self.fin_spoils = true;
         }
-        let mut guard = ready_or_pending!(self.epoll()?.poll_write_ready(cx))?;
-        guard.clear_ready();
-        Poll::Ready(Ok(Readiness(libc::POLLOUT)))
+        self.poll_epoll(AsyncFd::poll_write_ready, libc::POLLOUT, cx)
     }
 
     /// Waits for [`Interest::HangUp`].
@@ -155,13 +172,7 @@ impl<F: File> Source<F> {
             self.fin_spoils = true;
         }
         // epoll has no wait for the hang-up alone; "writable" is the next best: it is edge-triggered and rare.
-        loop {
-            let mut guard = ready_or_pending!(self.epoll()?.poll_write_ready(cx))?;
-            guard.clear_ready();
-            if socket::is_hung_up(self.file.as_fd()) {
-                return Poll::Ready(Ok(Readiness(libc::POLLHUP)));
-            }
-        }
+        self.poll_epoll(AsyncFd::poll_write_ready, 0, cx)
     }
 
     /// Waits for `interest`.
@@ -173,11 +184,42 @@ impl<F: File> Source<F> {
         }
     }
 
+    /// The peer's FIN has come, so later waits need not find out that it spoils them.
+    pub fn peer_has_sent_fin(&mut self) {
+        self.fin_spoils = true;
+    }
+
     /// Forgets its waits without cancelling them: they have completed, as far as the kernel is concerned.
     pub fn release(&mut self) {
         self.readable = None;
         self.writable = None;
         self.hang_up = None;
+    }
+
+    /// epoll tells edges, and tokio remembers them; only the file itself knows what holds now.
+    fn poll_epoll(
+        &mut self,
+        poll_edge: EdgePoll,
+        events: libc::c_short,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<Readiness>> {
+        loop {
+            // In this order: an edge after the look would be remembered, and wake the task.
+            let edge = match poll_edge(self.epoll()?, cx) {
+                Poll::Ready(guard) => {
+                    guard?.clear_ready();
+                    true
+                }
+                Poll::Pending => false,
+            };
+            let now = socket::events_now(self.file.as_fd(), events);
+            if now != 0 {
+                return Poll::Ready(Ok(Readiness(now)));
+            }
+            if !edge {
+                return Poll::Pending;
+            }
+        }
     }
 
     fn epoll(&mut self) -> io::Result<&AsyncFd<Registered>> {

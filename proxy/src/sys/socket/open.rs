@@ -216,7 +216,7 @@ mod tests {
             match accept(listener) {
                 Ok(accepted) => return accepted,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    std::thread::sleep(Duration::from_millis(1))
+                    std::thread::sleep(Duration::from_millis(1));
                 }
                 Err(e) => panic!("{e}"),
             }

@@ -1,0 +1,62 @@
+//! What a connection has moved so far.
+
+use std::cell::Cell;
+
+use super::Side;
+
+/// The counters of one connection. Only its task writes them; anything on the same thread may read them while
+/// the connection lives (`access_log_flush_interval`).
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// From the downstream to the upstream.
+    pub downstream: Direction,
+    /// From the upstream to the downstream.
+    pub upstream: Direction,
+    /// Bytes that were delivered by copying, in both directions.
+    pub copied: Cell<u64>,
+    /// Bytes that were delivered by splicing, in both directions.
+    pub spliced: Cell<u64>,
+    /// The side that is or was flushed to after the other was gone (Envoy counts these as `upstream_flush_*`).
+    pub flushed: Cell<Option<Side>>,
+}
+
+/// The counters of one direction, named after the side it comes from.
+#[derive(Debug, Default)]
+pub struct Direction {
+    /// Bytes taken from this side's socket.
+    pub received: Cell<u64>,
+    /// Bytes given to the other side's socket.
+    pub sent: Cell<u64>,
+    /// Received bytes that had nobody to go to any more.
+    pub discarded: Cell<u64>,
+    /// How often reading from this side was paused because the other took no more.
+    pub paused: Cell<u64>,
+    /// How often it was resumed.
+    pub resumed: Cell<u64>,
+    /// How often the direction changed from copying to splicing.
+    pub to_splice: Cell<u64>,
+    /// How often it changed back.
+    pub to_copy: Cell<u64>,
+}
+
+impl Counters {
+    /// The direction that comes from `side`.
+    pub fn from(&self, side: Side) -> &Direction {
+        match side {
+            Side::Downstream => &self.downstream,
+            Side::Upstream => &self.upstream,
+        }
+    }
+}
+
+impl Direction {
+    /// Bytes received and neither sent nor discarded yet.
+    pub fn buffered(&self) -> u64 {
+        self.received.get() - self.sent.get() - self.discarded.get()
+    }
+}
+
+/// Adds to a counter.
+pub(super) fn add(counter: &Cell<u64>, n: usize) {
+    counter.set(counter.get() + n as u64);
+}

@@ -1,0 +1,587 @@
+//! Both directions of one connection, and the ways in which it ends.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use socket2::Socket;
+use tokio::time::Sleep;
+
+use super::copy::{self, Leftover};
+use super::counters::{Counters, Direction, add};
+use super::half::{Half, Phase, Step};
+use super::resources::{PooledPipe, Resources};
+use super::{Cause, Options, Outcome, Side, splice};
+use crate::connection::record::CloseType;
+use crate::sys::{clock, socket, splice as sys_splice};
+use crate::uring::{self, Source};
+
+/// Bytes that one direction moves per poll of the task; then others have their turn. A wait for readiness
+/// that is there already costs two system calls, which is little for a megabyte.
+const TURN: usize = 1 << 20;
+/// Bytes thrown away per system call.
+const DISCARD: usize = 1 << 20;
+/// How often to look whether a flushed side has acknowledged everything: the kernel has no event for it. The
+/// wait doubles from the first to the last.
+const LINGER: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
+
+/// One direction with what it holds.
+struct Lane<'a> {
+    half: Half,
+    /// What is held by copy.
+    leftover: Leftover,
+    /// What is held by splice.
+    pipe: Option<PooledPipe<'a>>,
+    counters: &'a Direction,
+    /// Reading is paused because the destination takes nothing.
+    paused: bool,
+    /// Bytes held at most.
+    limit: usize,
+}
+
+/// A socket operation of a direction failed.
+enum Fault {
+    Source(io::Error),
+    Destination(io::Error),
+    /// The destination was reset, but the kernel did not tell which way.
+    DestinationVanished,
+}
+
+/// The side that is gone while what it had sent is flushed to the other.
+#[derive(Clone, Copy)]
+struct Flush {
+    gone: Side,
+    cause: Cause,
+    /// The gone side's FIN was not seen, so the other must not see one either, but a reset.
+    reset: bool,
+    /// When to look next whether everything was acknowledged; none until everything was sent.
+    look_at: Option<Duration>,
+    wait: Duration,
+    unacknowledged: usize,
+}
+
+pub(super) struct Duplex<'a> {
+    resources: &'a Resources,
+    options: &'a Options<'a>,
+    counters: &'a Counters,
+    /// By side.
+    sources: [Source<&'a Socket>; 2],
+    /// By the side that a direction comes from.
+    lanes: [Lane<'a>; 2],
+    /// A hang-up of this side was seen that was no error; there is nothing more to wait for.
+    hung_up: [bool; 2],
+    flush: Option<Flush>,
+    first_fin: Option<Side>,
+    /// On the coarse clock.
+    last_activity: Duration,
+    /// When the timer fires, on the coarse clock; none while it does not run.
+    timer_at: Option<Duration>,
+}
+
+/// What the directions need of the connection while they move bytes.
+struct Turn<'t, 'a> {
+    resources: &'a Resources,
+    counters: &'a Counters,
+    source: &'t mut Source<&'a Socket>,
+    destination: &'t mut Source<&'a Socket>,
+    budget: usize,
+    active: bool,
+}
+
+impl<'a> Duplex<'a> {
+    pub(super) fn new(
+        resources: &'a Resources,
+        downstream: &'a Socket,
+        upstream: &'a Socket,
+        options: &'a Options<'a>,
+        counters: &'a Counters,
+    ) -> Self {
+        // A client has often sent something by now. An endpoint has just been connected to: wait first.
+        let lane = |side, limit: u32, readable| Lane {
+            half: Half::new(options.mode, readable),
+            leftover: Leftover::default(),
+            pipe: None,
+            counters: counters.from(side),
+            paused: false,
+            limit: if limit == 0 { 1 << 20 } else { limit as usize },
+        };
+        Self {
+            resources,
+            options,
+            counters,
+            sources: [Source::new(downstream), Source::new(upstream)],
+            lanes: [
+                lane(Side::Downstream, options.upstream_buffer_limit, true),
+                lane(Side::Upstream, options.downstream_buffer_limit, false),
+            ],
+            hung_up: [false; 2],
+            flush: None,
+            first_fin: None,
+            last_activity: clock::coarse(),
+            timer_at: None,
+        }
+    }
+
+    pub(super) fn poll(&mut self, timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        if let Some(open) = self.options.killed
+            && open.poll_killed(cx).is_ready()
+        {
+            return Poll::Ready(self.cut(Cause::Killed));
+        }
+        loop {
+            let mut changed = false;
+            for side in [Side::Downstream, Side::Upstream] {
+                match self.turn(side, TURN, cx) {
+                    Poll::Ready(Err(fault)) => match self.faulted(side, fault, cx) {
+                        Some(outcome) => return Poll::Ready(outcome),
+                        None => changed = true,
+                    },
+                    Poll::Ready(Ok(())) | Poll::Pending => {}
+                }
+            }
+            for side in [Side::Downstream, Side::Upstream] {
+                if self.only_a_hang_up_counts(side) && self.source(side).poll_hang_up(cx).is_ready() {
+                    match self.hung_up(side) {
+                        Some(outcome) => return Poll::Ready(outcome),
+                        None => changed = true,
+                    }
+                }
+            }
+            if let Some(outcome) = self.ended() {
+                return Poll::Ready(outcome);
+            }
+            if !changed {
+                return self.poll_timer(timer, cx);
+            }
+        }
+    }
+
+    fn source(&mut self, side: Side) -> &mut Source<&'a Socket> {
+        &mut self.sources[side as usize]
+    }
+
+    fn lane(&mut self, from: Side) -> &mut Lane<'a> {
+        &mut self.lanes[from as usize]
+    }
+
+    fn phase(&self, from: Side) -> Phase {
+        self.lanes[from as usize].half.phase()
+    }
+
+    /// Moves bytes of one direction until it has to wait, has had its turn, or has ended.
+    fn turn(&mut self, from: Side, budget: usize, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let [downstream, upstream] = &mut self.sources;
+        let (source, destination) = match from {
+            Side::Downstream => (downstream, upstream),
+            Side::Upstream => (upstream, downstream),
+        };
+        let mut turn = Turn {
+            resources: self.resources,
+            counters: self.counters,
+            source,
+            destination,
+            budget,
+            active: false,
+        };
+        let lane = &mut self.lanes[from as usize];
+        let was_open = lane.half.phase() == Phase::Open;
+        let result = lane.run(&mut turn, cx);
+        if turn.active {
+            self.last_activity = clock::coarse();
+        }
+        if was_open && lane.half.phase() != Phase::Open {
+            turn.source.peer_has_sent_fin();
+            self.first_fin.get_or_insert(from);
+        }
+        result
+    }
+
+    /// A direction failed. Either that is the end, or what a gone side had sent is flushed first.
+    fn faulted(&mut self, from: Side, fault: Fault, cx: &mut Context<'_>) -> Option<Outcome> {
+        let side = match fault {
+            Fault::Source(_) => from,
+            Fault::Destination(_) | Fault::DestinationVanished => from.other(),
+        };
+        if let Some(flush) = self.flush {
+            return Some(self.flush_failed(flush, side));
+        }
+        let cause = match fault {
+            Fault::Source(error) => return Some(self.abort(side, cause(side, &error))),
+            Fault::Destination(error) => {
+                let cause = cause(side, &error);
+                if self.has_sent_fin(side, &error) {
+                    self.flush(side, cause, false);
+                    return None;
+                }
+                cause
+            }
+            Fault::DestinationVanished => {
+                let fin_unseen = self.phase(side) == Phase::Open;
+                self.flush(side, Cause::Reset { by: side }, fin_unseen);
+                return None;
+            }
+        };
+        // It may have answered before it reset. What of that is here, and goes out without waiting, does.
+        self.lane(side.other()).lose();
+        let half = &mut self.lane(side).half;
+        half.forward_no_fin();
+        (half.readable, half.writable) = (true, true);
+        let _ = self.turn(side, usize::MAX, cx);
+        Some(self.abort(side, cause))
+    }
+
+    /// A side is gone for both directions while nothing was read from or written to it.
+    fn hung_up(&mut self, side: Side) -> Option<Outcome> {
+        let error = match socket::error(self.source(side).fd()) {
+            Ok(None) => {
+                // Both FINs have been exchanged; what it sent may still be in the receive queue.
+                self.hung_up[side as usize] = true;
+                return None;
+            }
+            Ok(Some(error)) | Err(error) => error,
+        };
+        let cause = cause(side, &error);
+        if let Some(flush) = self.flush {
+            return Some(self.flush_failed(flush, side));
+        }
+        if self.has_sent_fin(side, &error) {
+            self.flush(side, cause, false);
+            return None;
+        }
+        Some(self.abort(side, cause))
+    }
+
+    /// After a FIN the kernel reports a RST as `EPIPE`, also when the FIN is still behind unread bytes.
+    fn has_sent_fin(&self, side: Side, error: &io::Error) -> bool {
+        self.phase(side) != Phase::Open || error.raw_os_error() == Some(libc::EPIPE)
+    }
+
+    fn flush(&mut self, gone: Side, cause: Cause, reset: bool) {
+        self.lane(gone.other()).lose();
+        if reset {
+            self.lane(gone).half.forward_no_fin();
+        }
+        self.counters.flushed.set(Some(gone.other()));
+        self.flush =
+            Some(Flush { gone, cause, reset, look_at: None, wait: LINGER[0], unacknowledged: usize::MAX });
+    }
+
+    /// Whether nothing else would tell that this side is gone.
+    fn only_a_hang_up_counts(&self, side: Side) -> bool {
+        let (from, to) = (&self.lanes[side as usize], &self.lanes[side.other() as usize]);
+        !self.hung_up[side as usize]
+            && self.flush.is_none_or(|flush| flush.gone != side)
+            && !matches!(from.half.next(), Step::Read | Step::Discard)
+            && to.half.next() != Step::Write
+    }
+
+    /// The end, if both directions are done, or the flush is.
+    fn ended(&mut self) -> Option<Outcome> {
+        let Some(flush) = self.flush else {
+            let done =
+                self.phase(Side::Downstream) == Phase::Closed && self.phase(Side::Upstream) == Phase::Closed;
+            return done.then(|| self.finished());
+        };
+        let kept = flush.gone.other();
+        if self.lane(flush.gone).half.next() != Step::Done {
+            return None;
+        }
+        // Closing while bytes are on their way would lose them if the other side sends anything more.
+        let now = clock::coarse();
+        if flush.look_at.is_some_and(|at| now < at) {
+            return None;
+        }
+        let unacknowledged = socket::unacknowledged(self.source(kept).fd()).unwrap_or(0);
+        if unacknowledged == 0 {
+            return Some(self.flushed(flush));
+        }
+        if unacknowledged < flush.unacknowledged {
+            self.last_activity = now;
+        }
+        let wait = (flush.wait * 2).min(LINGER[1]);
+        self.flush = Some(Flush { look_at: Some(now + flush.wait), wait, unacknowledged, ..flush });
+        None
+    }
+
+    /// Arms the timer for what comes next, and ends the connection when it is time.
+    fn poll_timer(&mut self, mut timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        loop {
+            let now = clock::coarse();
+            let idle_at = self.options.idle_timeout.map(|timeout| self.last_activity + timeout);
+            if idle_at.is_some_and(|at| now >= at) {
+                return Poll::Ready(self.cut(Cause::IdleTimeout));
+            }
+            // The deadline is on the exact clock. It is read only when the timer is armed, not on every wake-up.
+            let look_at = self.flush.and_then(|flush| flush.look_at);
+            if self.timer_at.is_none() || look_at < self.timer_at && look_at.is_some() {
+                let left = self.options.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+                if left == Some(Duration::ZERO) {
+                    return Poll::Ready(self.cut(Cause::MaxDuration));
+                }
+                let ends_at = left.map(|left| now + left);
+                let Some(next) = [idle_at, ends_at, look_at].into_iter().flatten().min() else {
+                    return Poll::Pending;
+                };
+                // The coarse clock lags by up to a tick: never spin on the difference.
+                let wait = next.saturating_sub(now).max(Duration::from_millis(1));
+                timer.as_mut().reset(tokio::time::Instant::now() + wait);
+                self.timer_at = Some(next);
+            }
+            ready!(timer.as_mut().poll(cx));
+            self.timer_at = None;
+            if let Some(outcome) = self.ended() {
+                return Poll::Ready(outcome);
+            }
+        }
+    }
+
+    /// Both FINs were forwarded.
+    fn finished(&mut self) -> Outcome {
+        for source in &mut self.sources {
+            if source.is_pending() {
+                uring::close_gracefully(source.fd());
+                source.release();
+            }
+        }
+        let first = self.first_fin.unwrap_or(Side::Downstream);
+        Outcome {
+            cause: Cause::Finished { first },
+            downstream: CloseType::Normal,
+            upstream: CloseType::Normal,
+        }
+    }
+
+    /// Everything that a gone side had sent was acknowledged.
+    fn flushed(&mut self, flush: Flush) -> Outcome {
+        let closes = Side::both().map(|side| self.close(side, flush.reset, flush.gone == side));
+        Outcome { cause: flush.cause, downstream: closes[0], upstream: closes[1] }
+    }
+
+    /// A side is gone: reset the other.
+    fn abort(&mut self, gone: Side, cause: Cause) -> Outcome {
+        let closes = Side::both().map(|side| self.close(side, side != gone, side == gone));
+        Outcome { cause, downstream: closes[0], upstream: closes[1] }
+    }
+
+    /// The side that was flushed to is gone too, or what the gone one had sent can't be had after all.
+    fn flush_failed(&mut self, flush: Flush, side: Side) -> Outcome {
+        let kept = flush.gone.other();
+        let closes =
+            Side::both().map(|each| self.close(each, each == kept, each == flush.gone || side == kept));
+        Outcome { cause: flush.cause, downstream: closes[0], upstream: closes[1] }
+    }
+
+    /// We end it: with a FIN, or with a RST where bytes are lost that the side would not miss otherwise.
+    fn cut(&mut self, cause: Cause) -> Outcome {
+        let closes = Side::both().map(|side| {
+            let loses = self.lanes[side.other() as usize].half.held() > 0;
+            let gone = self.flush.is_some_and(|flush| flush.gone == side);
+            self.close(side, loses, gone)
+        });
+        Outcome { cause, downstream: closes[0], upstream: closes[1] }
+    }
+
+    fn close(&mut self, side: Side, reset: bool, gone: bool) -> CloseType {
+        self.lane(side.other()).lose();
+        let source = self.source(side);
+        let settled = if reset && !gone {
+            uring::reset(source.fd())
+        } else {
+            uring::close_gracefully(source.fd());
+            true
+        };
+        if settled {
+            source.release();
+        }
+        match (gone, reset) {
+            (true, _) => CloseType::RemoteReset,
+            (false, true) => CloseType::LocalReset,
+            (false, false) => CloseType::Normal,
+        }
+    }
+}
+
+impl Side {
+    fn both() -> [Self; 2] {
+        [Self::Downstream, Self::Upstream]
+    }
+}
+
+impl<'a> Lane<'a> {
+    fn run(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        loop {
+            let step = self.half.next();
+            match step {
+                Step::Done => return Poll::Ready(Ok(())),
+                Step::Fin => {
+                    // Only ENOTCONN is possible: gone already, which other waits will tell.
+                    let _ = socket::shutdown(turn.destination.fd(), std::net::Shutdown::Write);
+                    self.half.fin_sent();
+                }
+                Step::Write if !self.half.writable => {
+                    self.pause();
+                    ready!(turn.destination.poll_writable(cx)).map_err(Fault::Destination)?;
+                    self.half.writable = true;
+                }
+                Step::Write => self.write(turn)?,
+                Step::Read | Step::Discard if turn.budget == 0 => {
+                    self.half.readable = turn.source.give_way(cx).map_err(Fault::Source)?;
+                    return Poll::Pending;
+                }
+                Step::Read | Step::Discard if !self.half.readable => {
+                    ready!(turn.source.poll_readable(cx)).map_err(Fault::Source)?;
+                    self.half.readable = true;
+                }
+                Step::Read => self.read(turn)?,
+                Step::Discard => self.discard(turn)?,
+            }
+        }
+    }
+
+    fn read(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
+        let was_splicing = self.half.is_splicing();
+        let pipe = if was_splicing { turn.resources.pipe() } else { None };
+        let result = match pipe {
+            Some(pipe) => self.fill(pipe, turn),
+            None => self.copy(turn),
+        };
+        match (was_splicing, self.half.is_splicing()) {
+            (false, true) => add(&self.counters.to_splice, 1),
+            (true, false) => add(&self.counters.to_copy, 1),
+            _ => {}
+        }
+        result
+    }
+
+    fn fill(&mut self, mut pipe: PooledPipe<'a>, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
+        let window = Half::window(self.limit, pipe.pipe().capacity());
+        match splice::fill(&mut pipe, turn.source.fd(), window) {
+            Ok(0) => self.half.source_ended(),
+            Ok(n) => {
+                self.took(n, turn);
+                self.half.spliced_in(n);
+                self.pipe = Some(pipe);
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.readable = false,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if sys_splice::is_unsupported(&e) => self.half.never_splice(),
+            Err(e) => return Err(Fault::Source(e)),
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
+        let chunk = Half::chunk(self.limit);
+        let mut scratch = turn.resources.scratch.borrow_mut();
+        let copied = match copy::step(&mut scratch[..chunk], turn.source.fd(), turn.destination.fd()) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                self.half.readable = false;
+                return Ok(());
+            }
+            result => result.map_err(Fault::Source)?,
+        };
+        if copied.received == 0 {
+            self.half.source_ended();
+            return Ok(());
+        }
+        self.took(copied.received, turn);
+        self.half.copied_in(copied.received, chunk);
+        self.leftover = copied.leftover;
+        let sent = copied.sent.map_err(Fault::Destination)?;
+        self.gave(sent, &turn.counters.copied);
+        self.half.writable = self.half.held() == 0;
+        Ok(())
+    }
+
+    fn write(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
+        let destination = turn.destination.fd();
+        let (result, by) = match &mut self.pipe {
+            Some(pipe) => (splice::drain(pipe, destination), &turn.counters.spliced),
+            None => (self.leftover.send(destination), &turn.counters.copied),
+        };
+        let held = self.half.held();
+        match result {
+            Ok(n) => {
+                turn.active = true;
+                self.gave(n, by);
+                // A splice that has moved something swallows the error that stopped it: the kernel forgets it,
+                // and the reset would look like a FIN to the next read.
+                if n < held && self.pipe.is_some() && socket::is_hung_up(destination) {
+                    let error = socket::error(destination).map_err(Fault::Destination)?;
+                    return Err(error.map_or(Fault::DestinationVanished, Fault::Destination));
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.writable = false,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if self.pipe.is_some() && sys_splice::is_unsupported(&e) => self.unsplice()?,
+            Err(e) => return Err(Fault::Destination(e)),
+        }
+        Ok(())
+    }
+
+    /// The destination can't be spliced to: copies what the pipe holds, and everything after it.
+    fn unsplice(&mut self) -> Result<(), Fault> {
+        self.half.never_splice();
+        add(&self.counters.to_copy, 1);
+        if let Some(mut pipe) = self.pipe.take() {
+            self.leftover = Leftover::new(splice::take(&mut pipe).map_err(Fault::Source)?);
+        }
+        Ok(())
+    }
+
+    fn discard(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
+        match socket::discard(turn.source.fd(), DISCARD) {
+            Ok(0) => self.half.source_ended(),
+            Ok(n) => {
+                add(&self.counters.received, n);
+                add(&self.counters.discarded, n);
+                turn.budget = turn.budget.saturating_sub(n);
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.readable = false,
+            Err(e) => return Err(Fault::Source(e)),
+        }
+        Ok(())
+    }
+
+    fn took(&mut self, n: usize, turn: &mut Turn<'_, 'a>) {
+        add(&self.counters.received, n);
+        turn.budget = turn.budget.saturating_sub(n);
+        turn.active = true;
+    }
+
+    fn gave(&mut self, n: usize, by: &std::cell::Cell<u64>) {
+        add(&self.counters.sent, n);
+        add(by, n);
+        self.half.sent(n);
+        if self.half.held() == 0 {
+            // Back to the pool, now that it is empty.
+            self.pipe = None;
+            if self.paused {
+                self.paused = false;
+                add(&self.counters.resumed, 1);
+            }
+        }
+    }
+
+    fn pause(&mut self) {
+        if !self.paused {
+            self.paused = true;
+            add(&self.counters.paused, 1);
+        }
+    }
+
+    /// The destination is gone, and what is held for it with it.
+    fn lose(&mut self) {
+        add(&self.counters.discarded, self.half.destination_gone());
+        self.pipe = None;
+        self.leftover = Leftover::default();
+    }
+}
+
+fn cause(side: Side, error: &io::Error) -> Cause {
+    match error.raw_os_error() {
+        Some(libc::ECONNRESET | libc::EPIPE) | None => Cause::Reset { by: side },
+        Some(errno) => Cause::Error { side, errno },
+    }
+}
