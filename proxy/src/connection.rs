@@ -1,3 +1,427 @@
-//! One connection, from accept to its log line.
+//! One connection, from accept to its log line. [`serve`] is the walk; each step is a named function.
 
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use socket2::Socket;
+
+use crate::addr::OriginalDst;
+use crate::cluster::connect::{self, ClosedBy, UpstreamGuard};
+use crate::config::listener::ListenerFilter;
+use crate::drain::Open;
+use crate::intercept::Capture;
+use crate::listener::filter::{self, Inspected};
+use crate::listener::filter_chain::MatchInput;
+use crate::listener::{Admitted, Chain, Listener, Service, TcpProxy};
+use crate::pump::{self, Cause, Outcome, Side};
+use crate::response_flag::ResponseFlag;
+use crate::snapshot::Snapshot;
+use crate::stats::GaugeGuard;
+use crate::sys;
+use crate::uring::{self, Interest};
+use crate::worker::Worker;
+
+pub mod destination;
+mod dial;
+pub mod meter;
 pub mod record;
+
+use dial::Dial;
+use meter::Meter;
+use record::{CloseType, LogType, Record};
+
+/// What an accept loop hands over.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The nonblocking socket.
+    pub socket: Socket,
+    /// Who connected.
+    pub peer: SocketAddr,
+    /// The listener whose socket accepted it. None: a capture socket, and no listener has `use_original_dst`.
+    pub listener: Option<Arc<Listener>>,
+    /// Where it was captured; none for a bound listener.
+    pub capture: Option<Arc<Capture>>,
+    /// The configuration that it is served by, to its end.
+    pub snapshot: Arc<Snapshot>,
+}
+
+/// Serves one connection to its end.
+pub async fn serve(worker: Rc<Worker>, accepted: Accepted) {
+    let owner = accepted.capture.as_ref().map_or(0, |capture| capture.pod.netns().cookie());
+    let open = worker.connections.open(owner);
+    let Some(mut connection) = Connection::begin(worker, accepted) else { return };
+    // Boxed, so that an established connection does not carry the size of everything before.
+    match Box::pin(connection.establish(&open)).await {
+        Ok(established) => connection.relay(established, &open).await,
+        // It was never served: as in Envoy, no log has it.
+        Err(EndedEarly::Overflow) => return,
+        Err(ended) => connection.note_early(&ended),
+    }
+    connection.finish();
+}
+
+/// A connection in service. Owned by its task.
+struct Connection {
+    worker: Rc<Worker>,
+    snapshot: Arc<Snapshot>,
+    downstream: Socket,
+    capture: Option<Arc<Capture>>,
+    original_dst: Option<OriginalDst>,
+    /// Who serves it: first the listener that accepted it, then the one that it was handed to.
+    listener: Arc<Listener>,
+    /// Its place in the listener's counts; taken once the hand-off is decided.
+    admission: Option<Admission>,
+    /// The chain in charge, once one was found.
+    chain: Option<Arc<Chain>>,
+    /// The tcp_proxy in charge.
+    proxy: Option<Arc<TcpProxy>>,
+    record: Record,
+}
+
+/// What counts a connection while its listener serves it. All of it is given back when this is dropped.
+struct Admission {
+    _place: Admitted,
+    _active: GaugeGuard,
+    _process: GaugeGuard,
+    _http: Option<GaugeGuard>,
+}
+
+/// Both ends stand.
+struct Established {
+    upstream: Socket,
+    guard: UpstreamGuard,
+    proxy: Arc<TcpProxy>,
+    deadline: Option<Instant>,
+}
+
+/// A connection that ended before its upstream stood.
+#[derive(Debug)]
+enum EndedEarly {
+    /// The listener has reached its connection limit.
+    Overflow,
+    /// A listener filter ended it.
+    Filter(filter::Ended),
+    /// No filter chain matched, or no virtual host.
+    NoRoute,
+    /// The chain has no filters.
+    NoFilters,
+    /// No upstream; the record says why.
+    NoUpstream(connect::Failure),
+    /// The downstream went away while we were connecting.
+    DownstreamGone,
+    /// Its maximum duration passed while we were connecting.
+    MaxDuration,
+    /// It was told to end.
+    Killed,
+}
+
+impl Connection {
+    /// Looks at what was accepted. None: it was captured and nobody serves it, so it was reset.
+    fn begin(worker: Rc<Worker>, accepted: Accepted) -> Option<Self> {
+        let Accepted { socket, peer, listener, capture, snapshot } = accepted;
+        let local = sys::socket::local_addr(&socket).ok()?; // fails only when the peer is gone already
+        let restores =
+            capture.is_some() || listener.as_ref().is_some_and(|listener| listener.restores_destination());
+        let transparent = listener.as_ref().is_some_and(|listener| listener.config.transparent);
+        let original_dst =
+            restores.then(|| destination::restore(&socket, local, capture.as_deref(), transparent)).flatten();
+        // Without a virtualOutbound listener a capture socket has no listener of its own: the owner of the
+        // restored destination serves the connection from the start.
+        let listener = listener.or_else(|| snapshot.owner(original_dst?.0).cloned());
+        let Some(listener) = listener.filter(|_| capture.is_none() || original_dst.is_some()) else {
+            worker.shared.not_served.fetch_add(1, Ordering::Relaxed);
+            uring::reset(socket.as_fd());
+            return None;
+        };
+        let name = Arc::clone(&listener.config.name);
+        let record = Record::new(worker.next_connection_id(), peer, local, original_dst, name);
+        Some(Self {
+            worker,
+            snapshot,
+            downstream: socket,
+            capture,
+            original_dst,
+            listener,
+            admission: None,
+            chain: None,
+            proxy: None,
+            record,
+        })
+    }
+
+    /// Everything up to a connected upstream.
+    async fn establish(&mut self, open: &Open) -> Result<Established, EndedEarly> {
+        let mut inspected = Inspected::default();
+        self.inspect(&mut inspected).await?;
+        if self.hand_off() {
+            self.inspect(&mut inspected).await?;
+        }
+        self.admit()?;
+        self.find_chain(&inspected)?;
+        let proxy = self.choose_proxy()?;
+        self.start(&proxy);
+        self.connect(proxy, open).await
+    }
+
+    /// Runs the listener filters of the listener in charge.
+    async fn inspect(&mut self, inspected: &mut Inspected) -> Result<(), EndedEarly> {
+        let config = Arc::clone(&self.listener.config);
+        if config.listener_filters.iter().all(|filter| *filter == ListenerFilter::OriginalDst) {
+            return Ok(());
+        }
+        let _pending = self.listener.stats.downstream_pre_cx_active().guard();
+        let stats = &self.worker.shared.stats;
+        filter::run(&self.downstream, &config, stats, inspected).await.map_err(EndedEarly::Filter)?;
+        if let Some(source) = inspected.source {
+            self.record.downstream_remote = source;
+        }
+        if let Some(destination) = inspected.destination {
+            self.record.downstream_local = destination;
+            self.original_dst = Some(OriginalDst(destination));
+        }
+        if inspected.timed_out {
+            self.listener.stats.downstream_pre_cx_timeout().inc();
+            inspected.timed_out = false;
+        }
+        self.record.requested_server_name.clone_from(&inspected.server_name);
+        Ok(())
+    }
+
+    /// Hands the connection to the listener that owns its restored destination. Called once.
+    fn hand_off(&mut self) -> bool {
+        if !(self.listener.config.use_original_dst || self.capture.is_some()) {
+            return false;
+        }
+        let Some(destination) = self.original_dst else { return false };
+        match self.snapshot.owner(destination.0) {
+            Some(owner) if !Arc::ptr_eq(owner, &self.listener) => {
+                self.listener = Arc::clone(owner);
+                self.record.listener = Arc::clone(&owner.config.name);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes the connection into the listener's counts.
+    fn admit(&mut self) -> Result<(), EndedEarly> {
+        let stats = &self.listener.stats;
+        let Some(place) = self.listener.admit() else {
+            stats.downstream_cx_overflow().inc();
+            return Err(EndedEarly::Overflow);
+        };
+        self.admission = Some(Admission {
+            _place: place,
+            _active: stats.downstream_cx_active().guard(),
+            _process: self.worker.shared.stats.server().total_connections().guard(),
+            _http: None,
+        });
+        Ok(())
+    }
+
+    fn find_chain(&mut self, inspected: &Inspected) -> Result<(), EndedEarly> {
+        let input = MatchInput {
+            destination: self.record.downstream_local,
+            source: self.record.downstream_remote,
+            direct_source: self.record.downstream_direct_remote.ip(),
+            transport_protocol: inspected.transport_protocol,
+            server_name: inspected.server_name.as_deref().unwrap_or(""),
+            application_protocols: &inspected.application_protocols,
+        };
+        let Some(chain) = self.listener.find_chain(&input) else {
+            self.listener.stats.no_filter_chain_match().inc();
+            self.record.flags.set(ResponseFlag::NoRouteFound);
+            self.record.response_code_details = Some("filter_chain_not_found");
+            return Err(EndedEarly::NoRoute);
+        };
+        self.listener.stats.downstream_cx_total().inc();
+        self.record.filter_chain = Arc::clone(&chain.config.name);
+        self.chain = Some(Arc::clone(chain));
+        Ok(())
+    }
+
+    fn choose_proxy(&mut self) -> Result<Arc<TcpProxy>, EndedEarly> {
+        match self.chain.as_ref().map(|chain| &chain.service) {
+            None | Some(Service::Nothing) => Err(EndedEarly::NoFilters),
+            Some(Service::Tcp(proxy)) => Ok(Arc::clone(proxy)),
+            Some(Service::Http(http)) => {
+                http.stats.downstream_cx_total().inc();
+                if let Some(admission) = &mut self.admission {
+                    admission._http = Some(http.stats.downstream_cx_active().guard());
+                }
+                let Some((proxy, route)) = http.choose(self.record.downstream_local) else {
+                    self.record.flags.set(ResponseFlag::NoRouteFound);
+                    return Err(EndedEarly::NoRoute);
+                };
+                self.record.route_name = Some(Arc::clone(route));
+                Ok(Arc::clone(proxy))
+            }
+        }
+    }
+
+    /// The tcp_proxy takes over.
+    fn start(&mut self, proxy: &Arc<TcpProxy>) {
+        proxy.stats.downstream_cx_total().inc();
+        self.proxy = Some(Arc::clone(proxy));
+        self.record.upstream_close_type = Some(CloseType::Normal);
+        if proxy.config.flush_access_log_on_start {
+            proxy.access_log.write(&self.record, LogType::TcpConnectionStart);
+        }
+    }
+
+    /// Connects to an upstream, unless the downstream leaves or time is up before that.
+    async fn connect(&mut self, proxy: Arc<TcpProxy>, open: &Open) -> Result<Established, EndedEarly> {
+        let deadline = max_duration(&proxy).map(|duration| self.record.start + duration);
+        let dial = Dial {
+            worker: &self.worker,
+            snapshot: &self.snapshot,
+            capture: self.capture.as_deref(),
+            accepted_on: self.record.downstream_direct_local,
+        };
+        let connecting = connect::connect(&dial, &proxy.config, self.original_dst, &mut self.record);
+        let connected = tokio::select! {
+            biased;
+            connected = connecting => connected.map_err(EndedEarly::NoUpstream)?,
+            () = open.killed() => return Err(EndedEarly::Killed),
+            () = until(deadline) => return Err(EndedEarly::MaxDuration),
+            _ = uring::ready(self.downstream.as_fd(), Interest::HangUp) => return Err(EndedEarly::DownstreamGone),
+        };
+        let (upstream, guard) = connected.into_parts();
+        Ok(Established { upstream, guard, proxy, deadline })
+    }
+
+    /// Moves bytes until both directions have ended.
+    async fn relay(&mut self, established: Established, open: &Open) {
+        let Established { upstream, mut guard, proxy, deadline } = established;
+        if proxy.config.flush_access_log_on_connected {
+            proxy.access_log.write(&self.record, LogType::TcpUpstreamConnected);
+        }
+        let meter = open.meter(|| self.meter(&proxy, &guard));
+        let options = pump::Options {
+            mode: pump::Mode::Adaptive,
+            idle_timeout: proxy.config.idle_timeout,
+            deadline,
+            downstream_buffer_limit: self.listener.config.per_connection_buffer_limit_bytes,
+            upstream_buffer_limit: guard.cluster().config().per_connection_buffer_limit_bytes,
+            killed: Some(open),
+        };
+        let worker = Rc::clone(&self.worker);
+        let pumped = pump::run(&worker.pump, &self.downstream, &upstream, &options, &meter.counters);
+        let outcome = match proxy.config.access_log_flush_interval {
+            None => pumped.await,
+            Some(interval) => {
+                let (mut pumped, mut tick) = (Box::pin(pumped), Box::pin(tokio::time::interval(interval)));
+                tick.tick().await; // the first one is now
+                loop {
+                    tokio::select! {
+                        outcome = &mut pumped => break outcome,
+                        _ = tick.tick() => {
+                            self.record.count(&meter.counters);
+                            proxy.access_log.write(&self.record, LogType::TcpPeriodic);
+                        }
+                    }
+                }
+            }
+        };
+        self.record.count(&meter.counters);
+        if matches!(
+            outcome.cause,
+            Cause::Finished { first: Side::Upstream } | Cause::Reset { by: Side::Upstream }
+        ) {
+            guard.closed_by(ClosedBy::Remote);
+        }
+        self.note(outcome, &proxy);
+    }
+
+    fn meter(&self, proxy: &TcpProxy, guard: &UpstreamGuard) -> Meter {
+        Meter::new(meter::Into {
+            tcp: proxy.stats.clone(),
+            http: self.chain.as_ref().and_then(|chain| match &chain.service {
+                Service::Http(http) => Some(http.stats.clone()),
+                Service::Tcp(_) | Service::Nothing => None,
+            }),
+            cluster: guard.cluster().stats().clone(),
+            pump: self.worker.shared.stats.pump().clone(),
+        })
+    }
+
+    /// Writes down how an established connection ended.
+    fn note(&mut self, outcome: Outcome, proxy: &TcpProxy) {
+        self.record.downstream_close_type = outcome.downstream;
+        // As in Envoy, a reset that we passed on to the upstream is not its own doing: Normal.
+        let reset_by_upstream = outcome.upstream == CloseType::RemoteReset;
+        self.record.upstream_close_type =
+            Some(if reset_by_upstream { CloseType::RemoteReset } else { CloseType::Normal });
+        match outcome.cause {
+            Cause::Reset { by: Side::Upstream } => self.record.flags.set(ResponseFlag::UpstreamRemoteReset),
+            Cause::IdleTimeout => {
+                proxy.stats.idle_timeout().inc();
+                self.record.downstream_local_close_reason = Some("tcp_session_idle_timeout".into());
+                self.record.upstream_local_close_reason = Some("tcp_session_idle_timeout".into());
+            }
+            Cause::MaxDuration => self.note_max_duration(),
+            Cause::Finished { .. }
+            | Cause::Reset { by: Side::Downstream }
+            | Cause::Error { .. }
+            | Cause::Killed => {}
+        }
+    }
+
+    fn note_max_duration(&mut self) {
+        if let Some(proxy) = &self.proxy {
+            proxy.stats.max_downstream_connection_duration().inc();
+        }
+        self.record.flags.set(ResponseFlag::DurationTimeout);
+        self.record.downstream_local_close_reason = Some("max_connection_duration_reached".into());
+        self.record.upstream_local_close_reason = Some("max_connection_duration_reached".into());
+    }
+
+    /// Writes down why there was no upstream. The downstream is closed as Linux does it: with a FIN, or with a RST
+    /// when something was left unread; so does Envoy.
+    fn note_early(&mut self, ended: &EndedEarly) {
+        match ended {
+            EndedEarly::Filter(ended) => ended.count(&self.listener.stats),
+            EndedEarly::NoUpstream(connect::Failure::NoRoute) => {
+                if let Some(proxy) = &self.proxy {
+                    proxy.stats.downstream_cx_no_route().inc();
+                }
+            }
+            EndedEarly::MaxDuration => self.note_max_duration(),
+            EndedEarly::DownstreamGone => self.record.downstream_close_type = CloseType::RemoteReset,
+            EndedEarly::NoFilters => self.record.downstream_local_close_reason = Some("no_filters".into()),
+            EndedEarly::Overflow | EndedEarly::NoRoute | EndedEarly::NoUpstream(_) | EndedEarly::Killed => {}
+        }
+    }
+
+    /// Counts and logs the connection. Called exactly once, at its end.
+    fn finish(&mut self) {
+        let duration = self.record.start.elapsed();
+        self.record.duration = Some(duration);
+        if self.admission.take().is_some() {
+            self.listener.stats.downstream_cx_destroy().inc();
+            self.listener.stats.downstream_cx_length_ms().record(duration.as_millis() as u64);
+        }
+        if let Some(proxy) = &self.proxy {
+            proxy.access_log.write(&self.record, LogType::TcpConnectionEnd);
+        }
+        self.listener.access_log.write(&self.record, LogType::NotSet);
+    }
+}
+
+/// `max_downstream_connection_duration` with its jitter.
+fn max_duration(proxy: &TcpProxy) -> Option<Duration> {
+    let duration = proxy.config.max_downstream_connection_duration?;
+    let jitter = proxy.config.max_downstream_connection_duration_jitter_percentage.unwrap_or(0.0);
+    Some(duration.mul_f64(1.0 + fastrand::f64() * jitter / 100.0))
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -3,11 +3,13 @@
 //! A drain has two steps: stop accepting and wait, then end what is left. Both are a worker's own business,
 //! so nothing here is shared between threads.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use slab::Slab;
+
+use crate::connection::meter::Meter;
 
 /// The open connections of one worker.
 #[derive(Debug, Default)]
@@ -19,7 +21,11 @@ pub struct Connections {
 
 #[derive(Debug, Default)]
 struct Slot {
+    /// Whose connection it is (see [`Connections::open`]).
+    owner: u64,
     killed: Cell<bool>,
+    /// Set when both its sides stand.
+    meter: OnceCell<Meter>,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -32,9 +38,10 @@ pub struct Open {
 }
 
 impl Connections {
-    /// Registers a connection.
-    pub fn open(self: &Rc<Self>) -> Open {
-        let slot = Rc::new(Slot::default());
+    /// Registers a connection. `owner` groups connections for [`Connections::kill`]; the worker uses the cookie of
+    /// the pod's network namespace, 0 for connections of no pod.
+    pub fn open(self: &Rc<Self>, owner: u64) -> Open {
+        let slot = Rc::new(Slot { owner, ..Slot::default() });
         let key = self.open.borrow_mut().insert(Rc::clone(&slot));
         Open { connections: Rc::clone(self), key, slot }
     }
@@ -49,9 +56,27 @@ impl Connections {
         self.len() == 0
     }
 
+    /// Brings the stats that count bytes up to date.
+    pub fn flush_meters(&self) {
+        for (_, slot) in self.open.borrow().iter() {
+            if let Some(meter) = slot.meter.get() {
+                meter.flush();
+            }
+        }
+    }
+
     /// Tells every open connection to end now.
     pub fn kill_all(&self) {
-        for (_, slot) in self.open.borrow().iter() {
+        self.kill_where(|_| true);
+    }
+
+    /// Tells the connections of one owner to end now.
+    pub fn kill(&self, owner: u64) {
+        self.kill_where(|slot| slot.owner == owner);
+    }
+
+    fn kill_where(&self, wanted: impl Fn(&Slot) -> bool) {
+        for (_, slot) in self.open.borrow().iter().filter(|(_, slot)| wanted(slot)) {
             slot.killed.set(true);
             if let Some(waker) = slot.waker.borrow_mut().take() {
                 waker.wake();
@@ -73,6 +98,11 @@ impl Connections {
 }
 
 impl Open {
+    /// Counts the connection's bytes from now on. The first call decides what into.
+    pub fn meter(&self, into: impl FnOnce() -> Meter) -> &Meter {
+        self.slot.meter.get_or_init(into)
+    }
+
     /// Ready once the connection is to end. Only the latest caller's task is woken.
     pub fn poll_killed(&self, cx: &mut Context<'_>) -> Poll<()> {
         if self.slot.killed.get() {
@@ -114,7 +144,7 @@ mod tests {
     #[test]
     fn drained_waits_for_the_last_connection() {
         let connections = Rc::new(Connections::default());
-        let (first, second) = (connections.open(), connections.open());
+        let (first, second) = (connections.open(0), connections.open(0));
         let watched = Rc::clone(&connections);
         let mut drained = std::pin::pin!(watched.drained());
         assert!(!poll(drained.as_mut()));
@@ -127,12 +157,16 @@ mod tests {
     #[test]
     fn kill_reaches_every_open_connection_and_no_later_one() {
         let connections = Rc::new(Connections::default());
-        let before = connections.open();
+        let before = connections.open(0);
         let mut killed = std::pin::pin!(before.killed());
         assert!(!poll(killed.as_mut()));
         connections.kill_all();
         assert!(poll(killed.as_mut()));
-        let after = connections.open();
+        let after = connections.open(7);
         assert!(!poll(std::pin::pin!(after.killed())));
+        connections.kill(8);
+        assert!(!poll(std::pin::pin!(after.killed())));
+        connections.kill(7);
+        assert!(poll(std::pin::pin!(after.killed())));
     }
 }

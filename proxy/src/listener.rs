@@ -1,4 +1,213 @@
-//! Listeners: which socket, what listener filters read, which filter chain.
+//! A listener at run time: its filter chains ready to be matched, its stats, its access logs.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::access_log::{AccessLogError, AccessLogs};
+use crate::config;
+use crate::config::filter_chain::Terminal;
+use crate::config::route::HttpRouting;
+use crate::stats::{HttpStats, ListenerStats, Stats, TcpProxyStats};
 
 pub mod filter;
 pub mod filter_chain;
+
+use filter_chain::{MatchError, Matcher};
+
+/// One listener, shared by every connection that it serves. Replaced as a whole when its configuration changes.
+#[derive(Debug)]
+pub struct Listener {
+    /// What it was built from.
+    pub config: Arc<config::listener::Listener>,
+    /// `listener.<address or stat_prefix>.`.
+    pub stats: ListenerStats,
+    /// The listener's own access logs.
+    pub access_log: AccessLogs,
+    matcher: Matcher,
+    /// In the order of `config.filter_chains`, then the default chain if there is one.
+    chains: Vec<Arc<Chain>>,
+    /// Connections that this listener serves now, for its connection limit.
+    active: Arc<AtomicU64>,
+}
+
+/// A filter chain at run time.
+#[derive(Debug)]
+pub struct Chain {
+    /// What it was built from.
+    pub config: Arc<config::filter_chain::FilterChain>,
+    /// What it does with a connection.
+    pub service: Service,
+}
+
+/// What a chain does with a connection.
+#[derive(Debug)]
+pub enum Service {
+    /// Closes it: the chain has no filters.
+    Nothing,
+    /// Proxies it to the cluster of its `tcp_proxy`.
+    Tcp(Arc<TcpProxy>),
+    /// Proxies it to the cluster of the virtual host that its original destination chooses.
+    Http(HttpAsTcp),
+}
+
+/// A `tcp_proxy` filter at run time.
+#[derive(Debug)]
+pub struct TcpProxy {
+    /// What it was built from.
+    pub config: Arc<config::tcp_proxy::TcpProxy>,
+    /// `tcp.<stat_prefix>.`.
+    pub stats: TcpProxyStats,
+    /// The filter's access logs.
+    pub access_log: AccessLogs,
+}
+
+/// An `http_connection_manager` served as L4.
+#[derive(Debug)]
+pub struct HttpAsTcp {
+    /// Its virtual hosts.
+    pub routing: Arc<HttpRouting>,
+    /// `http.<stat_prefix>.`.
+    pub stats: HttpStats,
+    /// One for each virtual host, in their order; none where no route can be served.
+    proxies: Vec<Option<Arc<TcpProxy>>>,
+}
+
+/// Why a listener can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenerError {
+    /// Two filter chains are the same to the matcher.
+    #[error("listener '{listener}': {source}")]
+    Match {
+        /// Its name.
+        listener: Arc<str>,
+        /// Which chains.
+        source: MatchError,
+    },
+    /// An access log can't be opened.
+    #[error("listener '{listener}': {source}")]
+    AccessLog {
+        /// Its name.
+        listener: Arc<str>,
+        /// Which, and why.
+        source: AccessLogError,
+    },
+}
+
+/// A place within a listener's connection limit; given back when dropped.
+#[derive(Debug)]
+pub struct Admitted(Arc<AtomicU64>);
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Listener {
+    /// Builds a listener. Opens its access logs; binds nothing.
+    pub fn build(
+        config: &Arc<config::listener::Listener>,
+        stats: &Stats,
+        logs: &crate::access_log::Registry,
+    ) -> Result<Self, ListenerError> {
+        let access_log_error =
+            |source| ListenerError::AccessLog { listener: Arc::clone(&config.name), source };
+        let matcher = Matcher::build(&config.filter_chains, config.default_filter_chain.as_ref())
+            .map_err(|source| ListenerError::Match { listener: Arc::clone(&config.name), source })?;
+        let chains = config
+            .filter_chains
+            .iter()
+            .chain(&config.default_filter_chain)
+            .map(|chain| Chain::build(chain, stats, logs).map(Arc::new))
+            .collect::<Result<_, _>>()
+            .map_err(access_log_error)?;
+        Ok(Self {
+            config: Arc::clone(config),
+            stats: stats.listener(config.address(), config.stat_prefix.as_deref()),
+            access_log: AccessLogs::open(&config.access_log, logs).map_err(access_log_error)?,
+            matcher,
+            chains,
+            active: Arc::default(),
+        })
+    }
+
+    /// The filter chain for a connection; none when nothing matches and there is no default chain.
+    pub fn find_chain(&self, input: &filter_chain::MatchInput<'_>) -> Option<&Arc<Chain>> {
+        self.chains.get(self.matcher.find(input)?)
+    }
+
+    /// Whether it looks for the original destination of its connections.
+    pub fn restores_destination(&self) -> bool {
+        self.config.listener_filters.contains(&config::listener::ListenerFilter::OriginalDst)
+    }
+
+    /// Takes a place within the connection limit; none when it is full.
+    pub fn admit(&self) -> Option<Admitted> {
+        let before = self.active.fetch_add(1, Ordering::Relaxed);
+        let admitted = Admitted(Arc::clone(&self.active));
+        match self.config.connection_limit {
+            Some(limit) if before >= limit => None,
+            _ => Some(admitted),
+        }
+    }
+}
+
+impl Chain {
+    fn build(
+        config: &Arc<config::filter_chain::FilterChain>,
+        stats: &Stats,
+        logs: &crate::access_log::Registry,
+    ) -> Result<Self, AccessLogError> {
+        let service = match &config.terminal {
+            None => Service::Nothing,
+            Some(Terminal::TcpProxy(proxy)) => Service::Tcp(TcpProxy::build(proxy, stats, logs)?),
+            Some(Terminal::HttpAsTcp(routing)) => Service::Http(HttpAsTcp::build(routing, stats, logs)?),
+        };
+        Ok(Self { config: Arc::clone(config), service })
+    }
+}
+
+impl TcpProxy {
+    fn build(
+        config: &Arc<config::tcp_proxy::TcpProxy>,
+        stats: &Stats,
+        logs: &crate::access_log::Registry,
+    ) -> Result<Arc<Self>, AccessLogError> {
+        Ok(Arc::new(Self {
+            config: Arc::clone(config),
+            stats: stats.tcp_proxy(&config.stat_prefix),
+            access_log: AccessLogs::open(&config.access_log, logs)?,
+        }))
+    }
+}
+
+impl HttpAsTcp {
+    fn build(
+        routing: &Arc<HttpRouting>,
+        stats: &Stats,
+        logs: &crate::access_log::Registry,
+    ) -> Result<Self, AccessLogError> {
+        let proxies = routing
+            .virtual_hosts
+            .iter()
+            .map(|host| host.proxy.as_ref().map(|proxy| TcpProxy::build(proxy, stats, logs)).transpose())
+            .collect::<Result<_, _>>()?;
+        Ok(Self { routing: Arc::clone(routing), stats: stats.http(&routing.stat_prefix), proxies })
+    }
+
+    /// The proxy of the virtual host for this destination, and the host's route name.
+    pub fn choose(&self, destination: SocketAddr) -> Option<(&Arc<TcpProxy>, &Arc<str>)> {
+        let index = self.routing.virtual_host_index(destination)?;
+        Some((self.proxies[index].as_ref()?, &self.routing.virtual_hosts[index].route_name))
+    }
+}
+
+/// The wildcard address of the same family and port, which a virtual listener may own.
+pub fn wildcard_of(address: SocketAddr) -> SocketAddr {
+    let any = match address.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    SocketAddr::new(any, address.port())
+}

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use crate::connection::record::{Record, Upstream};
+use crate::connection::record::{CloseType, Record, Upstream};
 use crate::response_flag::ResponseFlags;
 
 use super::format::{Entry, quote_from};
@@ -255,7 +255,11 @@ impl Operator {
                 plain(Self::String(|r| r.upstream_local_close_reason.as_deref()))
             }
             "DOWNSTREAM_DETECTED_CLOSE_TYPE" => plain(Self::String(|r| Some(r.downstream_close_type.name()))),
-            "UPSTREAM_DETECTED_CLOSE_TYPE" => plain(Self::String(|r| Some(r.upstream_close_type.name()))),
+            "UPSTREAM_DETECTED_CLOSE_TYPE" => {
+                plain(Self::String(|r| r.upstream_close_type.map(CloseType::name)))
+            }
+            // An optional parameter chooses how spaces are written; ours have none.
+            "RESPONSE_CODE_DETAILS" => Ok(Self::String(|r| r.response_code_details)),
             "UPSTREAM_CLUSTER" => {
                 plain(Self::String(|r| r.cluster_alt_stat_name.as_deref().or(r.cluster.as_deref())))
             }
@@ -454,7 +458,7 @@ fn never(syntax: &Syntax<'_>) -> Result<Operator, String> {
         "UPSTREAM_SERVER_NAME",
         "VIRTUAL_CLUSTER_NAME",
     ];
-    const OPTIONAL_PARAMETERS: &[&str] = &["GRPC_STATUS", "PATH", "QUERY_PARAMS", "RESPONSE_CODE_DETAILS"];
+    const OPTIONAL_PARAMETERS: &[&str] = &["GRPC_STATUS", "PATH", "QUERY_PARAMS"];
     const WITH_PARAMETERS: &[&str] = &[
         "CLUSTER_METADATA",
         "DYNAMIC_METADATA",

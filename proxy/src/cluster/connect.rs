@@ -344,15 +344,12 @@ mod tests {
     use std::cell::Cell;
     use std::collections::HashMap;
     use std::net::TcpListener;
-    use std::time::{Instant, SystemTime};
 
     use super::super::tests::config;
     use super::*;
     use crate::config::cluster::{Cluster as ClusterConfig, Discovery};
     use crate::config::endpoint::EndpointAddress;
     use crate::config::tcp_proxy::WeightedCluster;
-    use crate::connection::record::CloseType;
-    use crate::response_flag::ResponseFlags;
     use crate::stats::Stats;
     use crate::sys::socket::{StreamOptions, stream};
     use crate::uring::Engine;
@@ -445,41 +442,8 @@ mod tests {
     }
 
     fn record() -> Record {
-        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-        Record {
-            id: 1,
-            start_time: SystemTime::now(),
-            start: Instant::now(),
-            duration: None,
-            downstream_remote: nowhere,
-            downstream_direct_remote: nowhere,
-            downstream_local: nowhere,
-            downstream_direct_local: nowhere,
-            listener: "l".into(),
-            filter_chain: "".into(),
-            route_name: None,
-            requested_server_name: None,
-            cluster: None,
-            cluster_alt_stat_name: None,
-            upstream: None,
-            earlier_attempts: Vec::new(),
-            attempts: 0,
-            connect_begin: None,
-            connect_end: None,
-            flags: ResponseFlags::default(),
-            termination_details: None,
-            upstream_transport_failure: None,
-            downstream_transport_failure: None,
-            downstream_local_close_reason: None,
-            upstream_local_close_reason: None,
-            downstream_close_type: CloseType::default(),
-            upstream_close_type: CloseType::default(),
-            bytes_received: 0,
-            bytes_sent: 0,
-            upstream_bytes_sent: 0,
-            upstream_bytes_received: 0,
-            retransmitted: None,
-        }
+        let peer = "127.0.0.1:1".parse().unwrap();
+        Record::new(1, peer, peer, None, "l".into())
     }
 
     /// What the golden outcomes list: flags, failure reason, close reason, attempts.

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::addr::OriginalDst;
+use crate::pump::Counters;
 use crate::response_flag::ResponseFlags;
 
 /// The record of one connection.
@@ -62,8 +64,10 @@ pub struct Record {
     pub upstream_local_close_reason: Option<Box<str>>,
     /// `%DOWNSTREAM_DETECTED_CLOSE_TYPE%`.
     pub downstream_close_type: CloseType,
-    /// `%UPSTREAM_DETECTED_CLOSE_TYPE%`.
-    pub upstream_close_type: CloseType,
+    /// `%UPSTREAM_DETECTED_CLOSE_TYPE%`; none while no `tcp_proxy` is in charge.
+    pub upstream_close_type: Option<CloseType>,
+    /// `%RESPONSE_CODE_DETAILS%`, for example `filter_chain_not_found`.
+    pub response_code_details: Option<&'static str>,
     /// Bytes received from the downstream.
     pub bytes_received: u64,
     /// Bytes sent to the downstream.
@@ -86,6 +90,59 @@ pub struct Retransmitted {
 }
 
 impl Record {
+    /// Of a connection that was accepted just now.
+    pub fn new(
+        id: u64,
+        peer: SocketAddr,
+        local: SocketAddr,
+        original_dst: Option<OriginalDst>,
+        listener: Arc<str>,
+    ) -> Self {
+        Self {
+            id,
+            start_time: SystemTime::now(),
+            start: Instant::now(),
+            duration: None,
+            downstream_remote: peer,
+            downstream_direct_remote: peer,
+            downstream_local: original_dst.map_or(local, |destination| destination.0),
+            downstream_direct_local: local,
+            listener,
+            filter_chain: Arc::default(),
+            route_name: None,
+            requested_server_name: None,
+            cluster: None,
+            cluster_alt_stat_name: None,
+            upstream: None,
+            earlier_attempts: Vec::new(),
+            attempts: 0,
+            connect_begin: None,
+            connect_end: None,
+            flags: ResponseFlags::default(),
+            termination_details: None,
+            upstream_transport_failure: None,
+            downstream_transport_failure: None,
+            downstream_local_close_reason: None,
+            upstream_local_close_reason: None,
+            downstream_close_type: CloseType::default(),
+            upstream_close_type: None,
+            response_code_details: None,
+            bytes_received: 0,
+            bytes_sent: 0,
+            upstream_bytes_sent: 0,
+            upstream_bytes_received: 0,
+            retransmitted: None,
+        }
+    }
+
+    /// Takes over what has been moved so far.
+    pub fn count(&mut self, counters: &Counters) {
+        self.bytes_received = counters.downstream.received.get();
+        self.bytes_sent = counters.upstream.sent.get();
+        self.upstream_bytes_sent = counters.downstream.sent.get();
+        self.upstream_bytes_received = counters.upstream.received.get();
+    }
+
     /// How long the connection lasted; until `now` when it has not ended.
     pub fn lasted(&self, now: Instant) -> Duration {
         self.duration.unwrap_or_else(|| now.saturating_duration_since(self.start))

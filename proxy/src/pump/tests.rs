@@ -142,7 +142,7 @@ fn serve(spec: &Spec, downstream: Socket, upstream: Socket, buffered: &Arc<Atomi
         let resources = Resources::new(spec.pipes);
         let counters = Rc::new(Counters::default());
         let connections = Rc::new(Connections::default());
-        let open = connections.open();
+        let open = connections.open(0);
         let watched = Rc::clone(&counters);
         let most = Arc::clone(buffered);
         let watcher = tokio::task::spawn_local(async move {

@@ -1,0 +1,504 @@
+//! Wiring: from the command line to a running proxy and back to nothing.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::Socket;
+
+use crate::access_log::{self, FlushSettings};
+use crate::args::{Args, Command, FailModeArg, Mode, ServeArgs};
+use crate::cluster::{Cluster, dns};
+use crate::config::bootstrap::{Bootstrap, FailMode, Interception as Wanted, Node};
+use crate::config::cluster::Discovery;
+use crate::config::listener::TrafficDirection;
+use crate::config::{self, Loaded, Sources};
+use crate::intercept::audit::{Audit, Health};
+use crate::intercept::{self, Destinations, InterceptError, Interception, OnPod, PodEvent};
+use crate::listener::Listener;
+use crate::log::Log;
+use crate::signal::{Request, Signals};
+use crate::snapshot::{Publisher, Snapshot};
+use crate::stats::Stats;
+use crate::takeover::{self, Starting, StatePaths};
+use crate::uring::{self, Engine};
+use crate::worker::{self, Handle, Role, Shared, SocketId};
+use crate::{bound, check, cleanup};
+
+mod admin_state;
+
+use admin_state::{Running, ServerState};
+
+/// How long connections that were told to end may take to do so, before the process ends without them.
+const KILL_GRACE: Duration = Duration::from_secs(2);
+
+/// How long the end waits for access logs to reach their files.
+const LOG_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often unused hosts of ORIGINAL_DST clusters are looked for; each cluster's `cleanup_interval` decides.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Runs what the command line asks for. Errors go to stderr; the exit code is 0, or 1 after an error.
+pub fn run(args: Args) -> ExitCode {
+    let result = match args.command {
+        Some(Command::Check(state)) => return check::run(&state.into()).print(),
+        Some(Command::Cleanup { state, force }) => clean_up(&state.into(), force),
+        None => serve_or_validate(args.serve),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tidegate: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn clean_up(paths: &StatePaths, force: bool) -> anyhow::Result<()> {
+    println!("{}", cleanup::run(paths, force)?);
+    Ok(())
+}
+
+fn serve_or_validate(args: ServeArgs) -> anyhow::Result<()> {
+    let log = Log::install(args.log_level, &args.component_log_level, args.log_path.as_deref())?;
+    let loaded = load(&args)?;
+    for warning in &loaded.warnings {
+        tracing::warn!(target: "tidegate::config", "{warning}");
+    }
+    if args.mode == Mode::Validate {
+        println!(
+            "configuration '{}' OK",
+            args.config_path.as_deref().unwrap_or(Path::new("--config-yaml")).display()
+        );
+        return Ok(());
+    }
+    for flag in args.inert.given() {
+        tracing::warn!("{flag} has no effect here");
+    }
+    raise_open_files_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    tokio::task::LocalSet::new().block_on(&runtime, serve(args, loaded, log))
+}
+
+/// Reads and validates the configuration of the command line.
+fn load(args: &ServeArgs) -> anyhow::Result<Loaded> {
+    let config_path = match &args.config_path {
+        None => None,
+        Some(path) => {
+            let content = std::fs::read(path)
+                .with_context(|| format!("can't read --config-path {}", path.display()))?;
+            Some(config::proto::Source::from_file(path.display().to_string(), content)?)
+        }
+    };
+    let config_yaml =
+        args.config_yaml.as_ref().map(|text| config::proto::Source::yaml("--config-yaml", text.as_str()));
+    if config_path.is_none() && config_yaml.is_none() {
+        anyhow::bail!("no configuration: give --config-path FILE, --config-yaml YAML, or both");
+    }
+    let mut options = config::static_options();
+    if args.allow_unknown_static_fields {
+        options.unknown_fields = config::proto::UnknownFields::Warn;
+    }
+    Ok(config::load(&Sources { config_path, config_yaml }, &options)?)
+}
+
+/// A proxied connection takes two descriptors, so the soft limit of a login shell is soon used up.
+fn raise_open_files_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// A running proxy, seen from the main thread.
+struct Proxy {
+    args: ServeArgs,
+    log: Log,
+    node: Node,
+    loaded: Loaded,
+    stats: Arc<Stats>,
+    logs: access_log::Registry,
+    shared: Arc<Shared>,
+    workers: Vec<Handle>,
+    engine: Engine,
+    interception: Option<Interception>,
+    /// Says that this process serves; none when it doesn't intercept.
+    record: Option<takeover::Record>,
+}
+
+async fn serve(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<()> {
+    let mut signals = Signals::install().context("can't take over signals")?;
+    let init_only = args.mode == Mode::InitOnly;
+    let mut proxy = Proxy::build(args, loaded, log)?;
+    let sockets = proxy.bind()?;
+    let state = Arc::new(Running::new(&proxy));
+    let mut admin = admin_state::start(&proxy, &state).await?;
+    let watches = tokio::select! {
+        watches = proxy.warm() => watches?,
+        Request::Stop = signals.next() => return proxy.end(),
+    };
+    if init_only {
+        return proxy.end();
+    }
+    proxy.listen(sockets, &state);
+    proxy.intercept()?;
+    state.set(ServerState::Live);
+    proxy.announce(admin.as_ref().map(admin_state::Serving::address));
+    let stopping = proxy.run(&state, &mut signals).await;
+    state.set(ServerState::Draining);
+    if proxy.interception.as_ref().is_some_and(Interception::is_superseded) {
+        admin = None; // the successor has the address from here on
+    }
+    proxy.drain(stopping, &mut signals).await;
+    drop(admin);
+    drop(watches);
+    proxy.end()
+}
+
+/// A listening socket that is not accepted on yet.
+struct BoundSocket {
+    listener: Arc<str>,
+    direction: TrafficDirection,
+    socket: Socket,
+}
+
+/// Why the main loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stopping {
+    /// Connections get their drain time.
+    Drain,
+    /// They don't.
+    Now,
+}
+
+impl Proxy {
+    /// Everything that can fail before anything is visible from outside.
+    fn build(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<Self> {
+        let stats = Stats::new(args.workers());
+        let flush = FlushSettings {
+            interval: Duration::from_millis(args.file_flush_interval_msec),
+            min_size: usize::try_from(args.file_flush_min_size_kb * 1024).unwrap_or(usize::MAX),
+        };
+        let logs = access_log::Registry::start(&stats, flush).context("can't start the access log writer")?;
+        let snapshot = build(&loaded.bootstrap, &stats, &logs)?;
+        let shared = Arc::new(Shared::new(Publisher::new(snapshot), Arc::clone(&stats), flush.interval));
+        let engine = engine();
+        let workers = (0..args.workers())
+            .map(|index| Handle::spawn(index, engine, Arc::clone(&shared)))
+            .collect::<Result<Vec<_>, _>>()
+            .context("can't start a worker thread")?;
+        let node = node(&args, &loaded.bootstrap.node);
+        let proxy = Self {
+            args,
+            log,
+            node,
+            loaded,
+            stats,
+            logs,
+            shared,
+            workers,
+            engine,
+            interception: None,
+            record: None,
+        };
+        proxy.count_configuration();
+        Ok(proxy)
+    }
+
+    fn count_configuration(&self) {
+        let (stats, snapshot) = (&self.stats, self.snapshot());
+        let count = |items: usize| items as u64;
+        stats.config().warnings().set(count(self.loaded.warnings.len()));
+        stats.config().ignored_filters().set(count(self.loaded.ignored_filters.values().sum()));
+        stats.server().concurrency().set(count(self.workers.len()));
+        stats.listener_manager().listener_added().set(count(snapshot.listeners().count()));
+        stats
+            .listener_manager()
+            .listener_create_success()
+            .set(count(snapshot.listeners().count() * self.workers.len()));
+        stats.listener_manager().total_listeners_active().set(count(snapshot.listeners().count()));
+        stats.cluster_manager().cluster_added().set(count(snapshot.clusters().count()));
+        stats.cluster_manager().active_clusters().set(count(snapshot.clusters().count()));
+    }
+
+    fn snapshot(&self) -> Arc<Snapshot> {
+        self.shared.publisher.current()
+    }
+
+    /// Opens the sockets of bound listeners, for each worker.
+    fn bind(&self) -> anyhow::Result<Vec<Vec<BoundSocket>>> {
+        let mut sockets: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
+        for listener in self.loaded.bootstrap.listeners.iter().filter(|listener| listener.bind_to_port) {
+            let bound = bound::bind(listener, self.workers.len())?;
+            for (worker, bound) in sockets.iter_mut().zip(bound) {
+                worker.extend(bound.into_iter().map(|socket| BoundSocket {
+                    listener: Arc::clone(&listener.name),
+                    direction: listener.traffic_direction,
+                    socket,
+                }));
+            }
+        }
+        Ok(sockets)
+    }
+
+    /// Resolves the names of clusters, and waits until each has been looked up once.
+    async fn warm(&self) -> anyhow::Result<Vec<dns::Watch>> {
+        let snapshot = self.snapshot();
+        let named = |cluster: &&Arc<Cluster>| cluster.config().discovery == Discovery::StrictDns;
+        let clusters: Vec<_> = snapshot.clusters().filter(named).collect();
+        if clusters.is_empty() {
+            return Ok(Vec::new());
+        }
+        let resolver = Arc::new(dns::Resolver::from_system()?);
+        let watches: Vec<_> =
+            clusters.iter().map(|cluster| dns::Watch::start(cluster, &resolver, None)).collect();
+        for watch in &watches {
+            watch.warmed().await;
+        }
+        Ok(watches)
+    }
+
+    /// Lets the workers accept.
+    fn listen(&self, sockets: Vec<Vec<BoundSocket>>, state: &Running) {
+        let mut number = 0;
+        for (index, (worker, sockets)) in self.workers.iter().zip(sockets).enumerate() {
+            for BoundSocket { listener, direction, socket } in sockets {
+                number += 1;
+                let id = SocketId::Bound(number);
+                state.bound(index, id, direction);
+                worker.send(worker::Command::Listen(id, socket, Role::Bound(listener)));
+            }
+        }
+        self.stats.listener_manager().workers_started().set(1);
+    }
+
+    /// Starts intercepting, if that is wanted and possible.
+    fn intercept(&mut self) -> anyhow::Result<()> {
+        if self.args.no_interception {
+            tracing::info!("interception is off: bound listeners, iptables REDIRECT and TPROXY are served");
+            return Ok(());
+        }
+        let wanted = wanted(&self.args, self.loaded.bootstrap.interception.as_ref());
+        let paths = StatePaths::from(self.args.state.clone());
+        let asked_for = self.args.require_interception || !wanted.cgroups.is_empty();
+        let settings = intercept::Settings { wanted, workers: self.workers.len(), debug: self.args.ebpf_log };
+        let started = Starting::claim(&paths.state_dir)
+            .map_err(anyhow::Error::from)
+            .and_then(|starting| Ok((starting, Interception::start(&settings, self.on_pod())?)));
+        match started {
+            Ok((starting, interception)) => {
+                // Before anything is captured: what the proxy itself connects to must pass.
+                let _ = self.shared.own_sockets.set(interception.own_sockets());
+                interception.apply(&self.destinations())?;
+                self.interception = Some(interception);
+                self.record = Some(starting.finish()?);
+            }
+            Err(error) if asked_for => {
+                return Err(error).context("interception was asked for, but can't be set up");
+            }
+            Err(error) if matches!(error.downcast_ref(), Some(InterceptError::NoCgroup)) => tracing::info!(
+                "nothing is intercepted: there is no kubepods cgroup here, and none was given (--pod-cgroup, \
+                 --intercept-cgroup); bound listeners, iptables REDIRECT and TPROXY are served"
+            ),
+            Err(error) => {
+                tracing::warn!(
+                    "{error:#}; bound listeners, iptables REDIRECT and TPROXY are served without interception"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn destinations(&self) -> Destinations {
+        Destinations::of(&self.loaded.bootstrap.listeners, &self.loaded.bootstrap.clusters)
+    }
+
+    /// Gives the capture sockets of pods to the workers. Runs on the pods thread.
+    fn on_pod(&self) -> OnPod {
+        let workers: Vec<_> = self.workers.iter().map(Handle::sender).collect();
+        Box::new(move |event| match event {
+            PodEvent::Enrolled { capture, sockets } => {
+                let id = SocketId::Pod(capture.pod.netns().cookie());
+                for (worker, socket) in workers.iter().zip(sockets) {
+                    worker.send(worker::Command::Listen(id, socket, Role::Capture(Arc::clone(&capture))));
+                }
+            }
+            PodEvent::Gone { capture } => {
+                for worker in &workers {
+                    worker.send(worker::Command::Gone(Arc::clone(&capture)));
+                }
+            }
+        })
+    }
+
+    /// Says what runs where.
+    fn announce(&self, admin: Option<SocketAddr>) {
+        for listener in self.loaded.bootstrap.listeners.iter().filter(|listener| listener.bind_to_port) {
+            for address in &listener.addresses {
+                tracing::info!("listening on {address} for listener '{}'", listener.name);
+            }
+        }
+        if let Some(interception) = &self.interception {
+            for attach_point in interception.attach_points() {
+                tracing::info!("intercepting connects from cgroup {}", attach_point.display());
+            }
+            for line in self.destinations().to_string().lines() {
+                tracing::info!("{line}");
+            }
+            for pod in interception.status().map(|status| status.pods).unwrap_or_default() {
+                tracing::info!("pod {}: {:?}", pod.name, pod.state);
+            }
+        }
+        match admin {
+            Some(address) => tracing::info!("admin server: http://{address}/"),
+            None => tracing::info!("no admin server: the configuration has no `admin`"),
+        }
+        tracing::info!(
+            "serving with {} workers on {}; node id '{}', cluster '{}'",
+            self.workers.len(),
+            self.engine,
+            self.node.id,
+            self.node.cluster
+        );
+    }
+
+    /// The main loop, until it is time to stop.
+    async fn run(&self, state: &Running, signals: &mut Signals) -> Stopping {
+        let mut audit = Audit::default();
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        loop {
+            tokio::select! {
+                request = signals.next() => match request {
+                    Request::Stop => return Stopping::Drain,
+                    Request::ReopenLogs => self.reopen_logs(),
+                },
+                stopping = state.stop_requested() => return stopping,
+                _ = sweep.tick() => self.snapshot().clusters().for_each(|cluster| cluster.sweep()),
+                _ = second.tick() => {
+                    state.tick();
+                    let not_served = self.shared.not_served.load(Ordering::Relaxed);
+                    self.stats.set_intercept_counter("not_served_reset", not_served);
+                    if let Some(interception) = &self.interception
+                        && audit.look(interception, &self.stats) == Health::Superseded
+                    {
+                        tracing::info!("another process has taken over; draining");
+                        return Stopping::Drain;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Opens log files again that were moved away.
+    fn reopen_logs(&self) {
+        self.logs.reopen();
+        match self.log.reopen() {
+            Ok(()) => tracing::info!("log files were opened again"),
+            Err(error) => tracing::error!("{error}; the old file stays in use"),
+        }
+    }
+
+    /// Stops accepting, then waits for the connections that are open: until they have ended, time is up, or a
+    /// second signal comes. What is left then is ended.
+    async fn drain(&mut self, stopping: Stopping, signals: &mut Signals) {
+        if let Some(interception) = self.interception.take()
+            && let Err(error) = interception.stop()
+        {
+            tracing::error!(%error, "the interception can't be removed; `tidegate cleanup` will");
+        }
+        self.tell(|| worker::Command::CloseAll);
+        let patience = if stopping == Stopping::Now { Duration::ZERO } else { self.args.drain_time() };
+        tracing::info!("draining for up to {} s", patience.as_secs());
+        let second_signal = async { while signals.next().await != Request::Stop {} };
+        tokio::select! {
+            () = self.drained() => return,
+            () = tokio::time::sleep(patience) => {}
+            () = second_signal => tracing::info!("second signal: ending at once"),
+        }
+        self.tell(|| worker::Command::Kill);
+        let _ = tokio::time::timeout(KILL_GRACE, self.drained()).await;
+    }
+
+    async fn drained(&self) {
+        for worker in &self.workers {
+            worker.drained().await;
+        }
+    }
+
+    fn tell(&self, command: impl Fn() -> worker::Command) {
+        self.workers.iter().for_each(|worker| worker.send(command()));
+    }
+
+    /// Ends the workers and writes what the access logs still hold.
+    fn end(self) -> anyhow::Result<()> {
+        for worker in self.workers {
+            worker.join()?;
+        }
+        if let Some(Err(error)) = self.record.map(takeover::Record::remove) {
+            tracing::warn!("{error}");
+        }
+        if !self.logs.flush(LOG_FLUSH_TIMEOUT) {
+            tracing::error!("access logs could not be written within {} s", LOG_FLUSH_TIMEOUT.as_secs());
+        }
+        tracing::info!("exiting");
+        Ok(())
+    }
+}
+
+/// What to intercept: the configuration, overridden by the command line.
+fn wanted(args: &ServeArgs, configured: Option<&Wanted>) -> Wanted {
+    let mut wanted = configured.cloned().unwrap_or_default();
+    if !args.pod_cgroup.is_empty() || !args.intercept_cgroup.is_empty() {
+        wanted.cgroups = args.pod_cgroup.iter().chain(&args.intercept_cgroup).cloned().collect();
+        wanted.host_namespace = !args.intercept_cgroup.is_empty();
+    }
+    match args.fail_mode {
+        Some(FailModeArg::Open) => wanted.fail_mode = FailMode::Open,
+        Some(FailModeArg::Closed) => wanted.fail_mode = FailMode::Closed,
+        None => {}
+    }
+    wanted.capture_port = args.capture_port.or(wanted.capture_port);
+    wanted.pin_path = args.state.pin_path.clone().or(wanted.pin_path);
+    wanted
+}
+
+/// What the workers wait with.
+fn engine() -> Engine {
+    match uring::probe() {
+        Ok(()) => Engine::IoUring,
+        Err(error) => {
+            tracing::warn!("{error}; using epoll instead, at more memory per idle connection");
+            Engine::Epoll
+        }
+    }
+}
+
+/// `node` of the bootstrap, with what the command line says instead.
+fn node(args: &ServeArgs, node: &Node) -> Node {
+    let pick = |flag: &str, field: &str| if flag.is_empty() { field.to_owned() } else { flag.to_owned() };
+    Node {
+        id: pick(&args.service_node, &node.id),
+        cluster: pick(&args.service_cluster, &node.cluster),
+        zone: pick(&args.service_zone, &node.zone),
+    }
+}
+
+/// Runtime objects of a configuration. Opens access logs.
+fn build(bootstrap: &Bootstrap, stats: &Stats, logs: &access_log::Registry) -> anyhow::Result<Snapshot> {
+    let clusters =
+        bootstrap.clusters.iter().map(|cluster| Cluster::build(Arc::clone(cluster), stats, None)).collect();
+    let listeners = bootstrap
+        .listeners
+        .iter()
+        .map(|listener| Listener::build(listener, stats, logs).map(Arc::new))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(Snapshot::build(listeners, clusters))
+}

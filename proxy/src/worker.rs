@@ -1,0 +1,402 @@
+//! A worker: one thread with its own runtime, listening sockets, connections, buffers and stats shard.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use socket2::Socket;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::spawn_local;
+
+use crate::access_log;
+use crate::cluster::WorkerBalancers;
+use crate::connection::{self, Accepted};
+use crate::drain::Connections;
+use crate::intercept::{Capture, OwnSockets};
+use crate::listener::Listener;
+use crate::pump;
+use crate::snapshot::{Publisher, Snapshot, WorkerView};
+use crate::stats::{self, Gauge, Stats};
+use crate::sys::netns;
+use crate::sys::socket;
+use crate::uring::{self, Engine, Source, StartError};
+
+/// How long a worker that ran out of file descriptors waits before it accepts again. Long enough for some
+/// connection to end, short enough to go unnoticed.
+const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long connections of a pod that is gone may take to deliver what they hold.
+const GONE_GRACE: Duration = Duration::from_secs(5);
+
+/// What every worker shares. Nothing in it is locked.
+#[derive(Debug)]
+pub struct Shared {
+    /// Where snapshots come from.
+    pub publisher: Publisher,
+    /// The process's stats.
+    pub stats: Arc<Stats>,
+    /// How own upstream sockets are kept from being captured; set before anything is.
+    pub own_sockets: OnceLock<OwnSockets>,
+    /// Captured connections that nobody serves, each reset: the capture port is not an open relay.
+    pub not_served: AtomicU64,
+    /// Access logs are flushed so often.
+    pub log_flush_interval: Duration,
+    connection_ids: AtomicU64,
+    upstream_connection_ids: AtomicU64,
+}
+
+impl Shared {
+    /// Puts together what workers share.
+    pub fn new(publisher: Publisher, stats: Arc<Stats>, log_flush_interval: Duration) -> Self {
+        Self {
+            publisher,
+            stats,
+            own_sockets: OnceLock::new(),
+            not_served: AtomicU64::new(0),
+            log_flush_interval,
+            connection_ids: AtomicU64::new(1),
+            upstream_connection_ids: AtomicU64::new(1),
+        }
+    }
+}
+
+/// Names a listening socket of a worker, so that it can be closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SocketId {
+    /// A socket of a bound listener; numbered by the main thread.
+    Bound(u64),
+    /// The capture socket of the pod whose network namespace has this cookie.
+    Pod(u64),
+}
+
+/// What a listening socket is for.
+#[derive(Clone, Debug)]
+pub enum Role {
+    /// It serves the listener with this name.
+    Bound(Arc<str>),
+    /// It receives what was captured in a pod.
+    Capture(Arc<Capture>),
+}
+
+/// What the main thread tells a worker.
+#[derive(Debug)]
+pub enum Command {
+    /// Accept on this socket from now on.
+    Listen(SocketId, Socket, Role),
+    /// Take what is in this socket's accept queue, then close it.
+    Close(SocketId),
+    /// The same for every socket.
+    CloseAll,
+    /// Bring the stats that count bytes up to date.
+    FlushStats,
+    /// Answer when no connection is open.
+    Drained(oneshot::Sender<()>),
+    /// End every open connection now.
+    Kill,
+    /// A pod is gone: close its sockets now, and end its connections soon, which keep its network alive.
+    Gone(Arc<Capture>),
+    /// Flush the access logs and end the thread.
+    Exit,
+}
+
+/// The main thread's end of a worker.
+#[derive(Debug)]
+pub struct Handle {
+    commands: mpsc::UnboundedSender<Command>,
+    thread: JoinHandle<Result<(), StartError>>,
+}
+
+/// Tells a worker something, from any thread.
+#[derive(Clone, Debug)]
+pub struct Sender(mpsc::UnboundedSender<Command>);
+
+impl Sender {
+    /// Tells the worker something. A worker that has ended doesn't hear it.
+    pub fn send(&self, command: Command) {
+        let _ = self.0.send(command);
+    }
+
+    /// Sends a command that is answered, and waits for that. A worker that has ended counts as an answer.
+    pub async fn ask(&self, command: impl FnOnce(oneshot::Sender<()>) -> Command) {
+        let (done, answer) = oneshot::channel();
+        self.send(command(done));
+        let _ = answer.await;
+    }
+}
+
+impl Handle {
+    /// Starts a worker. It accepts nothing until it is told to listen.
+    pub fn spawn(index: usize, engine: Engine, shared: Arc<Shared>) -> io::Result<Self> {
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            stats::set_shard(index);
+            uring::start(engine, async move { Worker::new(index, shared).run(receiver).await })
+        })?;
+        Ok(Self { commands, thread })
+    }
+
+    /// For whoever has to tell this worker something.
+    pub fn sender(&self) -> Sender {
+        Sender(self.commands.clone())
+    }
+
+    /// Tells the worker something. A worker that has ended doesn't hear it.
+    pub fn send(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+
+    /// Completes when the worker has no open connection.
+    pub async fn drained(&self) {
+        self.sender().ask(Command::Drained).await;
+    }
+
+    /// Ends the worker and waits for its thread.
+    pub fn join(self) -> anyhow::Result<()> {
+        self.send(Command::Exit);
+        match self.thread.join() {
+            Ok(result) => Ok(result?),
+            Err(_) => anyhow::bail!("a worker panicked; its message is in the log"),
+        }
+    }
+}
+
+/// The worker itself, shared by the tasks on its thread.
+#[derive(Debug)]
+pub struct Worker {
+    /// 0-based.
+    pub index: usize,
+    /// What all workers share.
+    pub shared: Arc<Shared>,
+    /// Balancer state of each cluster.
+    pub balancers: RefCell<WorkerBalancers>,
+    /// Scratch buffer and pipes.
+    pub pump: Rc<pump::Resources>,
+    /// Open connections.
+    pub connections: Rc<Connections>,
+    view: RefCell<WorkerView>,
+    seen_pipes: SeenPipes,
+    listening: RefCell<HashMap<SocketId, Rc<Listening>>>,
+}
+
+/// What this worker has told the stats of its pipes.
+#[derive(Debug, Default)]
+struct SeenPipes {
+    in_use: Cell<u64>,
+    pooled: Cell<u64>,
+    refused: Cell<u64>,
+}
+
+/// Moves this worker's share of a gauge to where it is now.
+fn set(gauge: Gauge<'_>, now: u64, seen: &Cell<u64>) {
+    let before = seen.replace(now);
+    if now >= before { gauge.add(now - before) } else { gauge.sub(before - now) }
+}
+
+/// A listening socket of this worker.
+#[derive(Debug)]
+struct Listening {
+    socket: Socket,
+    role: Role,
+    close: Notify,
+}
+
+impl Worker {
+    fn new(index: usize, shared: Arc<Shared>) -> Rc<Self> {
+        let view = shared.publisher.view();
+        let pump = Rc::new(pump::Resources::default());
+        Rc::new(Self {
+            index,
+            shared,
+            balancers: RefCell::default(),
+            pump,
+            connections: Rc::default(),
+            view: RefCell::new(view),
+            seen_pipes: SeenPipes::default(),
+            listening: RefCell::default(),
+        })
+    }
+
+    /// The snapshot in force.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(self.view.borrow_mut().snapshot())
+    }
+
+    /// The next `%CONNECTION_ID%`.
+    pub fn next_connection_id(&self) -> u64 {
+        self.shared.connection_ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The next `%UPSTREAM_CONNECTION_ID%`.
+    pub fn next_upstream_connection_id(&self) -> u64 {
+        self.shared.upstream_connection_ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    async fn run(self: Rc<Self>, mut commands: mpsc::UnboundedReceiver<Command>) {
+        // The flush interval is never zero: the command line refuses it.
+        let mut flush = tokio::time::interval(self.shared.log_flush_interval);
+        loop {
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(Command::Exit) | None => break,
+                    Some(command) => self.obey(command),
+                },
+                _ = flush.tick() => access_log::flush_worker(),
+            }
+        }
+        access_log::flush_worker();
+    }
+
+    /// Pipes are counted when somebody looks, not when one is taken.
+    fn observe_pipes(&self) {
+        let stats = self.shared.stats.pump();
+        let (all, spare) = (self.pump.pipes() as u64, self.pump.spare_pipes() as u64);
+        let refused = self.pump.refused_pipes();
+        set(stats.pipes_in_use(), all - spare, &self.seen_pipes.in_use);
+        set(stats.pipes_pooled(), spare, &self.seen_pipes.pooled);
+        stats.pipe_budget_exhausted().add(refused - self.seen_pipes.refused.replace(refused));
+    }
+
+    fn obey(self: &Rc<Self>, command: Command) {
+        match command {
+            Command::Listen(id, socket, role) => {
+                let listening = Rc::new(Listening { socket, role, close: Notify::new() });
+                self.listening.borrow_mut().insert(id, Rc::clone(&listening));
+                spawn_local(accept(Rc::clone(self), listening));
+            }
+            Command::Close(id) => self.close(id),
+            Command::CloseAll => {
+                let all: Vec<_> = self.listening.borrow().keys().copied().collect();
+                all.into_iter().for_each(|id| self.close(id));
+            }
+            Command::FlushStats => {
+                self.connections.flush_meters();
+                self.observe_pipes();
+            }
+            Command::Drained(done) => {
+                let connections = Rc::clone(&self.connections);
+                spawn_local(async move {
+                    connections.drained().await;
+                    let _ = done.send(());
+                });
+            }
+            Command::Kill => self.connections.kill_all(),
+            Command::Gone(capture) => self.gone(capture),
+            Command::Exit => {}
+        }
+    }
+
+    /// Takes what is queued on a listening socket, then closes it: the kernel resets what is queued on one that
+    /// closes.
+    fn close(self: &Rc<Self>, id: SocketId) {
+        let Some(listening) = self.listening.borrow_mut().remove(&id) else { return };
+        if let Err(error) = accept_some(self, &listening, u32::MAX) {
+            tracing::warn!(%error, role = ?listening.role, "accept failed while closing; what is queued is reset");
+        }
+        listening.close.notify_one();
+    }
+
+    fn gone(self: &Rc<Self>, capture: Arc<Capture>) {
+        self.close(SocketId::Pod(capture.pod.netns().cookie()));
+        let worker = Rc::clone(self);
+        spawn_local(async move {
+            let namespace = capture.pod.netns();
+            if let Err(error) = netns::leave(namespace) {
+                tracing::warn!(%error, pod = %capture.pod, "can't leave the namespace of a pod that is gone");
+            }
+            tokio::time::sleep(GONE_GRACE).await;
+            worker.connections.kill(namespace.cookie());
+            if let Err(error) = netns::leave(namespace) {
+                tracing::warn!(%error, pod = %capture.pod, "can't leave the namespace of a pod that is gone");
+            }
+        });
+    }
+}
+
+/// Accepts on one listening socket until it is closed.
+async fn accept(worker: Rc<Worker>, listening: Rc<Listening>) {
+    let mut source = Source::new(&listening.socket);
+    loop {
+        tokio::select! {
+            biased;
+            () = listening.close.notified() => return,
+            ready = poll_fn(|cx| source.poll_readable(cx)) => if let Err(error) = ready {
+                tracing::error!(%error, role = ?listening.role, "can't wait for connections; the socket is closed");
+                return;
+            }
+        }
+        if let Err(error) = accept_some(&worker, &listening, batch(&worker, &listening)) {
+            tracing::warn!(%error, role = ?listening.role, "accept failed; trying again shortly");
+            tokio::time::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
+        }
+    }
+}
+
+/// How many connections to take per wakeup.
+fn batch(worker: &Worker, listening: &Listening) -> u32 {
+    let snapshot = worker.snapshot();
+    let listener = listening.role.listener(&snapshot);
+    listener
+        .and_then(|listener| listener.config.max_connections_to_accept_per_socket_event)
+        .unwrap_or(u32::MAX)
+}
+
+impl Role {
+    /// The listener that this socket belongs to, in a snapshot.
+    fn listener<'s>(&self, snapshot: &'s Snapshot) -> Option<&'s Arc<Listener>> {
+        match self {
+            Self::Bound(name) => snapshot.listener(name),
+            Self::Capture(_) => snapshot.capture(),
+        }
+    }
+
+    fn capture(&self) -> Option<&Arc<Capture>> {
+        match self {
+            Self::Bound(_) => None,
+            Self::Capture(capture) => Some(capture),
+        }
+    }
+}
+
+/// Takes connections until the queue is empty, but no more than `most`.
+fn accept_some(worker: &Rc<Worker>, listening: &Listening, most: u32) -> io::Result<()> {
+    let mut taken = 0;
+    let result = loop {
+        if taken == most {
+            break Ok(());
+        }
+        match socket::accept(&listening.socket) {
+            Ok((socket, peer)) => {
+                taken += 1;
+                begin(worker, listening, socket, peer);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break Ok(()),
+            // The peer gave up while it waited; the next in the queue may be fine.
+            Err(error) if socket::is_transient_accept_error(&error) => {}
+            Err(error) => break Err(error),
+        }
+    };
+    if taken > 0
+        && let Some(listener) = listening.role.listener(&worker.snapshot())
+    {
+        listener.stats.connections_accepted_per_socket_event().record(u64::from(taken));
+    }
+    result
+}
+
+fn begin(worker: &Rc<Worker>, listening: &Listening, socket: Socket, peer: SocketAddr) {
+    let snapshot = worker.snapshot();
+    let listener = listening.role.listener(&snapshot).cloned();
+    if listener.is_none() && listening.role.capture().is_none() {
+        return; // its listener is gone, the socket about to be closed
+    }
+    let capture = listening.role.capture().cloned();
+    let accepted = Accepted { socket, peer, listener, capture, snapshot };
+    spawn_local(connection::serve(Rc::clone(worker), accepted));
+}
