@@ -141,7 +141,7 @@ impl<'a> Report<'a> {
         let mut warnings = self.warnings;
         for (at, count) in self.once.into_values().filter(|(_, count)| *count > 1) {
             if let Reason::Unsupported(message) = &mut warnings[at].reason {
-                message.push_str(&format!(" (and {} more like this)", count - 1));
+                *message = format!("{message} (and {} more like this)", count - 1);
             }
         }
         Ok(warnings)

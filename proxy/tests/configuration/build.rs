@@ -1,4 +1,5 @@
 //! Small pieces of configuration, as JSON, to be put together and broken by the tests.
+#![allow(clippy::needless_pass_by_value)] // the callers build what they pass in place
 
 use serde_json::{Value, json};
 use tidegate::config::error::{ConfigError, Problem};

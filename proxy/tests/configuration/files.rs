@@ -143,8 +143,8 @@ fn seed_listener_http() {
     let loaded = file("seed-listener-http.yaml");
     let addresses: Vec<_> = listeners(&loaded.bootstrap).into_iter().map(|(_, address, _)| address).collect();
     assert_eq!(addresses, ["127.0.0.1:10000", "127.0.0.1:10001", "127.0.0.1:10002"]);
-    for index in 0..3 {
-        let host = virtual_host(&loaded.bootstrap, index, &addresses[index]);
+    for (index, address) in addresses.iter().enumerate() {
+        let host = virtual_host(&loaded.bootstrap, index, address);
         assert_eq!(host, ("allow_any".to_owned(), "PassthroughCluster".to_owned()));
     }
     let warnings = warnings(&loaded);

@@ -160,7 +160,7 @@ fn typed_load_balancing_policies() {
 fn the_lower_of_connections_and_requests_holds() {
     let breakers = json!({"thresholds": [
         {"priority": "HIGH", "max_connections": 1},
-        {"max_connections": 100, "max_requests": 50, "max_pending_requests": 7, "max_retries": 4294967295u32},
+        {"max_connections": 100, "max_requests": 50, "max_pending_requests": 7, "max_retries": 4_294_967_295_u32},
         {"max_connections": 9},
     ]});
     let loaded = load_json(&one_cluster(json!({"circuit_breakers": breakers}))).unwrap();

@@ -171,13 +171,13 @@ fn inline_string(source: core::DataSource, path: &FieldPath<'_>, report: &mut Re
     let core::DataSource { watched_directory: _, specifier } = source;
     match specifier {
         Some(S::InlineString(format)) => Some(format),
-        Some(S::InlineBytes(bytes)) => match String::from_utf8(bytes) {
-            Ok(format) => Some(format),
-            Err(_) => {
+        Some(S::InlineBytes(bytes)) => {
+            let format = String::from_utf8(bytes).ok();
+            if format.is_none() {
                 report.invalid(&path.field("inline_bytes"), "not UTF-8");
-                None
             }
-        },
+            format
+        }
         Some(S::Filename(_)) => {
             report.unsupported(
                 &path.field("filename"),
@@ -223,7 +223,7 @@ fn log_filter(filter: api::AccessLogFilter, path: &FieldPath<'_>, report: &mut R
             response_flags(filter, &path.field("response_flag_filter"), report)
         }
         Some(F::DurationFilter(filter)) => duration(filter, &path.field("duration_filter"), report),
-        Some(F::RuntimeFilter(filter)) => runtime(filter, &path.field("runtime_filter"), report),
+        Some(F::RuntimeFilter(filter)) => runtime(&filter, &path.field("runtime_filter"), report),
         Some(F::LogTypeFilter(filter)) => log_types(filter, &path.field("log_type_filter"), report),
         Some(F::AndFilter(api::AndFilter { filters })) => {
             let path = path.field("and_filter");
@@ -264,13 +264,13 @@ fn response_flags(filter: api::ResponseFlagFilter, path: &FieldPath<'_>, report:
 }
 
 fn duration(filter: api::DurationFilter, path: &FieldPath<'_>, report: &mut Report<'_>) -> Filter {
+    use api::comparison_filter::Op;
     let api::DurationFilter { comparison } = filter;
     let path = path.field("comparison");
     let Some(api::ComparisonFilter { op, value }) = comparison else {
         report.missing(&path, "comparison");
         return always();
     };
-    use api::comparison_filter::Op;
     let op = match enumeration(op, &path, "op", report) {
         Some(Op::Eq) | None => ComparisonOp::Eq,
         Some(Op::Ge) => ComparisonOp::Ge,
@@ -282,7 +282,7 @@ fn duration(filter: api::DurationFilter, path: &FieldPath<'_>, report: &mut Repo
     Filter::Duration { op, value: u64::from(value) }
 }
 
-fn runtime(filter: api::RuntimeFilter, path: &FieldPath<'_>, report: &mut Report<'_>) -> Filter {
+fn runtime(filter: &api::RuntimeFilter, path: &FieldPath<'_>, report: &mut Report<'_>) -> Filter {
     let api::RuntimeFilter { runtime_key: _, percent_sampled, use_independent_randomness: _ } = filter;
     // Envoy: without a percentage, and without the key in the runtime, nothing is logged.
     let FractionalPercent { numerator, denominator } = percent_sampled.unwrap_or_default();

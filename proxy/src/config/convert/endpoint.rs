@@ -114,10 +114,9 @@ fn lb_endpoint(
 ) -> Option<LbEndpoint> {
     let api::LbEndpoint { health_status, metadata, load_balancing_weight, host_identifier } = endpoint;
     // An endpoint's own labels win over those of its locality.
-    let labels = |metadata: &Option<&core::Metadata>| {
-        metadata.is_some_and(|metadata| metadata.filter_metadata.contains_key("envoy.transport_socket_match"))
-    };
-    let effective = Some(metadata.as_ref()).filter(labels).unwrap_or(locality_metadata);
+    let labelled =
+        |metadata: &&core::Metadata| metadata.filter_metadata.contains_key("envoy.transport_socket_match");
+    let effective = metadata.as_ref().filter(labelled).or(locality_metadata);
     if let Some(name) = of.transport_sockets.selects_encryption(effective) {
         report.unsupported(
             &path.field("metadata"),
@@ -129,13 +128,13 @@ fn lb_endpoint(
     }
     let (endpoint, field) = match host_identifier {
         Some(HostIdentifier::Endpoint(endpoint)) => (endpoint, "endpoint"),
-        Some(HostIdentifier::EndpointName(name)) => match named.get(&name) {
-            Some(endpoint) => (endpoint.clone(), "endpoint_name"),
-            None => {
+        Some(HostIdentifier::EndpointName(name)) => {
+            let Some(endpoint) = named.get(&name) else {
                 report.invalid(&path.field("endpoint_name"), format!("named_endpoints has no {name:?}"));
                 return None;
-            }
-        },
+            };
+            (endpoint.clone(), "endpoint_name")
+        }
         None => {
             report.missing(path, "endpoint");
             return None;

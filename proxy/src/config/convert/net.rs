@@ -123,13 +123,13 @@ pub(super) fn cidr(range: core::CidrRange, path: &FieldPath<'_>, report: &mut Re
     };
     let bits: u8 = if address.is_ipv4() { 32 } else { 128 };
     let prefix_len = prefix_len.unwrap_or(0);
-    let Some(prefix_len) = u8::try_from(prefix_len).ok().filter(|len| *len <= bits) else {
-        report.invalid(
+    if prefix_len > u32::from(bits) {
+        report.warn(
             &path.field("prefix_len"),
-            format!("{prefix_len} is too long for {address_prefix}; use at most {bits}"),
+            format!("{prefix_len} is too long for {address_prefix}: {bits} is used, as in Envoy"),
         );
-        return None;
-    };
+    }
+    let prefix_len = u8::try_from(prefix_len).unwrap_or(bits).min(bits);
     let address = match address {
         IpAddr::V4(v4) => {
             IpAddr::V4((v4.to_bits() & u32::MAX.checked_shl(u32::from(32 - prefix_len)).unwrap_or(0)).into())

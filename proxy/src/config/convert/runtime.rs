@@ -39,12 +39,7 @@ impl Runtime {
             match layer_specifier {
                 None => report.missing(&path, "static_layer"),
                 Some(LayerSpecifier::StaticLayer(fields)) => {
-                    runtime.add(
-                        String::new(),
-                        Kind::StructValue(fields),
-                        &path.field("static_layer"),
-                        report,
-                    );
+                    runtime.add("", Kind::StructValue(fields), &path.field("static_layer"), report);
                 }
                 Some(LayerSpecifier::AdminLayer(admin_layer)) => {
                     let admin_layer = Some(admin_layer);
@@ -64,14 +59,14 @@ impl Runtime {
     }
 
     /// A key is written with dots, as nested objects, or as a mixture of both.
-    fn add(&mut self, key: String, value: Kind, path: &FieldPath<'_>, report: &mut Report<'_>) {
+    fn add(&mut self, key: &str, value: Kind, path: &FieldPath<'_>, report: &mut Report<'_>) {
         let number = match value {
             Kind::StructValue(fields) => {
                 for (name, value) in fields.fields {
                     let nested = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
                     let path = path.key(&name);
                     if let Some(kind) = value.kind {
-                        self.add(nested, kind, &path, report);
+                        self.add(&nested, kind, &path, report);
                     }
                 }
                 return;
@@ -93,7 +88,7 @@ impl Runtime {
                 self.limits.insert(listener.to_owned(), limit);
             }
             None => {
-                report.invalid(path, format!("runtime key {key:?} must be a whole number of connections"))
+                report.invalid(path, format!("runtime key {key:?} must be a whole number of connections"));
             }
         }
     }

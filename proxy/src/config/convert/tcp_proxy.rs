@@ -14,7 +14,7 @@ use crate::config::proto::FieldPath;
 use crate::config::tcp_proxy::{Backoff, ClusterChoice, HashPolicy, TcpProxy, WeightedCluster};
 
 /// Envoy's default of `idle_timeout`.
-pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+pub(super) const IDLE_TIMEOUT: Duration = Duration::from_hours(1);
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
 pub(super) fn tcp_proxy(
@@ -58,7 +58,7 @@ pub(super) fn tcp_proxy(
     connect_mode(upstream_connect_mode, max_early_data_bytes, path, report);
     let log = log_options(
         access_log_options,
-        Deprecated { access_log_flush_interval, flush_access_log_on_connected },
+        &Deprecated { access_log_flush_interval, flush_access_log_on_connected },
         path,
         report,
     );
@@ -126,11 +126,11 @@ struct LogOptions {
 
 fn log_options(
     options: Option<parts::TcpAccessLogOptions>,
-    old: Deprecated,
+    old: &Deprecated,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> LogOptions {
-    let Deprecated { access_log_flush_interval, flush_access_log_on_connected } = old;
+    let Deprecated { access_log_flush_interval, flush_access_log_on_connected } = *old;
     let Some(options) = options else {
         let flush_interval =
             optional_duration(access_log_flush_interval, path, "access_log_flush_interval", report);

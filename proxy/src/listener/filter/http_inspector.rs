@@ -113,8 +113,8 @@ mod tests {
         assert_eq!(inspect(b""), Outcome::NeedMore(24));
         assert_eq!(inspect(b"PRI * HTTP"), Outcome::NeedMore(24));
         assert_eq!(inspect(b"PRINT"), Outcome::NeedMore(6));
-        assert_eq!(inspect(&[b'a'; MAX_INSPECT_SIZE]), Outcome::TooLarge);
-        assert_eq!(inspect(&[b'a'; MAX_INSPECT_SIZE - 1]), Outcome::NeedMore(MAX_INSPECT_SIZE));
+        assert_eq!(inspect(&vec![b'a'; MAX_INSPECT_SIZE]), Outcome::TooLarge);
+        assert_eq!(inspect(&vec![b'a'; MAX_INSPECT_SIZE - 1]), Outcome::NeedMore(MAX_INSPECT_SIZE));
     }
 
     proptest! {

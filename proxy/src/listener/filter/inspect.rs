@@ -82,9 +82,10 @@ fn tls(
                 Some(_) => stats.sni_found().inc(),
                 None => stats.sni_not_found().inc(),
             }
-            match hello.application_protocols.is_empty() {
-                false => stats.alpn_found().inc(),
-                true => stats.alpn_not_found().inc(),
+            if hello.application_protocols.is_empty() {
+                stats.alpn_not_found().inc();
+            } else {
+                stats.alpn_found().inc();
             }
             inspected.transport_protocol = "tls";
             inspected.server_name = hello.server_name;
@@ -118,7 +119,12 @@ fn http(outcome: http_inspector::Outcome, stats: &Stats, inspected: &mut Inspect
     Step::Done
 }
 
-fn proxy(outcome: proxy_protocol::Outcome, optional: bool, stats: &Stats, inspected: &mut Inspected) -> Step {
+fn proxy(
+    outcome: proxy_protocol::Outcome,
+    optional: bool,
+    stats: &Stats,
+    inspected: &mut Inspected,
+) -> Step {
     use ProxyProtocolVersion::{V1, V2};
     use proxy_protocol::Outcome as O;
     let stats = stats.proxy_protocol();

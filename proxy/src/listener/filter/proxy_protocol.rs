@@ -21,7 +21,7 @@ const V1_MIN: usize = 15;
 pub const MAX_HEADER: usize = V2_FIXED + u16::MAX as usize;
 
 /// Verdict on the bytes seen so far.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Undecided; asking again makes sense once so many bytes are there in total.
     NeedMore(usize),

@@ -20,7 +20,7 @@ fn listener(filters: Vec<ListenerFilter>) -> Listener {
         default_filter_chain: None,
         listener_filters: filters,
         // Guards against hanging only; tests of the timeout set their own.
-        listener_filters_timeout: Some(Duration::from_secs(60)),
+        listener_filters_timeout: Some(Duration::from_secs(50)),
         continue_on_listener_filters_timeout: false,
         traffic_direction: TrafficDirection::Unspecified,
         access_log: Vec::<AccessLog>::new(),
@@ -95,10 +95,11 @@ fn both(listener: &Listener, client: impl Fn(TcpStream) + Clone + Send + 'static
 fn sending(bytes: Vec<u8>, piece: usize) -> impl Fn(TcpStream) + Clone + Send + 'static {
     move |mut stream| {
         for piece in bytes.chunks(piece) {
-            stream.write_all(piece).unwrap();
+            // The other end may have refused the beginning already.
+            let _ = stream.write_all(piece);
             thread::sleep(Duration::from_millis(2));
         }
-        stream.shutdown(Shutdown::Write).unwrap();
+        let _ = stream.shutdown(Shutdown::Write);
         // Until the other end is done with it, so that no RST can throw away what it has not read.
         let _ = stream.read(&mut [0]);
     }
@@ -153,7 +154,7 @@ fn a_proxy_header_is_taken_to_the_byte_and_what_follows_is_inspected() {
 
 #[test]
 fn a_long_version_2_header_is_taken_whole() {
-    let tlv = [&[0x20, 0xf0, 0x00][..], &[7; 0xf000]].concat();
+    let tlv = [&[0x20, 0xf0, 0x00][..], &vec![7; 0xf000]].concat();
     let addresses = [10, 0, 0, 9, 172, 16, 0, 1, 0x30, 0x39, 0xc3, 0x51];
     let header = proxy_protocol::tests::v2(0x21, 0x11, &[&addresses[..], &tlv].concat());
     let sent = [header, b"rest".to_vec()].concat();
@@ -221,7 +222,7 @@ fn the_timeout_ends_the_connection_or_the_inspection() {
         let mut rest = Vec::new();
         let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
         thread::sleep(Duration::from_millis(300));
-        stream.shutdown(Shutdown::Write).unwrap();
+        let _ = stream.shutdown(Shutdown::Write);
         let _ = stream.read_to_end(&mut rest);
     };
     let mut config = listener(vec![tls(), ListenerFilter::HttpInspector]);
@@ -260,7 +261,7 @@ fn waiting_for_the_rest_of_a_hello_costs_no_cpu() {
     both(&listener(vec![tls()]), slow, |outcome| assert!(outcome.result.is_ok(), "{:?}", outcome.result));
     let before = thread_cpu();
     both(&listener(vec![tls()]), slow, |_| {});
-    let spent = thread_cpu() - before;
+    let spent = thread_cpu().saturating_sub(before);
     // Two runs of 700 ms each: a loop that spins would spend nearly all of it, one that waits about 1 ms.
     assert!(spent < Duration::from_millis(350), "{spent:?} of CPU in 1.4 s of waiting");
 }

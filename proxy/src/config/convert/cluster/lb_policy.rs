@@ -143,7 +143,7 @@ fn known(any: tidegate_api::wkt::Any, path: &FieldPath<'_>, report: &mut Report<
         inactive!(report, path, "RoundRobin"; slow_start_config, locality_lb_config);
         Some(LbPolicy::RoundRobin)
     } else if config.is::<policies::least_request::v3::LeastRequest>() {
-        typed_least_request(config.decode(path, report)?, path, report)
+        Some(typed_least_request(config.decode(path, report)?, path, report))
     } else if config.is::<policies::random::v3::Random>() {
         let policies::random::v3::Random { locality_lb_config } = config.decode(path, report)?;
         inactive!(report, path, "Random"; locality_lb_config);
@@ -172,7 +172,7 @@ fn typed_least_request(
     config: policies::least_request::v3::LeastRequest,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
-) -> Option<LbPolicy> {
+) -> LbPolicy {
     let policies::least_request::v3::LeastRequest {
         choice_count,
         active_request_bias,
@@ -183,5 +183,5 @@ fn typed_least_request(
     } = config;
     inactive!(report, path, "LeastRequest";
         slow_start_config, locality_lb_config, enable_full_scan, selection_method);
-    Some(least_request(choice_count, active_request_bias))
+    least_request(choice_count, active_request_bias)
 }
