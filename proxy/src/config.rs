@@ -1,6 +1,6 @@
 //! Plain validated configuration: what Envoy's messages mean, with every default applied. No I/O, no async.
 //!
-//! [`load`] is the way in: text, then proto ([`proto`]), then these types ([`convert`] holds the rules and the
+//! [`load`] is the way in: text, then proto ([`proto`]), then these types (`convert` holds the rules and the
 //! table of what is not acted on).
 
 use std::collections::BTreeMap;
