@@ -211,27 +211,33 @@ fn a_direct_connection_to_the_capture_port_has_no_original_destination() {
 }
 
 #[test]
-fn two_pods_with_the_same_four_tuple() {
+fn two_pods_with_the_same_four_tuple_in_flight_at_once() {
     let lab = Lab::new();
     let mut interceptor = lab.load();
     let services = ["172.16.0.1:50001", "172.16.0.2:50002"];
     capture_only(&mut interceptor, &services);
     let pods = [lab.pod(), lab.pod()];
-    let listeners = pods.each_ref().map(|pod| pod.capture(&mut interceptor));
-    let clients: Vec<_> = pods
-        .iter()
-        .zip(services)
-        .map(|(pod, service)| {
-            let client = pod.app_socket(Domain::IPV4);
-            client.bind(&SockAddr::from("0.0.0.0:40000".parse::<SocketAddr>().unwrap())).unwrap();
-            connect(&client, service.parse().unwrap()).unwrap();
-            client
-        })
-        .collect();
-    assert_eq!(local(&clients[0]), local(&clients[1]));
-    for ((listener, client), service) in listeners.iter().zip(&clients).zip(services) {
-        check(&interceptor, client, &accept(listener), service);
+    // The first pod's accept queue is full, so that its handshake waits while the second pod's goes through.
+    let listeners = [pods[0].capture_listener(CAPTURE_PORT, 0), pods[1].capture_listener(CAPTURE_PORT, 16)];
+    for pod in &pods {
+        interceptor.enrol(pod.cookie, enrolment()).unwrap();
     }
+    let _filler = pods[0].connect(&format!("127.0.0.1:{CAPTURE_PORT}")).unwrap();
+    let clients = [0, 1].map(|i| {
+        let client = pods[i].app_socket(Domain::IPV4);
+        client.bind(&SockAddr::from("0.0.0.0:40000".parse::<SocketAddr>().unwrap())).unwrap();
+        client.set_nonblocking(i == 0).unwrap();
+        let result = connect(&client, services[i].parse().unwrap());
+        assert_eq!(result, if i == 0 { Err(libc::EINPROGRESS) } else { Ok(()) });
+        client
+    });
+    assert_eq!(interceptor.in_flight_len().unwrap(), 1, "the first is still waiting");
+    assert_eq!(local(&clients[0]), local(&clients[1]));
+    check(&interceptor, &clients[1], &accept(&listeners[1]), services[1]);
+    // Room in the queue: the next SYN of the first pod's client gets in.
+    assert_eq!(original_dst(&interceptor, &accept(&listeners[0])), None);
+    check(&interceptor, &clients[0], &accept(&listeners[0]), services[0]);
+    assert_eq!(interceptor.in_flight_len().unwrap(), 0);
 }
 
 #[test]

@@ -18,7 +18,8 @@ use nix::sys::socket::{
 use nix::unistd::{ForkResult, Pid, fork};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tidegate::intercept::cgroup;
-use tidegate::intercept::programs::{Interceptor, Options, cleanup};
+use tidegate::intercept::error::InterceptError;
+use tidegate::intercept::programs::{Cleaned, Interceptor, Options, cleanup};
 use tidegate_common::{Enrolment, Reason};
 
 /// Only guards against hanging.
@@ -63,6 +64,19 @@ impl Lab {
         Interceptor::load(&self.options()).unwrap_or_else(|error| panic!("{error}: {error:?}"))
     }
 
+    /// `cleanup` when the last process has gone. Another test's helper, just forked, may hold our files for a moment.
+    pub(crate) fn clean_up(&self) -> Result<Cleaned, InterceptError> {
+        let deadline = Instant::now() + LONG;
+        loop {
+            match cleanup(&self.pin_dir, false) {
+                Err(InterceptError::InUse(_)) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                result => return result,
+            }
+        }
+    }
+
     pub(crate) fn pod(&self) -> Pod {
         Pod::start(self)
     }
@@ -70,14 +84,8 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        // Another test's helper, just forked, may hold our files for a moment.
-        let deadline = Instant::now() + LONG;
-        while let Err(error) = cleanup(&self.pin_dir, false) {
-            if Instant::now() > deadline {
-                eprintln!("cleanup: {error}");
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        if let Err(error) = self.clean_up() {
+            eprintln!("cleanup: {error}");
         }
         for dir in [&self.pods, &self.agent, &self.root] {
             let deadline = Instant::now() + LONG;
