@@ -19,6 +19,7 @@ mod copy;
 mod counters;
 mod duplex;
 mod half;
+mod lane;
 mod resources;
 mod splice;
 

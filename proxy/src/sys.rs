@@ -3,6 +3,8 @@
 
 pub mod cgroup;
 pub mod clock;
+#[cfg(test)]
+pub(crate) mod forbid;
 pub mod mounts;
 pub mod netns;
 pub mod pipe;

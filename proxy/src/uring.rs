@@ -100,6 +100,8 @@ pub fn probe() -> Result<(), StartError> {
 
 /// Runs `future` on this thread until it completes, in a runtime of its own. Tasks are spawned with
 /// `tokio::task::spawn_local`; tokio's timers and channels work. Tasks that are left are dropped at the end.
+///
+/// `future` itself is polled whenever any task is woken, so let it only wait, and spawn what has work to do.
 pub fn start<F: Future>(engine: Engine, future: F) -> Result<F::Output, StartError> {
     let future = async {
         let _running = Running::enter(engine);
@@ -169,12 +171,14 @@ pub async fn connect(socket: &Socket, address: &SockAddr) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Acceptor {
     source: Source<Socket>,
+    /// A connection is believed to wait. Without it, whatever else wakes the task would cost an accept4.
+    waiting: bool,
 }
 
 impl Acceptor {
     /// Of a nonblocking listening socket.
     pub fn new(listener: Socket) -> Self {
-        Self { source: Source::new(listener) }
+        Self { source: Source::new(listener), waiting: true }
     }
 
     /// The listening socket.
@@ -186,11 +190,14 @@ impl Acceptor {
     /// after the other without a wait between. See [`socket::is_transient_accept_error`] for errors.
     pub fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<(Socket, SocketAddr)>> {
         loop {
+            if !self.waiting {
+                ready!(self.source.poll_readable(cx))?;
+                self.waiting = true;
+            }
             match socket::accept(self.listener()) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.waiting = false,
                 result => return Poll::Ready(result),
             }
-            ready!(self.source.poll_readable(cx))?;
         }
     }
 

@@ -8,45 +8,19 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 use tokio::time::Sleep;
 
-use super::copy::{self, Leftover};
-use super::counters::{Counters, Direction, add};
-use super::half::{Half, Phase, Step};
-use super::resources::{PooledPipe, Resources};
-use super::{Cause, Options, Outcome, Side, splice};
+use super::half::{Phase, Step};
+use super::lane::{Fault, Lane, Turn};
+use super::{Cause, Counters, Options, Outcome, Resources, Side};
 use crate::connection::record::CloseType;
-use crate::sys::{clock, socket, splice as sys_splice};
+use crate::sys::{clock, socket};
 use crate::uring::{self, Source};
 
 /// Bytes that one direction moves per poll of the task; then others have their turn. A wait for readiness
 /// that is there already costs two system calls, which is little for a megabyte.
 const TURN: usize = 1 << 20;
-/// Bytes thrown away per system call.
-const DISCARD: usize = 1 << 20;
 /// How often to look whether a flushed side has acknowledged everything: the kernel has no event for it. The
 /// wait doubles from the first to the last.
 const LINGER: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
-
-/// One direction with what it holds.
-struct Lane<'a> {
-    half: Half,
-    /// What is held by copy.
-    leftover: Leftover,
-    /// What is held by splice.
-    pipe: Option<PooledPipe<'a>>,
-    counters: &'a Direction,
-    /// Reading is paused because the destination takes nothing.
-    paused: bool,
-    /// Bytes held at most.
-    limit: usize,
-}
-
-/// A socket operation of a direction failed.
-enum Fault {
-    Source(io::Error),
-    Destination(io::Error),
-    /// The destination was reset, but the kernel did not tell which way.
-    DestinationVanished,
-}
 
 /// The side that is gone while what it had sent is flushed to the other.
 #[derive(Clone, Copy)]
@@ -79,16 +53,6 @@ pub(super) struct Duplex<'a> {
     timer_at: Option<Duration>,
 }
 
-/// What the directions need of the connection while they move bytes.
-struct Turn<'t, 'a> {
-    resources: &'a Resources,
-    counters: &'a Counters,
-    source: &'t mut Source<&'a Socket>,
-    destination: &'t mut Source<&'a Socket>,
-    budget: usize,
-    active: bool,
-}
-
 impl<'a> Duplex<'a> {
     pub(super) fn new(
         resources: &'a Resources,
@@ -98,14 +62,7 @@ impl<'a> Duplex<'a> {
         counters: &'a Counters,
     ) -> Self {
         // A client has often sent something by now. An endpoint has just been connected to: wait first.
-        let lane = |side, limit: u32, readable| Lane {
-            half: Half::new(options.mode, readable),
-            leftover: Leftover::default(),
-            pipe: None,
-            counters: counters.from(side),
-            paused: false,
-            limit: if limit == 0 { 1 << 20 } else { limit as usize },
-        };
+        let lane = |side, limit, readable| Lane::new(options.mode, readable, limit, counters.from(side));
         Self {
             resources,
             options,
@@ -408,180 +365,55 @@ impl Side {
     }
 }
 
-impl<'a> Lane<'a> {
-    fn run(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        loop {
-            let step = self.half.next();
-            match step {
-                Step::Done => return Poll::Ready(Ok(())),
-                Step::Fin => {
-                    // Only ENOTCONN is possible: gone already, which other waits will tell.
-                    let _ = socket::shutdown(turn.destination.fd(), std::net::Shutdown::Write);
-                    self.half.fin_sent();
-                }
-                Step::Write if !self.half.writable => {
-                    self.pause();
-                    ready!(turn.destination.poll_writable(cx)).map_err(Fault::Destination)?;
-                    self.half.writable = true;
-                }
-                Step::Write => self.write(turn)?,
-                Step::Read | Step::Discard if turn.budget == 0 => {
-                    self.half.readable = turn.source.give_way(cx).map_err(Fault::Source)?;
-                    return Poll::Pending;
-                }
-                Step::Read | Step::Discard if !self.half.readable => {
-                    ready!(turn.source.poll_readable(cx)).map_err(Fault::Source)?;
-                    self.half.readable = true;
-                }
-                Step::Read => self.read(turn)?,
-                Step::Discard => self.discard(turn)?,
-            }
-        }
-    }
-
-    fn read(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        let was_splicing = self.half.is_splicing();
-        let pipe = if was_splicing { turn.resources.pipe() } else { None };
-        let result = match pipe {
-            Some(pipe) => self.fill(pipe, turn),
-            None => self.copy(turn),
-        };
-        match (was_splicing, self.half.is_splicing()) {
-            (false, true) => add(&self.counters.to_splice, 1),
-            (true, false) => add(&self.counters.to_copy, 1),
-            _ => {}
-        }
-        result
-    }
-
-    fn fill(&mut self, mut pipe: PooledPipe<'a>, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        let window = Half::window(self.limit, pipe.pipe().capacity());
-        match splice::fill(&mut pipe, turn.source.fd(), window) {
-            Ok(0) => self.half.source_ended(),
-            Ok(n) => {
-                self.took(n, turn);
-                self.half.spliced_in(n);
-                self.pipe = Some(pipe);
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.readable = false,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if sys_splice::is_unsupported(&e) => self.half.never_splice(),
-            Err(e) => return Err(Fault::Source(e)),
-        }
-        Ok(())
-    }
-
-    fn copy(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        let chunk = Half::chunk(self.limit);
-        let mut scratch = turn.resources.scratch.borrow_mut();
-        let copied = match copy::step(&mut scratch[..chunk], turn.source.fd(), turn.destination.fd()) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                self.half.readable = false;
-                return Ok(());
-            }
-            result => result.map_err(Fault::Source)?,
-        };
-        if copied.received == 0 {
-            self.half.source_ended();
-            return Ok(());
-        }
-        self.took(copied.received, turn);
-        self.half.copied_in(copied.received, chunk);
-        self.leftover = copied.leftover;
-        let sent = copied.sent.map_err(Fault::Destination)?;
-        self.gave(sent, &turn.counters.copied);
-        self.half.writable = self.half.held() == 0;
-        Ok(())
-    }
-
-    fn write(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        let destination = turn.destination.fd();
-        let (result, by) = match &mut self.pipe {
-            Some(pipe) => (splice::drain(pipe, destination), &turn.counters.spliced),
-            None => (self.leftover.send(destination), &turn.counters.copied),
-        };
-        let held = self.half.held();
-        match result {
-            Ok(n) => {
-                turn.active = true;
-                self.gave(n, by);
-                // A splice that has moved something swallows the error that stopped it: the kernel forgets it,
-                // and the reset would look like a FIN to the next read.
-                if n < held && self.pipe.is_some() && socket::is_hung_up(destination) {
-                    let error = socket::error(destination).map_err(Fault::Destination)?;
-                    return Err(error.map_or(Fault::DestinationVanished, Fault::Destination));
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.writable = false,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if self.pipe.is_some() && sys_splice::is_unsupported(&e) => self.unsplice()?,
-            Err(e) => return Err(Fault::Destination(e)),
-        }
-        Ok(())
-    }
-
-    /// The destination can't be spliced to: copies what the pipe holds, and everything after it.
-    fn unsplice(&mut self) -> Result<(), Fault> {
-        self.half.never_splice();
-        add(&self.counters.to_copy, 1);
-        if let Some(mut pipe) = self.pipe.take() {
-            self.leftover = Leftover::new(splice::take(&mut pipe).map_err(Fault::Source)?);
-        }
-        Ok(())
-    }
-
-    fn discard(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        match socket::discard(turn.source.fd(), DISCARD) {
-            Ok(0) => self.half.source_ended(),
-            Ok(n) => {
-                add(&self.counters.received, n);
-                add(&self.counters.discarded, n);
-                turn.budget = turn.budget.saturating_sub(n);
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.readable = false,
-            Err(e) => return Err(Fault::Source(e)),
-        }
-        Ok(())
-    }
-
-    fn took(&mut self, n: usize, turn: &mut Turn<'_, 'a>) {
-        add(&self.counters.received, n);
-        turn.budget = turn.budget.saturating_sub(n);
-        turn.active = true;
-    }
-
-    fn gave(&mut self, n: usize, by: &std::cell::Cell<u64>) {
-        add(&self.counters.sent, n);
-        add(by, n);
-        self.half.sent(n);
-        if self.half.held() == 0 {
-            // Back to the pool, now that it is empty.
-            self.pipe = None;
-            if self.paused {
-                self.paused = false;
-                add(&self.counters.resumed, 1);
-            }
-        }
-    }
-
-    fn pause(&mut self) {
-        if !self.paused {
-            self.paused = true;
-            add(&self.counters.paused, 1);
-        }
-    }
-
-    /// The destination is gone, and what is held for it with it.
-    fn lose(&mut self) {
-        add(&self.counters.discarded, self.half.destination_gone());
-        self.pipe = None;
-        self.leftover = Leftover::default();
-    }
-}
-
 fn cause(side: Side, error: &io::Error) -> Cause {
     match error.raw_os_error() {
         Some(libc::ECONNRESET | libc::EPIPE) | None => Cause::Reset { by: side },
         Some(errno) => Cause::Error { side, errno },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+    use std::io::{Read, Write};
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::pin::pin;
+
+    /// The kernel may swallow the error of a reset (see `Lane::write`), and then end the stream as if by a
+    /// FIN. What the endpoint had answered must arrive, and then a reset all the same.
+    #[test]
+    fn a_reset_whose_error_was_swallowed_is_no_fin() {
+        let pair = || {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let ours: Socket = listener.accept().unwrap().0.into();
+            ours.set_nonblocking(true).unwrap();
+            (peer, ours)
+        };
+        let ((mut client, downstream), (mut server, upstream)) = (pair(), pair());
+        server.write_all(b"413 too large").unwrap();
+        server.shutdown(Shutdown::Write).unwrap();
+        let outcome = uring::start(uring::Engine::IoUring, async {
+            let (resources, counters, options) =
+                (Resources::default(), Counters::default(), Options::default());
+            let mut duplex = Duplex::new(&resources, &downstream, &upstream, &options, &counters);
+            let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
+            let mut told = false;
+            poll_fn(|cx| {
+                if !std::mem::replace(&mut told, true) {
+                    assert_eq!(duplex.faulted(Side::Downstream, Fault::DestinationVanished, cx), None);
+                }
+                duplex.poll(timer.as_mut(), cx)
+            })
+            .await
+        })
+        .unwrap();
+        let (downstream, upstream) = (CloseType::LocalReset, CloseType::RemoteReset);
+        assert_eq!(outcome, Outcome { cause: Cause::Reset { by: Side::Upstream }, downstream, upstream });
+        let mut answer = [0; 13];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"413 too large");
+        assert_eq!(client.read(&mut answer).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 }

@@ -7,6 +7,7 @@ mod scripts;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,11 +18,12 @@ use socket2::Socket;
 
 use super::*;
 use crate::drain::Connections;
+use crate::sys::forbid::forbid;
 use crate::uring::{self, Engine};
 
 const MODES: [Mode; 3] = [Mode::CopyOnly, Mode::SpliceOnly, Mode::Adaptive];
 /// Guards against hanging; no test is meant to come near it.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 /// How a pump is run.
 #[derive(Clone)]
@@ -33,6 +35,8 @@ struct Spec {
     buffer_limit: u32,
     kill_after: Option<Duration>,
     pipes: PipeBudget,
+    /// splice(2) fails with this errno; with a side, only when it is into that side's socket.
+    forbid_splice: Option<(i32, Option<Side>)>,
     /// SO_SNDBUF of the pump's sockets, so that a stalled peer is noticed early.
     send_buffer: Option<usize>,
 }
@@ -47,6 +51,7 @@ impl Spec {
             buffer_limit: 0,
             kill_after: None,
             pipes: PipeBudget::default(),
+            forbid_splice: None,
             send_buffer: None,
         }
     }
@@ -137,6 +142,13 @@ fn serve(spec: &Spec, downstream: Socket, upstream: Socket, buffered: &Arc<Atomi
     if let Some(bytes) = spec.send_buffer {
         downstream.set_send_buffer_size(bytes).unwrap();
         upstream.set_send_buffer_size(bytes).unwrap();
+    }
+    if let Some((errno, into)) = spec.forbid_splice {
+        let into = into.map(|side| match side {
+            Side::Downstream => downstream.as_raw_fd(),
+            Side::Upstream => upstream.as_raw_fd(),
+        });
+        forbid(libc::SYS_splice, errno, into);
     }
     let future = async {
         let resources = Resources::new(spec.pipes);

@@ -212,3 +212,19 @@ fn without_pipes_it_copies() {
         }
     }
 }
+
+/// Old kernels can't splice between all kinds of sockets: what the pipe holds by then must not be lost.
+#[test]
+fn where_splice_is_impossible_it_copies() {
+    for mode in [Mode::Adaptive, Mode::SpliceOnly] {
+        for forbidden in [(libc::ENOSYS, None), (libc::EINVAL, Some(Side::Upstream))] {
+            let rig = Spec { forbid_splice: Some(forbidden), ..Spec::new(mode) }.start();
+            let (client, server) = (rig.client.try_clone().unwrap(), rig.server.try_clone().unwrap());
+            let up = std::thread::spawn(move || send_pattern(client, 11, 8 << 20));
+            assert_eq!(expect_pattern(server, 11, true), 8 << 20);
+            join(up);
+            let report = rig.finish();
+            assert_eq!((report.spliced, report.copied), (0, 8 << 20), "{report:?}");
+        }
+    }
+}

@@ -60,7 +60,7 @@ fn a_stuck_flush_is_idle() {
         let rig = Spec { idle_timeout: Some(SHORT), send_buffer: Some(4096), ..spec }.start();
         // More than the endpoint's kernel takes, and the pump's kernel has it all.
         let client = rig.client;
-        join(std::thread::spawn(move || ends::send_and_vanish(client, &[1; 180_000])));
+        join(std::thread::spawn(move || ends::send_and_vanish(client, &vec![1; 180_000])));
         let mut talker = rig.server.try_clone().unwrap();
         for _ in 0..10 {
             let _ = talker.write_all(b"are you there?");
@@ -152,6 +152,7 @@ fn the_future_is_small() {
     let (resources, counters, options) = (Resources::default(), Counters::default(), Options::default());
     let future = run(&resources, &downstream, &upstream, &options, &counters);
     let size = size_of_val(&future);
+    println!("{size} bytes");
     assert!(size <= 800, "{size} bytes");
 }
 

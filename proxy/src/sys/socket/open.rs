@@ -300,15 +300,18 @@ mod tests {
 
     #[test]
     fn a_stream_keeps_its_source_address() {
-        let listener = listen(any4(), &ListenerOptions::default()).unwrap();
-        let address = local_addr(&listener).unwrap();
-        let source = "127.0.0.9:0".parse().unwrap();
-        let options = StreamOptions { source: Some(source), mark: Some(7), ..Default::default() };
-        let socket = stream(address, &options).unwrap();
-        connect(&socket, &address.into()).unwrap();
-        let (_accepted, peer) = accept_soon(&listener);
-        assert_eq!(peer.ip(), source.ip());
-        assert_eq!(socket.mark().unwrap(), 7);
-        assert!(socket.tcp_nodelay().unwrap());
+        for (at, source) in [("127.0.0.1:0", "127.0.0.9:0"), ("[::1]:0", "[::1]:0")] {
+            let listener = listen(at.parse().unwrap(), &ListenerOptions::default()).unwrap();
+            let address = local_addr(&listener).unwrap();
+            let source: SocketAddr = source.parse().unwrap();
+            let options = StreamOptions { source: Some(source), mark: Some(7), ..Default::default() };
+            let socket = stream(address, &options).unwrap();
+            assert_eq!(local_addr(&socket).unwrap().port(), 0, "chosen at connect time");
+            connect(&socket, &address.into()).unwrap();
+            let (_accepted, peer) = accept_soon(&listener);
+            assert_eq!(peer.ip(), source.ip());
+            assert_eq!(socket.mark().unwrap(), 7);
+            assert!(socket.tcp_nodelay().unwrap());
+        }
     }
 }
