@@ -69,7 +69,7 @@ impl Source {
             Ok(text) => Ok(Self { name, text, format }),
             Err(error) => {
                 let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-                let line = valid.iter().filter(|byte| **byte == b'\n').count() as u32 + 1;
+                let line = valid.split(|byte| *byte == b'\n').count() as u32;
                 let reason = Reason::Syntax("not UTF-8; save the file in that encoding".to_owned());
                 let at = Some(Mark { line, column: 1 });
                 Err(Problem { file: name, at, path: String::new(), reason }.into())
@@ -169,7 +169,7 @@ fn parse_layers<'a, M: Message + Name + Default>(
         let (tree, ignored) = match read(source) {
             Ok(read) => read,
             Err(problem) => {
-                problems.push(problem);
+                problems.push(*problem);
                 continue;
             }
         };
@@ -214,7 +214,7 @@ pub fn check<M: Message + Name>(message: &M, name: impl Into<Arc<str>>) -> Resul
         Ok(dynamic) => {
             rules::check(&dynamic, &FieldPath::ROOT, rules::InsideAny::Check, &mut |path, reason| {
                 problems.push(problem(path.to_string(), reason));
-            })
+            });
         }
         Err(error) => problems.push(problem(String::new(), Reason::Invalid(error.to_string()))),
     }
@@ -244,11 +244,11 @@ fn schema_of<M: Name>() -> Result<Arc<MessageSchema>, ConfigError> {
 }
 
 /// The tree of a text, and a warning about what is ignored behind it.
-fn read(source: &Source) -> Result<(tree::Tree, Option<Problem>), Problem> {
+fn read(source: &Source) -> Result<(tree::Tree, Option<Problem>), Box<Problem>> {
     let note = |at, reason| Problem { file: source.name.clone(), at, path: String::new(), reason };
     let too_long = || Reason::Limit("the text is longer than 1 GiB".to_owned());
     if source.text.len() > 1 << 30 {
-        return Err(note(None, too_long()));
+        return Err(note(None, too_long()).into());
     }
     match source.format {
         Format::Yaml => {

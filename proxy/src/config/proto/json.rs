@@ -44,10 +44,10 @@ impl Reader<'_> {
         loop {
             self.skip_space();
             let Some(next) = self.peek() else {
-                return if expect == Expect::Separator && closers.is_empty() {
+                // An empty text has no value: the caller says what is missing.
+                let complete = expect == Expect::Separator || self.builder.tree().root().is_none();
+                return if closers.is_empty() && complete {
                     Ok(())
-                } else if self.builder.tree().root().is_none() && closers.is_empty() {
-                    Ok(()) // an empty text: the caller says what is missing
                 } else {
                     Err(syntax("the text ends inside a value"))
                 };

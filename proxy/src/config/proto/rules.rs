@@ -1,14 +1,14 @@
 //! The rules of Envoy's API (`validate.rules`, protoc-gen-validate), for any message.
 
-use std::fmt::{Debug, Display};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+mod number;
+mod text;
 
 use prost_reflect::{DynamicMessage, Kind, MapKey, ReflectMessage, Value};
 use tidegate_api::validate::field_rules::Type;
-use tidegate_api::validate::string_rules::WellKnown as WellKnownString;
-use tidegate_api::validate::{
-    BytesRules, DurationRules, EnumRules, FieldRules, KnownRegex, MapRules, RepeatedRules, StringRules,
-};
+use tidegate_api::validate::{BytesRules, EnumRules, FieldRules, MapRules, MessageRules, RepeatedRules};
+
+use number::{NumberRules, duration, is_zero};
+use text::string;
 
 use super::any;
 use super::path::FieldPath;
@@ -142,19 +142,19 @@ impl Checker<'_> {
 
     /// One value: a field, an element or the value of a map entry.
     fn value(&mut self, value: &Value, kind: &Kind, rules: Option<&FieldRules>, path: &FieldPath<'_>) {
+        let rule = rules.and_then(|rules| rules.r#type.as_ref());
         let Value::Message(message) = value else {
-            if let Some(rule) = rules.and_then(|rules| rules.r#type.as_ref()) {
-                if let Some(reason) = broken(value, rule).or_else(|| undefined(value, kind, rule)) {
-                    (self.report)(path, reason);
-                }
+            if let Some(reason) =
+                rule.and_then(|rule| broken(value, rule).or_else(|| undefined(value, kind, rule)))
+            {
+                (self.report)(path, reason);
             }
             return;
         };
         let well_known = MessageSchema::of(&message.descriptor()).well_known;
-        let rule = rules.and_then(|rules| rules.r#type.as_ref());
         match well_known {
             WellKnown::No => {
-                if !rules.and_then(|rules| rules.message.as_ref()).is_some_and(|rules| rules.skip()) {
+                if !rules.and_then(|rules| rules.message.as_ref()).is_some_and(MessageRules::skip) {
                     self.message(message, path);
                 }
             }
@@ -166,10 +166,10 @@ impl Checker<'_> {
                 }
             }
             WellKnown::Duration => {
-                if let Some(Type::Duration(rules)) = rule {
-                    if let Some(reason) = duration(message, rules) {
-                        (self.report)(path, reason);
-                    }
+                if let Some(Type::Duration(rules)) = rule
+                    && let Some(reason) = duration(message, rules)
+                {
+                    (self.report)(path, reason);
                 }
             }
             // No rule of the vendored files is about these (a test holds that).
@@ -214,7 +214,7 @@ fn is_required(rules: &FieldRules) -> bool {
         Some(Type::Timestamp(rules)) => rules.required(),
         _ => false,
     };
-    by_type || rules.message.as_ref().is_some_and(|rules| rules.required())
+    by_type || rules.message.as_ref().is_some_and(MessageRules::required)
 }
 
 fn constraint(message: impl Into<String>) -> Reason {
@@ -297,162 +297,6 @@ fn broken(value: &Value, rule: &Type) -> Option<Reason> {
     message.map(Reason::Constraint)
 }
 
-fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
-}
-
-struct NumberRules<'a, T> {
-    r#const: Option<T>,
-    lt: Option<T>,
-    lte: Option<T>,
-    gt: Option<T>,
-    gte: Option<T>,
-    r#in: &'a [T],
-    not_in: &'a [T],
-}
-
-impl<T: PartialOrd + Display + Debug + Copy> NumberRules<'_, T> {
-    fn broken(&self, value: &T) -> Option<String> {
-        let low = match (self.gt, self.gte) {
-            (Some(gt), _) => Some((*value > gt, format!("greater than {gt}"))),
-            (None, Some(gte)) => Some((*value >= gte, format!("at least {gte}"))),
-            (None, None) => None,
-        };
-        let high = match (self.lt, self.lte) {
-            (Some(lt), _) => Some((*value < lt, format!("less than {lt}"))),
-            (None, Some(lte)) => Some((*value <= lte, format!("at most {lte}"))),
-            (None, None) => None,
-        };
-        let range = match (low, high) {
-            // Bounds that cross name the range that is forbidden.
-            (Some((above, low)), Some((below, high))) if self.crossed() => {
-                (!(above || below)).then(|| format!("{low} or {high}"))
-            }
-            (Some((above, low)), Some((below, high))) => {
-                (!(above && below)).then(|| format!("{low} and {high}"))
-            }
-            (Some((false, text)), None) | (None, Some((false, text))) => Some(text),
-            _ => None,
-        };
-        if let Some(range) = range {
-            return Some(format!("must be {range}, is {value}"));
-        }
-        if let Some(wanted) = self.r#const.filter(|wanted| wanted != value) {
-            return Some(format!("must be {wanted}, is {value}"));
-        }
-        if !self.r#in.is_empty() && !self.r#in.contains(value) {
-            return Some(format!("must be one of {:?}, is {value}", self.r#in));
-        }
-        self.not_in.contains(value).then(|| format!("must not be {value}"))
-    }
-
-    fn crossed(&self) -> bool {
-        let low = self.gt.or(self.gte);
-        let high = self.lt.or(self.lte);
-        low.zip(high).is_some_and(|(low, high)| low > high)
-    }
-}
-
-fn string(value: &str, rules: &StringRules) -> Option<String> {
-    if rules.ignore_empty() && value.is_empty() {
-        return None;
-    }
-    let chars = value.chars().count() as u64;
-    let bytes = value.len() as u64;
-    if chars < rules.min_len() || bytes < rules.min_bytes() {
-        return Some(match rules.min_len().max(rules.min_bytes()) {
-            1 => "must not be empty".to_owned(),
-            min => format!("must have at least {min} characters, has {chars}"),
-        });
-    }
-    if let Some(max) = rules.max_len.filter(|max| chars > *max).or(rules.max_bytes.filter(|max| bytes > *max))
-    {
-        return Some(format!("may have at most {max} characters, has {bytes}"));
-    }
-    let is = quoted(value);
-    if rules.len.is_some_and(|len| chars != len) || rules.len_bytes.is_some_and(|len| bytes != len) {
-        let len = rules.len.or(rules.len_bytes).unwrap_or_default();
-        return Some(format!("must have exactly {len} characters, has {bytes}"));
-    }
-    if let Some(wanted) = rules.r#const.as_ref().filter(|wanted| *wanted != value) {
-        return Some(format!("must be {wanted:?}, is {is}"));
-    }
-    let part = [
-        ("start with", &rules.prefix, rules.prefix.as_ref().is_none_or(|part| value.starts_with(part))),
-        ("end with", &rules.suffix, rules.suffix.as_ref().is_none_or(|part| value.ends_with(part))),
-        ("contain", &rules.contains, rules.contains.as_ref().is_none_or(|part| value.contains(part))),
-    ];
-    if let Some((verb, Some(wanted), _)) = part.into_iter().find(|(_, _, holds)| !holds) {
-        return Some(format!("must {verb} {wanted:?}, is {is}"));
-    }
-    if rules.not_contains.as_ref().is_some_and(|part| value.contains(part)) {
-        return Some(format!("must not contain {:?}, is {is}", rules.not_contains()));
-    }
-    if !rules.r#in.is_empty() && !rules.r#in.iter().any(|allowed| allowed == value) {
-        return Some(format!("must be one of {}, is {is}", rules.r#in.join(", ")));
-    }
-    if rules.not_in.iter().any(|forbidden| forbidden == value) {
-        return Some(format!("must not be {is}"));
-    }
-    if let Some(pattern) = rules.pattern.as_ref().filter(|pattern| !matches_pattern(value, pattern)) {
-        return Some(format!("must match {pattern}, is {is}"));
-    }
-    let wanted = rules.well_known.as_ref().and_then(|format| not_in_format(value, format, rules.strict()))?;
-    Some(format!("must be {wanted}, is {is}"))
-}
-
-fn matches_pattern(value: &str, pattern: &str) -> bool {
-    // Every pattern of the vendored files compiles: a test holds that.
-    regex::Regex::new(pattern).is_ok_and(|regex| regex.is_match(value))
-}
-
-/// What a value should have been, when it is not of a well-known format.
-fn not_in_format(value: &str, format: &WellKnownString, strict: bool) -> Option<&'static str> {
-    let is_ip = value.parse::<IpAddr>().is_ok();
-    let (holds, wanted) = match format {
-        WellKnownString::Ip(true) => (is_ip, "an IP address"),
-        WellKnownString::Ipv4(true) => (value.parse::<Ipv4Addr>().is_ok(), "an IPv4 address"),
-        WellKnownString::Ipv6(true) => (value.parse::<Ipv6Addr>().is_ok(), "an IPv6 address"),
-        WellKnownString::Hostname(true) => (is_hostname(value), "a host name"),
-        WellKnownString::Address(true) => (is_ip || is_hostname(value), "a host name or an IP address"),
-        WellKnownString::WellKnownRegex(kind) => match KnownRegex::try_from(*kind) {
-            Ok(KnownRegex::HttpHeaderName) => (is_header_name(value, strict), "a header name"),
-            Ok(KnownRegex::HttpHeaderValue) => (is_header_value(value, strict), "a header value"),
-            _ => return None,
-        },
-        _ => return None,
-    };
-    (!holds).then_some(wanted)
-}
-
-fn is_hostname(value: &str) -> bool {
-    let labels = value.strip_suffix('.').unwrap_or(value);
-    labels.len() <= 253
-        && labels.split('.').all(|label| {
-            (1..=63).contains(&label.len())
-                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        })
-}
-
-fn is_header_name(value: &str, strict: bool) -> bool {
-    if !strict {
-        // Not strict, names and values have the same rule, and an empty one is accepted (checked with Envoy).
-        return is_header_value(value, false);
-    }
-    let name = value.strip_prefix(':').unwrap_or(value);
-    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_|~`".contains(&b))
-}
-
-fn is_header_value(value: &str, strict: bool) -> bool {
-    if strict {
-        !value.contains(|c: char| (c.is_ascii_control() && c != '\t') || c == '\u{7f}')
-    } else {
-        !value.contains(['\0', '\n', '\r'])
-    }
-}
-
 fn bytes(value: &[u8], rules: &BytesRules) -> Option<String> {
     if rules.ignore_empty() && value.is_empty() {
         return None;
@@ -486,51 +330,6 @@ fn enum_number(value: i32, rules: &EnumRules) -> Option<String> {
     rules.not_in.contains(&value).then(|| format!("must not be {value}"))
 }
 
-fn duration(message: &DynamicMessage, rules: &DurationRules) -> Option<Reason> {
-    let nanos = |seconds: i64, nanos: i32| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
-    let field = |number| message.get_field_by_number(number);
-    let value = nanos(
-        field(1).and_then(|value| value.as_i64()).unwrap_or_default(),
-        field(2).and_then(|value| value.as_i32()).unwrap_or_default(),
-    );
-    let bound = |bound: &Option<tidegate_api::wkt::Duration>| {
-        bound.as_ref().map(|d| Seconds(nanos(d.seconds, d.nanos)))
-    };
-    let list = |list: &[tidegate_api::wkt::Duration]| {
-        list.iter().map(|d| Seconds(nanos(d.seconds, d.nanos))).collect::<Vec<_>>()
-    };
-    NumberRules {
-        r#const: bound(&rules.r#const),
-        lt: bound(&rules.lt),
-        lte: bound(&rules.lte),
-        gt: bound(&rules.gt),
-        gte: bound(&rules.gte),
-        r#in: &list(&rules.r#in),
-        not_in: &list(&rules.not_in),
-    }
-    .broken(&Seconds(value))
-    .map(Reason::Constraint)
-}
-
-/// Nanoseconds that print as seconds: `0.25s`.
-#[derive(Clone, Copy, PartialEq, PartialOrd)]
-struct Seconds(i128);
-
-impl Display for Seconds {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let nanos = self.0.unsigned_abs();
-        let text = format!("{}.{:09}", nanos / 1_000_000_000, nanos % 1_000_000_000);
-        let sign = if self.0 < 0 { "-" } else { "" };
-        write!(f, "{sign}{}s", text.trim_end_matches('0').trim_end_matches('.'))
-    }
-}
-
-impl Debug for Seconds {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        Display::fmt(self, f)
-    }
-}
-
 fn show(value: &Value) -> String {
     match value {
         Value::String(text) => quoted(text),
@@ -543,6 +342,10 @@ mod tests {
     use prost_reflect::FieldDescriptor;
     use tidegate_api::core;
 
+    use tidegate_api::validate::string_rules::WellKnown as WellKnownString;
+    use tidegate_api::validate::{KnownRegex, StringRules};
+
+    use super::number::Seconds;
     use super::*;
     use crate::config::proto::{Format, Options, Source, parse};
 
@@ -695,18 +498,21 @@ load_assignment:
         fn unsupported(rules: &FieldRules, field: &FieldDescriptor) -> Option<String> {
             let complain = |what: &str| Some(format!("{}: {what}", field.full_name()));
             match rules.r#type.as_ref()? {
-                Type::String(rules) => match &rules.well_known {
-                    Some(
-                        WellKnownString::Email(true)
-                        | WellKnownString::Uri(true)
-                        | WellKnownString::UriRef(true)
-                        | WellKnownString::Uuid(true),
-                    ) => complain("format of a string"),
-                    _ => {
-                        let pattern = rules.pattern.as_deref().map(regex::Regex::new);
-                        pattern.is_some_and(|pattern| pattern.is_err()).then(|| "a pattern".into())
+                Type::String(rules) => {
+                    let pattern = rules.pattern.as_deref().map(regex::Regex::new);
+                    if pattern.is_some_and(|pattern| pattern.is_err()) {
+                        return complain("pattern");
                     }
-                },
+                    let format = rules.well_known.as_ref()?;
+                    matches!(
+                        format,
+                        WellKnownString::Email(true)
+                            | WellKnownString::Uri(true)
+                            | WellKnownString::UriRef(true)
+                            | WellKnownString::Uuid(true)
+                    )
+                    .then(|| format!("{}: {format:?}", field.full_name()))
+                }
                 Type::Bytes(rules) => {
                     let supported = BytesRules {
                         min_len: rules.min_len,

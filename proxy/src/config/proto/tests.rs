@@ -90,7 +90,7 @@ fn accepts_and_refuses_what_envoy_does() {
                 ));
             }
             (true, Some(_)) => {
-                unexpected.push(format!("{} {:?}: no difference", verdict.case, verdict.value))
+                unexpected.push(format!("{} {:?}: no difference", verdict.case, verdict.value));
             }
             (true, None) => {}
         }
@@ -471,12 +471,13 @@ fn our_own_extension_has_rules_too() {
     );
 }
 
-/// A large configuration is not refused, and its size only costs in proportion.
+/// A large configuration is not refused. (An unoptimized build gets a tenth of it.)
 #[test]
 fn ten_megabytes() {
     use std::fmt::Write;
     let mut text = String::from("static_resources:\n  clusters:\n");
-    while text.len() < 10_000_000 {
+    let (size, clusters) = if cfg!(debug_assertions) { (1_000_000, 500) } else { (10_000_000, 5_000) };
+    while text.len() < size {
         let n = text.len();
         writeln!(text, "  - name: outbound|{n}||service.namespace.svc.cluster.local\n    connect_timeout: 1s\n    load_assignment:\n      cluster_name: c{n}\n      endpoints:\n      - lb_endpoints:").unwrap();
         for port in 1..=10 {
@@ -484,12 +485,12 @@ fn ten_megabytes() {
         }
     }
     let parsed = accepted::<Bootstrap>(&text);
-    assert!(parsed.message.static_resources.unwrap().clusters.len() > 5_000);
+    assert!(parsed.message.static_resources.unwrap().clusters.len() > clusters);
 }
 
 /// A message of any shape that the descriptors allow, without `Any` of unknown types.
 fn arbitrary_message(
-    descriptor: prost_reflect::MessageDescriptor,
+    descriptor: &prost_reflect::MessageDescriptor,
     depth: u32,
 ) -> BoxedStrategy<DynamicMessage> {
     use prost_reflect::Kind;
@@ -499,7 +500,7 @@ fn arbitrary_message(
         "google.protobuf.Any" => {
             let inner =
                 tidegate_api::descriptors().get_message_by_name("envoy.config.core.v3.Locality").unwrap();
-            return arbitrary_message(inner, 1)
+            return arbitrary_message(&inner, 1)
                 .prop_map(|inner| {
                     any::pack("type.googleapis.com/envoy.config.core.v3.Locality", &inner).unwrap()
                 })
@@ -596,9 +597,7 @@ fn arbitrary_value(kind: &prost_reflect::Kind, depth: u32) -> BoxedStrategy<pros
                 .prop_map(Value::EnumNumber)
                 .boxed()
         }
-        Kind::Message(descriptor) => {
-            arbitrary_message(descriptor.clone(), depth).prop_map(Value::Message).boxed()
-        }
+        Kind::Message(descriptor) => arbitrary_message(descriptor, depth).prop_map(Value::Message).boxed(),
     }
 }
 
@@ -628,13 +627,13 @@ proptest! {
             "google.protobuf.Struct",
         ])
         .prop_flat_map(|name| {
-            arbitrary_message(tidegate_api::descriptors().get_message_by_name(name).unwrap(), 4)
+            arbitrary_message(&tidegate_api::descriptors().get_message_by_name(name).unwrap(), 4)
         })
     ) {
         use prost_reflect::ReflectMessage;
         let text = to_json::to_json_with_secrets(&message).to_string();
         for format in [Format::Json, Format::Yaml] {
-            // Plain YAML 1.2 readers take JSON, but a key may not be longer than 1,024 characters.
+            // YAML gives the numbers of a Struct other types than JSON does: there only problems count.
             let source = Source { name: "t".into(), text: text.clone(), format };
             let (back, problems) = walked(&source, &message.descriptor());
             let deprecated = problems.iter().all(|problem| problem.contains("is deprecated"));
@@ -644,8 +643,10 @@ proptest! {
                 prop_assert_eq!(&again, &text);
                 let nan = text.contains("NaN");
                 // Decoded anew, a field that was set to its default is unset.
-                let message = DynamicMessage::decode(message.descriptor(), &message.encode_to_vec()[..]).unwrap();
-                prop_assert!(nan || back == message, "{}", text);
+                let anew = |message: &DynamicMessage| {
+                    DynamicMessage::decode(message.descriptor(), &message.encode_to_vec()[..]).unwrap()
+                };
+                prop_assert!(nan || anew(&back) == anew(&message), "{}", text);
             }
         }
     }

@@ -42,11 +42,7 @@ impl Writer {
             WellKnown::Duration => duration(message).into(),
             WellKnown::Timestamp => timestamp(message).into(),
             WellKnown::FieldMask => field_mask(message).into(),
-            WellKnown::Wrapper => {
-                let field = &schema.fields[0].descriptor;
-                self.value(&message.get_field(field), &field.kind(), sensitive).unwrap_or(Json::Null)
-            }
-            WellKnown::Struct | WellKnown::ListValue => {
+            WellKnown::Wrapper | WellKnown::Struct | WellKnown::ListValue => {
                 let field = &schema.fields[0].descriptor;
                 self.value(&message.get_field(field), &field.kind(), sensitive).unwrap_or(Json::Null)
             }

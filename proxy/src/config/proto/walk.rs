@@ -1,18 +1,19 @@
 //! From a parsed text to a message: a walk over its tree along the descriptors. Nothing stops at the first
 //! problem.
 
+mod extension;
+mod well_known;
+
 use std::sync::Arc;
 
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, Value as ProtoValue};
 
-use super::any::{self, type_name};
 use super::nearest::nearest;
 use super::path::FieldPath;
-use super::rules::{self, InsideAny};
 use super::scalar::{self, wrong_type};
 use super::schema::{Deprecation, FieldSchema, MessageSchema, WellKnown, enum_value_deprecation};
 use super::tree::{Entry, NodeId, Tree, Value, last_of_each};
-use super::{Options, SourceMap, UnknownFields, UnknownType, UnknownTypes};
+use super::{Options, SourceMap, UnknownFields};
 use crate::config::error::{Mark, Problem, Reason, quoted};
 
 /// Most problems, and most warnings, that are kept: a large file can have the same mistake everywhere.
@@ -292,251 +293,6 @@ impl<'s> Walker<'s> {
             self.deprecated(self.mark(id), path, value.name(), &deprecation);
         }
     }
-
-    fn message_value(
-        &mut self,
-        id: NodeId,
-        schema: &Arc<MessageSchema>,
-        extension_name: Option<&str>,
-        path: &FieldPath<'_>,
-    ) -> Option<DynamicMessage> {
-        let tree = self.tree;
-        let value = &tree.node(id).value;
-        let text = match value {
-            Value::String(text) => Some(&**text),
-            _ => None,
-        };
-        let read = match schema.well_known {
-            WellKnown::No => return Some(self.message(id, schema, path)),
-            WellKnown::Any => return self.any(id, schema, extension_name, path),
-            WellKnown::Struct | WellKnown::Value | WellKnown::ListValue => {
-                return self.dynamic_value(id, schema, path);
-            }
-            // Envoy also takes the fields of these messages.
-            WellKnown::Wrapper | WellKnown::Duration | WellKnown::Timestamp
-                if matches!(value, Value::Map(_)) =>
-            {
-                return Some(self.message(id, schema, path));
-            }
-            WellKnown::Wrapper => self.wrapped(id, schema),
-            WellKnown::Duration => {
-                text.and_then(scalar::duration).map(|time| seconds_and_nanos(schema, time)).ok_or_else(|| {
-                    wrong_type("a duration in seconds like \"1.5s\"", value, duration_hint(value))
-                })
-            }
-            WellKnown::Timestamp => text
-                .and_then(scalar::timestamp)
-                .map(|time| seconds_and_nanos(schema, time))
-                .ok_or_else(|| wrong_type("a time like \"2026-01-31T23:59:59Z\"", value, None)),
-            WellKnown::FieldMask => text
-                .and_then(scalar::field_mask)
-                .map(|paths| {
-                    let mut message = DynamicMessage::new(schema.descriptor.clone());
-                    let paths = paths.into_iter().map(ProtoValue::String).collect();
-                    message.set_field_by_number(1, ProtoValue::List(paths));
-                    message
-                })
-                .ok_or_else(|| wrong_type("lowerCamelCase field paths with commas between", value, None)),
-        };
-        read.map_err(|reason| self.problem(self.mark(id), path, reason)).ok()
-    }
-
-    fn wrapped(&self, id: NodeId, schema: &MessageSchema) -> Result<DynamicMessage, Reason> {
-        let field = &schema.fields[0].descriptor;
-        let value = scalar::scalar(&field.kind(), &self.tree.node(id).value)?;
-        let mut message = DynamicMessage::new(schema.descriptor.clone());
-        message.set_field(field, value);
-        Ok(message)
-    }
-
-    /// `Struct`, `Value`, `ListValue`: any JSON.
-    fn dynamic_value(
-        &mut self,
-        id: NodeId,
-        schema: &MessageSchema,
-        path: &FieldPath<'_>,
-    ) -> Option<DynamicMessage> {
-        let tree = self.tree;
-        let value = &tree.node(id).value;
-        let mut message = DynamicMessage::new(schema.descriptor.clone());
-        match (schema.well_known, value) {
-            (WellKnown::Struct, Value::Map(entries)) => {
-                let element = MessageSchema::named("google.protobuf.Value")?;
-                let mut fields = std::collections::HashMap::new();
-                for entry in self.entries(entries, path) {
-                    if let Some(value) = self.dynamic_value(entry.value, &element, &path.key(&entry.key)) {
-                        fields.insert(MapKey::String(entry.key.to_string()), ProtoValue::Message(value));
-                    }
-                }
-                message.set_field_by_number(1, ProtoValue::Map(fields));
-            }
-            (WellKnown::ListValue, Value::List(items)) => {
-                let element = MessageSchema::named("google.protobuf.Value")?;
-                let values = items.iter().enumerate().filter_map(|(index, item)| {
-                    self.dynamic_value(*item, &element, &path.index(index)).map(ProtoValue::Message)
-                });
-                let values = values.collect();
-                message.set_field_by_number(1, ProtoValue::List(values));
-            }
-            (WellKnown::Value, Value::Null) => message.set_field_by_number(1, ProtoValue::EnumNumber(0)),
-            (WellKnown::Value, number @ Value::Number(_)) => match scalar::scalar(&Kind::Double, number) {
-                Ok(value) => message.set_field_by_number(2, value),
-                Err(reason) => {
-                    self.problem(self.mark(id), path, reason);
-                    return None;
-                }
-            },
-            (WellKnown::Value, Value::String(text)) => {
-                message.set_field_by_number(3, ProtoValue::String(text.to_string()));
-            }
-            (WellKnown::Value, Value::Bool(value)) => {
-                message.set_field_by_number(4, ProtoValue::Bool(*value))
-            }
-            (WellKnown::Value, Value::Map(_)) => {
-                let inner = MessageSchema::named("google.protobuf.Struct")?;
-                message.set_field_by_number(5, ProtoValue::Message(self.dynamic_value(id, &inner, path)?));
-            }
-            (WellKnown::Value, Value::List(_)) => {
-                let inner = MessageSchema::named("google.protobuf.ListValue")?;
-                message.set_field_by_number(6, ProtoValue::Message(self.dynamic_value(id, &inner, path)?));
-            }
-            (well_known, other) => {
-                let expected = if well_known == WellKnown::ListValue { "a list" } else { "a mapping" };
-                self.problem(self.mark(id), path, wrong_type(expected, other, None));
-                return None;
-            }
-        }
-        Some(message)
-    }
-
-    fn any(
-        &mut self,
-        id: NodeId,
-        schema: &MessageSchema,
-        extension_name: Option<&str>,
-        path: &FieldPath<'_>,
-    ) -> Option<DynamicMessage> {
-        let tree = self.tree;
-        let mark = self.mark(id);
-        let Value::Map(entries) = &tree.node(id).value else {
-            self.problem(mark, path, wrong_type("a mapping with @type", &tree.node(id).value, None));
-            return None;
-        };
-        if entries.is_empty() {
-            return Some(DynamicMessage::new(schema.descriptor.clone()));
-        }
-        let (type_url, mark) = match self.type_url(entries) {
-            Ok(found) => found,
-            Err(reason) => {
-                self.problem(mark, path, reason);
-                return None;
-            }
-        };
-        let Some(inner) = MessageSchema::named(type_name(type_url)) else {
-            return self.unknown_type(id, mark, type_url, extension_name, path);
-        };
-        if is_typed_struct(type_url) && !is_opaque(path) {
-            if let Some((type_url, schema)) = self.known_inside_typed_struct(entries) {
-                let message = match entry(entries, "value") {
-                    Some(value) if !matches!(tree.node(value).value, Value::Null) => {
-                        self.message(value, &schema, path)
-                    }
-                    _ => DynamicMessage::new(schema.descriptor.clone()),
-                };
-                return self.pack(type_url, &message, path);
-            }
-        }
-        if inner.well_known == WellKnown::No {
-            let message = self.message(id, &inner, path);
-            return self.pack(type_url, &message, path);
-        }
-        for other in entries.iter().filter(|entry| !matches!(&*entry.key, "@type" | "value")) {
-            self.unknown_field(other, &inner, path);
-        }
-        let message = match entry(entries, "value") {
-            Some(value) => match self.value(&Kind::Message(inner.descriptor.clone()), value, None, path)? {
-                ProtoValue::Message(message) => message,
-                _ => return None,
-            },
-            None => DynamicMessage::new(inner.descriptor.clone()),
-        };
-        self.pack(type_url, &message, path)
-    }
-
-    /// Packs a message of an extension, which is checked here, where its path is known.
-    fn pack(
-        &mut self,
-        type_url: &str,
-        message: &DynamicMessage,
-        path: &FieldPath<'_>,
-    ) -> Option<DynamicMessage> {
-        if is_opaque(path) {
-            return any::pack(type_url, message);
-        }
-        let broken = &mut self.broken;
-        rules::check(message, path, InsideAny::Skip, &mut |path, reason| {
-            if broken.len() < KEPT {
-                broken.push((path.to_string(), reason));
-            }
-        });
-        any::pack(type_url, message)
-    }
-
-    fn type_url(&self, entries: &'s [Entry]) -> Result<(&'s str, Mark), Reason> {
-        let missing =
-            "@type is missing: an extension needs '@type': type.googleapis.com/<full name of its message>";
-        let id = entry(entries, "@type").ok_or_else(|| Reason::TypeUrl(missing.to_owned()))?;
-        let node = self.tree.node(id);
-        match &node.value {
-            Value::String(url) if url.split_once('/').is_some_and(|(host, _)| !host.is_empty()) => {
-                Ok((url, node.mark))
-            }
-            Value::String(url) => Err(Reason::TypeUrl(format!(
-                "@type {} is not a type URL: it needs a host and a slash, as in type.googleapis.com/{}",
-                quoted(url),
-                type_name(url)
-            ))),
-            other => Err(wrong_type("a type URL in @type", other, None)),
-        }
-    }
-
-    fn known_inside_typed_struct(&self, entries: &'s [Entry]) -> Option<(&'s str, Arc<MessageSchema>)> {
-        let id = entry(entries, "type_url").or_else(|| entry(entries, "typeUrl"))?;
-        let Value::String(url) = &self.tree.node(id).value else { return None };
-        if is_typed_struct(url) || !url.contains('/') {
-            return None;
-        }
-        Some((url, MessageSchema::named(type_name(url)).filter(|schema| schema.well_known == WellKnown::No)?))
-    }
-
-    fn unknown_type(
-        &mut self,
-        id: NodeId,
-        mark: Mark,
-        type_url: &str,
-        extension_name: Option<&str>,
-        path: &FieldPath<'_>,
-    ) -> Option<DynamicMessage> {
-        let reason = Reason::UnknownType { type_url: quoted(type_url), suggestion: similar_type(type_url) };
-        let keep = match self.options.unknown_types {
-            UnknownTypes::Refuse => false,
-            UnknownTypes::Keep => true,
-            UnknownTypes::Ask(keep) => {
-                keep(&UnknownType { type_url, extension_name, path: &path.to_string() })
-            }
-        };
-        if !keep {
-            self.problem(mark, path, reason);
-            return None;
-        }
-        self.warn(mark, path, reason);
-        let content = MessageSchema::named("google.protobuf.Struct")?;
-        let mut content = self.dynamic_value(id, &content, path)?;
-        if let Some(ProtoValue::Map(fields)) = content.get_field_by_number_mut(1) {
-            fields.remove(&MapKey::String("@type".to_owned()));
-        }
-        any::pack_unknown(type_url, content)
-    }
 }
 
 fn empty(schema: &MessageSchema) -> Reason {
@@ -547,15 +303,6 @@ fn entry(entries: &[Entry], key: &str) -> Option<NodeId> {
     entries.iter().rev().find(|entry| &*entry.key == key).map(|entry| entry.value)
 }
 
-/// Metadata is for whoever looks it up: it stays as it is and need not be complete.
-fn is_opaque(path: &FieldPath<'_>) -> bool {
-    path.is_inside("typed_filter_metadata")
-}
-
-fn is_typed_struct(type_url: &str) -> bool {
-    matches!(type_name(type_url), "udpa.type.v1.TypedStruct" | "xds.type.v3.TypedStruct")
-}
-
 /// Whether null is a value of this type, and not the absence of one.
 fn takes_null(kind: &Kind) -> bool {
     match kind {
@@ -563,42 +310,6 @@ fn takes_null(kind: &Kind) -> bool {
         Kind::Enum(descriptor) => descriptor.full_name() == "google.protobuf.NullValue",
         _ => false,
     }
-}
-
-fn seconds_and_nanos(schema: &MessageSchema, (seconds, nanos): (i64, i32)) -> DynamicMessage {
-    let mut message = DynamicMessage::new(schema.descriptor.clone());
-    message.set_field_by_number(1, ProtoValue::I64(seconds));
-    message.set_field_by_number(2, ProtoValue::I32(nanos));
-    message
-}
-
-fn duration_hint(value: &Value) -> Option<&'static str> {
-    let text = match value {
-        Value::String(text) => &**text,
-        Value::Number(_) => return Some("append the unit s"),
-        _ => return None,
-    };
-    if text.ends_with("ms") {
-        return Some("seconds are the only unit: 250ms is 0.25s");
-    }
-    if text.ends_with(['m', 'h']) {
-        return Some("seconds are the only unit: 5m is 300s");
-    }
-    text.parse::<f64>().is_ok().then_some("append the unit s")
-}
-
-/// A known type with nearly this name, or with the same last part.
-fn similar_type(type_url: &str) -> Option<String> {
-    let name = type_name(type_url);
-    let messages: Vec<_> = tidegate_api::descriptors().all_messages().collect();
-    if let Some(found) = nearest(name, messages.iter().map(|message| message.full_name())) {
-        return Some(found.to_owned());
-    }
-    let last = name.rsplit('.').next()?;
-    let mut same =
-        messages.iter().filter(|message| message.name() == last && message.parent_message().is_none());
-    let only = same.next()?;
-    same.next().is_none().then(|| only.full_name().to_owned())
 }
 
 /// Whether a broken rule only follows from a problem with the same thing: a required field is not missing

@@ -260,10 +260,10 @@ mod tests {
             match &tree.node(id).value {
                 Value::List(items) => {
                     out.push('[');
-                    items.iter().for_each(|item| {
+                    for item in items {
                         show(tree, *item, out);
                         out.push(' ');
-                    });
+                    }
                     out.push(']');
                 }
                 Value::Map(entries) => {
