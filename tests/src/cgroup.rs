@@ -53,7 +53,25 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         remove_tree(&self.path);
+        // A container runtime makes the same path in every v1 hierarchy.
+        for hierarchy in hierarchies() {
+            let twin = hierarchy.join(self.relative().trim_start_matches('/'));
+            if twin.exists() {
+                remove_tree(&twin);
+            }
+        }
     }
+}
+
+/// Where every cgroup hierarchy is mounted, of v1 and v2.
+pub(crate) fn hierarchies() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mount = |line: &str| {
+        let mut fields = line.split(' ').skip(1);
+        let (path, kind) = (fields.next()?, fields.next()?);
+        matches!(kind, "cgroup" | "cgroup2").then(|| PathBuf::from(path))
+    };
+    mounts.lines().filter_map(mount).collect()
 }
 
 /// Where cgroup v2 is mounted: /sys/fs/cgroup, or below it on machines that still have v1 too.

@@ -60,7 +60,7 @@ pub fn remove_own() {
 }
 
 fn remove_all(doomed: impl Fn(&str) -> bool) -> Result<()> {
-    for root in cgroup::mount_point().into_iter().chain(["/sys/fs/cgroup".into()]) {
+    for root in cgroup::hierarchies() {
         for dir in entries(&root, &doomed) {
             cgroup::remove_tree(&dir);
         }
@@ -121,7 +121,7 @@ fn entries(dir: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
 }
 
 /// Whether the name is one of ours and its maker no longer runs (a reused pid has another start time).
-fn maker_is_dead(name: &str) -> bool {
+pub fn maker_is_dead(name: &str) -> bool {
     let Some(rest) = name.strip_prefix(PREFIX) else { return false };
     let mut parts = rest.split('-');
     let (Some(pid), Some(start)) = (parts.next(), parts.next()) else { return false };

@@ -13,9 +13,10 @@ pub(crate) fn command() -> Command {
 }
 
 /// Builds the programs of these packages, with the profile of the running xtask. Does nothing in the process
-/// that [`crate::root::become_root`] started: its parent has built them.
+/// that [`crate::root::become_root`] started: its parent has built them; nor when `TIDEGATE_BIN_DIR` says where
+/// they are.
 pub(crate) fn build(packages: &[&str]) -> Result<()> {
-    if crate::root::is_child() {
+    if crate::root::is_child() || std::env::var_os("TIDEGATE_BIN_DIR").is_some() {
         return Ok(());
     }
     let mut cargo = command();

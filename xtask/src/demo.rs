@@ -74,7 +74,7 @@ impl Scene {
 
     /// Has curl connect from the client pod.
     fn visit(&self) -> Result<()> {
-        self.curl("http://172.16.0.1:50001/", 6, "foo-service: captured, two endpoints take turns")?;
+        self.curl("http://172.16.0.1:50001/", 6, "foo-service: captured, its two endpoints share")?;
         self.curl("http://172.16.0.2:50002/", 2, "bar-service: captured")?;
         self.curl("http://172.16.0.1:50001/bulk", 1, "64 MiB from foo-service: spliced inside the kernel")?;
         self.curl(

@@ -193,7 +193,9 @@ fn settle(proxy: &Proxy) -> Result<()> {
         let active: u64 = stats
             .iter()
             .filter(|(name, _)| {
-                name.ends_with(".downstream_cx_active") || name.ends_with(".upstream_flush_active")
+                // This very request is one of the admin server's.
+                !name.starts_with("http.admin.") && name.ends_with(".downstream_cx_active")
+                    || name.ends_with(".upstream_flush_active")
             })
             .map(|(_, value)| value)
             .sum();
