@@ -27,43 +27,48 @@ impl Verdict {
     }
 }
 
-/// Key of the destinations map. Lookup order: (address, port), then (zero, port), then [`Settings::catch_all`].
+/// Key of the destinations map. Lookup order: this address and port, then any address of its family with this port,
+/// then [`Settings::catch_all`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Destination {
-    /// Service address; all zero is every address (which leaves out loopback, unspecified, IPv6 link-local and the
-    /// pod's own address: these only match exactly).
+    /// Service address; [`Addr::ZERO`] when `scope` is not [`Self::ONE`].
     pub addr: Addr,
     /// Service port, host order, never 0.
     pub port: u16,
-    /// Zero.
-    pub reserved: u16,
+    /// [`Self::ONE`], [`Self::ANY_V4`] or [`Self::ANY_V6`].
+    pub scope: u16,
 }
 
 const _: () = assert!(size_of::<Destination>() == 20 && align_of::<Destination>() == 4);
 
 impl Destination {
+    /// One address.
+    pub const ONE: u16 = 0;
+    /// Every IPv4 address (which leaves out loopback, unspecified and the pod's own address: these only match
+    /// exactly).
+    pub const ANY_V4: u16 = 4;
+    /// Every IPv6 address, with the same exceptions and link-local.
+    pub const ANY_V6: u16 = 6;
+
     /// This address and port.
     #[inline(always)]
     pub const fn exact(addr: Addr, port: u16) -> Self {
-        Self { addr, port, reserved: 0 }
+        Self { addr, port, scope: Self::ONE }
     }
 
-    /// This port of every address.
+    /// This port of every address of the family of `addr`.
     #[inline(always)]
-    pub const fn any_address(port: u16) -> Self {
-        Self { addr: Addr::ZERO, port, reserved: 0 }
+    pub const fn any_address(addr: &Addr, port: u16) -> Self {
+        Self { addr: Addr::ZERO, port, scope: if addr.is_v4() { Self::ANY_V4 } else { Self::ANY_V6 } }
     }
 }
 
-/// `0.0.0.0:port` and `[::]:port` are any address; IPv4 in either form is the same destination.
+/// `0.0.0.0:port` and `[::]:port` are any address of their family; IPv4 in either form is the same destination.
 impl From<SocketAddr> for Destination {
     fn from(addr: SocketAddr) -> Self {
-        if addr.ip().to_canonical().is_unspecified() {
-            Self::any_address(addr.port())
-        } else {
-            Self::exact(addr.ip().into(), addr.port())
-        }
+        let (ip, port) = (addr.ip().to_canonical(), addr.port());
+        if ip.is_unspecified() { Self::any_address(&ip.into(), port) } else { Self::exact(ip.into(), port) }
     }
 }
 
@@ -151,12 +156,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unspecified_is_any_address() {
+    fn unspecified_is_any_address_of_its_family() {
         let key = |text: &str| Destination::from(text.parse::<SocketAddr>().unwrap());
-        for any in ["0.0.0.0:80", "[::]:80", "[::ffff:0.0.0.0]:80"] {
-            assert_eq!(key(any), Destination::any_address(80), "{any}");
-        }
+        assert_eq!(key("0.0.0.0:80").scope, Destination::ANY_V4);
+        assert_eq!(key("[::ffff:0.0.0.0]:80"), key("0.0.0.0:80"));
+        assert_eq!(key("[::]:80").scope, Destination::ANY_V6);
         assert_eq!(key("[::ffff:10.0.0.1]:80"), key("10.0.0.1:80"));
-        assert_ne!(key("[::1]:80"), Destination::any_address(80));
+        assert_eq!(key("[::1]:80").scope, Destination::ONE);
+        // Somebody who connects to the unspecified address means this host, not any address.
+        assert_ne!(Destination::exact(Addr::ZERO, 80), key("[::]:80"));
     }
 }

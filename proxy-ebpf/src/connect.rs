@@ -139,7 +139,7 @@ fn rule(addr: Addr, port: u16) -> (Verdict, bool) {
         return (Verdict::from_raw(*raw).unwrap_or(Verdict::Leave), true);
     }
     // SAFETY: as above.
-    if let Some(raw) = unsafe { DESTINATIONS.get(Destination::any_address(port)) } {
+    if let Some(raw) = unsafe { DESTINATIONS.get(Destination::any_address(&addr, port)) } {
         return (Verdict::from_raw(*raw).unwrap_or(Verdict::Leave), false);
     }
     (settings().map_or(Verdict::Leave, |s| Verdict::from_raw(s.catch_all).unwrap_or(Verdict::Leave)), false)

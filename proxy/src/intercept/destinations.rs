@@ -97,16 +97,9 @@ impl Destinations {
         this
     }
 
-    /// For the kernel's map. It has one wildcard for both families: where they differ the proxy decides.
+    /// For the kernel's map.
     pub fn kernel_rules(&self) -> HashMap<Destination, Verdict> {
-        let mut rules = HashMap::with_capacity(self.rules.len());
-        for (address, rule) in &self.rules {
-            let verdict = rules.entry(Destination::from(*address)).or_insert(rule.verdict);
-            if *verdict != rule.verdict {
-                *verdict = Verdict::Capture;
-            }
-        }
-        rules
+        self.rules.iter().map(|(address, rule)| (Destination::from(*address), rule.verdict)).collect()
     }
 
     fn add(&mut self, address: SocketAddr, verdict: Verdict, listener: &Arc<str>) {
@@ -526,17 +519,16 @@ mod tests {
     }
 
     #[test]
-    fn kernel_rules_have_one_wildcard_for_both_families() {
+    fn kernel_rules_keep_the_families_apart() {
         let listeners = [
             Arc::new(listener("a", &["0.0.0.0:80", "10.0.0.1:1"], vec![to("foo")])),
             Arc::new(listener("b", &["[::]:80"], vec![to("BlackHoleCluster")])),
         ];
         let rules = Destinations::of(&listeners, &clusters()).kernel_rules();
-        assert_eq!(rules.len(), 2);
-        assert_eq!(rules[&Destination::any_address(80)], Verdict::Capture);
-        assert_eq!(
-            rules[&Destination::exact("10.0.0.1".parse::<IpAddr>().unwrap().into(), 1)],
-            Verdict::Capture
-        );
+        let rule = |address: &str| rules.get(&address.parse::<SocketAddr>().unwrap().into()).copied();
+        assert_eq!(rules.len(), 3);
+        assert_eq!(rule("0.0.0.0:80"), Some(Verdict::Capture));
+        assert_eq!(rule("[::]:80"), Some(Verdict::Refuse));
+        assert_eq!(rule("10.0.0.1:1"), Some(Verdict::Capture));
     }
 }

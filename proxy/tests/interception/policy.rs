@@ -33,6 +33,7 @@ fn exact_rule_then_port_rule_then_default() {
         ("0.0.0.0:80", Verdict::Capture),
         ("0.0.0.0:81", Verdict::Refuse),
         ("0.0.0.0:82", Verdict::Leave),
+        ("[::]:81", Verdict::Capture),
     ];
     interceptor.set_destinations(&rules(&set)).unwrap();
     for (default, to, outcome) in [
@@ -41,8 +42,9 @@ fn exact_rule_then_port_rule_then_default() {
         (Verdict::Leave, "[fd99::2]:80", Err(libc::ECONNREFUSED)),
         (Verdict::Leave, "172.16.0.3:80", Err(PASSED)),
         (Verdict::Leave, "172.16.0.4:80", Ok(())),
-        (Verdict::Leave, "[fd99::4]:80", Ok(())),
+        (Verdict::Leave, "[fd99::4]:80", Err(PASSED)), // 0.0.0.0 is no IPv6 address
         (Verdict::Leave, "172.16.0.4:81", Err(libc::ECONNREFUSED)),
+        (Verdict::Leave, "[fd99::4]:81", Ok(())),
         (Verdict::Leave, "172.16.0.4:83", Err(PASSED)),
         (Verdict::Capture, "172.16.0.4:83", Ok(())),
         (Verdict::Capture, "172.16.0.4:82", Err(PASSED)),
