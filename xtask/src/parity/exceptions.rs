@@ -24,11 +24,6 @@ pub(super) const ALL: &[Exception] = &[
         reason: "Envoy does not look at the client while it connects, and goes on until the connect timeout; \
                  tidegate sees the reset and stops",
     },
-    Exception {
-        case: "4 MiB to the client, then 4 MiB to the upstream",
-        fact: "tcp.upstream_flush_total",
-        reason: "counts clients that were done while the proxy still held their bytes; tidegate holds fewer",
-    },
 ];
 
 /// The exception that covers a fact.

@@ -72,12 +72,16 @@ pub(super) fn cases() -> Vec<Case> {
             .endpoint(Endpoint::Serves(vec![Echo]), json!({"priority": 1}))
             .does(ask())
             .does(ask()),
-        Case::new("degraded endpoints only when there is nothing better")
-            .endpoint(Endpoint::Serves(vec![Echo]), json!({"health_status": "DEGRADED"}))
-            .serves([Echo])
-            .does(ask())
-            .does(ask())
-            .does(ask())
+        // 3 of 4 are healthy: 75 % by the overprovisioning factor of 1.4 is more than all.
+        (0..6)
+            .fold(
+                Case::new("degraded endpoints only when there is nothing better")
+                    .endpoint(Endpoint::Serves(vec![Echo]), json!({"health_status": "DEGRADED"}))
+                    .serves([Echo])
+                    .serves([Echo])
+                    .serves([Echo]),
+                |case, _| case.does(ask()),
+            )
             .compare(Comparison::Shares),
         Case::new("ORIGINAL_DST without an original destination")
             .cluster(
