@@ -425,3 +425,20 @@ async fn until(deadline: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a future takes, without making one.
+    fn size<F: Future>(_: impl FnOnce(Rc<Worker>, Accepted) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn an_idle_connection_stays_small() {
+        // Per connection, besides this: the slot in `drain::Connections` and the sockets. Raise it with a reason only.
+        let bytes = size(serve);
+        assert!(bytes <= 2560, "the future of a connection takes {bytes} bytes");
+    }
+}
