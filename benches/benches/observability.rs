@@ -1,13 +1,12 @@
 //! What it costs to count and to log: `cargo bench -p tidegate-benches --bench observability`.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
 use tidegate::access_log::{Formatter, Now};
 use tidegate::config::access_log::Format;
 use tidegate::connection::record::{CloseType, LogType, Record, Upstream};
-use tidegate::response_flag::ResponseFlags;
 use tidegate::stats::{self, Format as StatsFormat, Query, Stats};
 
 fn main() {
@@ -21,44 +20,23 @@ const ISTIO: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?
 
 fn record() -> Record {
     let addr = |text: &str| text.parse().expect("a socket address");
+    let (peer, local) = (addr("10.1.2.3:46464"), addr("172.16.0.1:50001"));
     Record {
-        id: 7,
-        start_time: SystemTime::now(),
-        start: Instant::now(),
         duration: Some(Duration::from_millis(12)),
-        downstream_remote: addr("10.1.2.3:46464"),
-        downstream_direct_remote: addr("10.1.2.3:46464"),
-        downstream_local: addr("172.16.0.1:50001"),
-        downstream_direct_local: addr("172.16.0.1:50001"),
-        listener: "172.16.0.1_50001".into(),
-        filter_chain: "".into(),
-        route_name: None,
-        requested_server_name: None,
         cluster: Some("outbound|50001|v1|foo-service.foo.svc.cluster.local".into()),
-        cluster_alt_stat_name: None,
         upstream: Some(Upstream {
             address: addr("10.4.5.6:8080"),
             hostname: "".into(),
             local_address: Some(addr("10.1.2.3:53026")),
             connection_id: Some(1),
         }),
-        earlier_attempts: Vec::new(),
         attempts: 1,
-        connect_begin: None,
-        connect_end: None,
-        flags: ResponseFlags::default(),
-        termination_details: None,
-        upstream_transport_failure: None,
-        downstream_transport_failure: None,
-        downstream_local_close_reason: None,
-        upstream_local_close_reason: None,
-        downstream_close_type: CloseType::Normal,
-        upstream_close_type: CloseType::Normal,
+        upstream_close_type: Some(CloseType::Normal),
         bytes_received: 64,
         bytes_sent: 65_536,
         upstream_bytes_sent: 64,
         upstream_bytes_received: 65_536,
-        retransmitted: None,
+        ..Record::new(7, peer, local, None, "172.16.0.1_50001".into())
     }
 }
 

@@ -87,7 +87,7 @@ struct Admission {
     _place: Admitted,
     _active: GaugeGuard,
     _process: GaugeGuard,
-    _http: Option<GaugeGuard>,
+    http: Option<GaugeGuard>,
 }
 
 /// Both ends stand.
@@ -218,7 +218,7 @@ impl Connection {
             _place: place,
             _active: stats.downstream_cx_active().guard(),
             _process: self.worker.shared.stats.server().total_connections().guard(),
-            _http: None,
+            http: None,
         });
         Ok(())
     }
@@ -251,7 +251,7 @@ impl Connection {
             Some(Service::Http(http)) => {
                 http.stats.downstream_cx_total().inc();
                 if let Some(admission) = &mut self.admission {
-                    admission._http = Some(http.stats.downstream_cx_active().guard());
+                    admission.http = Some(http.stats.downstream_cx_active().guard());
                 }
                 let Some((proxy, route)) = http.choose(self.record.downstream_local) else {
                     self.record.flags.set(ResponseFlag::NoRouteFound);

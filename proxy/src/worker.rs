@@ -273,7 +273,9 @@ impl Worker {
             Command::Close(id) => self.close(id),
             Command::CloseAll => {
                 let all: Vec<_> = self.listening.borrow().keys().copied().collect();
-                all.into_iter().for_each(|id| self.close(id));
+                for id in all {
+                    self.close(id);
+                }
             }
             Command::FlushStats => {
                 self.connections.flush_meters();

@@ -119,12 +119,7 @@ fn http(outcome: http_inspector::Outcome, stats: &Stats, inspected: &mut Inspect
     Step::Done
 }
 
-fn proxy(
-    outcome: proxy_protocol::Outcome,
-    optional: bool,
-    stats: &Stats,
-    inspected: &mut Inspected,
-) -> Step {
+fn proxy(outcome: proxy_protocol::Outcome, optional: bool, stats: &Stats, inspected: &mut Inspected) -> Step {
     use ProxyProtocolVersion::{V1, V2};
     use proxy_protocol::Outcome as O;
     let stats = stats.proxy_protocol();
