@@ -8,6 +8,7 @@ use std::sync::Arc;
 use arc_swap::{ArcSwap, Cache};
 
 use crate::cluster::Cluster;
+use crate::config::listener::TrafficDirection;
 use crate::listener::{Listener, wildcard_of};
 
 /// Listeners and clusters that belong together.
@@ -28,7 +29,10 @@ impl Snapshot {
             for address in &listener.config.addresses {
                 snapshot.by_address.entry(*address).or_insert_with(|| Arc::clone(&listener));
             }
-            let restores = listener.config.use_original_dst && listener.config.bind_to_port;
+            // Not virtualInbound: what pods send out is captured, not what they receive.
+            let restores = listener.config.use_original_dst
+                && listener.config.bind_to_port
+                && listener.config.traffic_direction != TrafficDirection::Inbound;
             if restores && snapshot.capture.is_none() {
                 snapshot.capture = Some(Arc::clone(&listener));
             }
