@@ -1,6 +1,7 @@
 //! One pinned link per program and attach point.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -35,7 +36,9 @@ impl Links {
     /// Call it with the pin directory locked.
     ///
     /// Links of attach points that are no longer wanted go last: for a moment a program may run twice (a few
-    /// captured connections are then reset, and counted), but no connection passes by it.
+    /// captured connections are then reset, and counted), but no connection passes by it. A predecessor in another
+    /// cgroup keeps its own tcp_events until it ends: connections go to its listeners until the pods are enrolled
+    /// anew, and without that link they would arrive there without their original destination.
     pub(super) fn attach(
         ebpf: &mut Ebpf,
         dir: &PinDir,
@@ -56,7 +59,13 @@ impl Links {
         }
         let this = Self { links };
         for pin in entries(&dir.links())? {
-            if this.links.iter().all(|link| link.pin != pin) {
+            if this.links.iter().any(|link| link.pin == pin) {
+                continue;
+            }
+            if is_tcp_events_elsewhere(&pin, tcp_events) {
+                // Not detached: it lives as long as the predecessor holds it, which for a dead one is no longer.
+                fs::remove_file(&pin).map_err(InterceptError::pin("removing", &pin))?;
+            } else {
                 detach_pin(&pin)?;
             }
         }
@@ -106,6 +115,29 @@ impl Link {
         let program_id = bpf::link_info(fd.as_fd()).map_err(refused)?.program_id;
         Ok(Self { pin, program_id, fd })
     }
+}
+
+/// Whether the pin is of a tcp_events link whose cgroup shares no socket with those of `cgroups`.
+fn is_tcp_events_elsewhere(pin: &Path, cgroups: &[Cgroup]) -> bool {
+    let id = name(pin)
+        .strip_prefix(TCP_EVENTS)
+        .and_then(|rest| u64::from_str_radix(rest.strip_prefix('-')?, 16).ok());
+    id.is_some_and(|id| {
+        !cgroups.iter().any(|cgroup| is_above(id, &cgroup.path) || is_within(id, &cgroup.path))
+    })
+}
+
+/// Whether the cgroup with this id is `path` or an ancestor of it. A cgroup's id is its directory's inode number.
+fn is_above(id: u64, path: &Path) -> bool {
+    path.ancestors().any(|dir| fs::metadata(dir).is_ok_and(|metadata| metadata.ino() == id))
+}
+
+/// Whether the cgroup with this id is below `path`.
+fn is_within(id: u64, path: &Path) -> bool {
+    fs::read_dir(path).into_iter().flatten().flatten().any(|entry| {
+        entry.file_type().is_ok_and(|kind| kind.is_dir())
+            && (entry.ino() == id || is_within(id, &entry.path()))
+    })
 }
 
 /// Detaches and unpins a link, whoever holds it. A pin that can't be opened as one is only removed.
