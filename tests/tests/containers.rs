@@ -1,0 +1,152 @@
+//! Real containers, run by podman, captured without being configured one by one.
+#![cfg(feature = "containers")]
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use tidegate_tests::config::Config;
+use tidegate_tests::node::Node;
+use tidegate_tests::proxy::Proxy;
+use tidegate_tests::run::{self, TempDir};
+use tidegate_tests::{program, upstream::Upstream};
+
+const SERVICE: &str = "172.16.0.1:50001";
+
+/// podman with settings that work as root on machines with cgroup v1 and v2 side by side: runc puts a container
+/// into the v2 hierarchy too (`0::` in /proc/PID/cgroup), crun does not.
+fn podman(args: &[&str]) -> Result<String> {
+    let output = Command::new("podman")
+        .args(["--runtime", "runc", "--cgroup-manager=cgroupfs", "--log-level=error"])
+        .args(args)
+        .output()
+        .context("run podman")?;
+    Ok(stdout(&output).with_context(|| format!("podman {args:?}"))?.trim().to_owned())
+}
+
+fn stdout(output: &Output) -> Result<String> {
+    ensure!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// An image with nothing in it but a static program; removed on drop.
+struct Image(String);
+
+impl Image {
+    fn build() -> Result<Self> {
+        let name = format!("localhost/{}", run::unique("image"));
+        let dir = TempDir::new("image")?;
+        fs::copy(static_workload()?, dir.path().join("workload"))?;
+        let file = dir.path().join("Containerfile");
+        fs::write(
+            &file,
+            "FROM scratch\nCOPY workload /workload\nENTRYPOINT [\"/workload\"]\nCMD [\"hold\"]\n",
+        )?;
+        let (file, context) = (file.display().to_string(), dir.path().display().to_string());
+        podman(&["build", "--isolation", "chroot", "-q", "-t", &name, "-f", &file, &context])?;
+        Ok(Self(name))
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = podman(&["image", "rm", "-f", &self.0]);
+    }
+}
+
+fn static_workload() -> Result<PathBuf> {
+    let target = program::target();
+    let found = fs::read_dir(&target)?.flatten().map(|entry| entry.path().join("debug/workload"));
+    found
+        .filter(|path| !path.starts_with(target.join("debug")))
+        .find(|path| path.exists())
+        .context("no static workload: `cargo xtask test --containers` builds it")
+}
+
+/// A running container; removed on drop.
+struct Container {
+    id: String,
+}
+
+impl Container {
+    /// Starts one below the cgroup that the node's pods live in, and links it to the node's router.
+    fn start(node: &Node, image: &Image, address: &str) -> Result<Self> {
+        let parent = node.network.cgroup().relative();
+        let id = podman(&[
+            "run",
+            "-d",
+            "--network",
+            "none",
+            "--cgroup-parent",
+            &parent,
+            "--ulimit",
+            "nofile=20000:20000",
+            "--ulimit",
+            "nproc=10000:10000",
+            &image.0,
+        ])?;
+        let container = Self { id };
+        let pid = podman(&["inspect", "-f", "{{.State.Pid}}", &container.id])?.parse()?;
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        ensure!(
+            cgroup.lines().any(|line| line.starts_with(&format!("0::{parent}/"))),
+            "the container is not below {parent}:\n{cgroup}"
+        );
+        node.network.connect_process(pid, &[address])?;
+        Ok(container)
+    }
+
+    fn talk(&self, address: &str) -> Result<String> {
+        podman(&["exec", &self.id, "/workload", "talk", address, "hello"])
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let _ = podman(&["rm", "-f", "-t", "0", &self.id]);
+    }
+}
+
+/// Removes the images, with their containers, of runs that were killed.
+fn sweep() -> Result<()> {
+    for image in podman(&["images", "--format", "{{.Repository}}"])?.lines() {
+        if image.strip_prefix("localhost/").is_some_and(run::maker_is_dead) {
+            podman(&["image", "rm", "-f", image])?;
+        }
+    }
+    Ok(())
+}
+
+fn wait_pods(proxy: &Proxy, count: u64) -> Result<()> {
+    proxy.wait_stat("tidegate.intercept.pods_enrolled", |pods| pods == count).map(|_| ())
+}
+
+#[test]
+fn containers_are_captured_without_being_configured() -> Result<()> {
+    run::prepare()?;
+    sweep()?;
+    let node = Node::new()?;
+    let server = node.pod("server", &["10.9.0.1"])?;
+    let upstream = Upstream::identify(Some(server.netns()), "10.9.0.1:80", "foo")?;
+    let image = Image::build()?;
+    let early = Container::start(&node, &image, "10.9.0.9")?;
+    let config = Config::new().service(SERVICE, "foo").cluster("foo", &["10.9.0.1:80"], json!({}));
+    let proxy = node.proxy(&config).start()?;
+    wait_pods(&proxy, 2)?;
+    let said = early.talk(SERVICE)?;
+    assert!(said.starts_with("foo\nhello -- peer 172.16.0.1:50001, local 10.9.0.9:"), "{said}");
+    assert_eq!(upstream.served()?.peer.ip().to_string(), "10.9.0.9");
+
+    let late = Container::start(&node, &image, "10.9.0.10")?;
+    wait_pods(&proxy, 3)?;
+    let said = late.talk(SERVICE)?;
+    assert!(said.starts_with("foo\nhello -- peer 172.16.0.1:50001, local 10.9.0.10:"), "{said}");
+    proxy.lines("access.log", "clu=foo", 2)?;
+
+    drop(late);
+    wait_pods(&proxy, 2)?;
+    assert!(early.talk(SERVICE)?.starts_with("foo\nhello"));
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! Bytes, FIN and RST through the whole proxy, from a captured pod.
+
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::json;
+use tidegate_tests::node::{Service, field};
+use tidegate_tests::script::{
+    End, Pattern,
+    Step::{Echo, Pause, Read, ReadSlowly, ReadToEnd, Reset, ShutdownWrite, WriteBytewise, WritePattern},
+    Transcript, run, spawn, write,
+};
+
+const MIB: u64 = 1 << 20;
+
+/// Sends `length` pattern bytes and a FIN while reading everything; the reader starts late.
+fn both_ways(stream: TcpStream, length: u64, late: u64) -> Transcript {
+    let Ok(other) = stream.try_clone() else { return run(stream, &[]) };
+    let writer = spawn(other, vec![WritePattern(length), ShutdownWrite]);
+    let mut seen = run(stream, &[Pause(late), ReadToEnd]);
+    if let Ok(sent) = writer.join() {
+        seen.sent = sent.sent;
+    }
+    seen
+}
+
+#[test]
+fn a_gibibyte_each_way_at_once_with_slow_readers() -> Result<()> {
+    let length = 1024 * MIB;
+    let service = Service::serving(json!({}), move |stream| both_ways(stream, length, 300))?;
+    let seen = both_ways(service.client.connect(Service::ADDRESS)?, length, 600);
+    let served = service.upstream.served()?.transcript;
+    let expected = (length, length, Pattern::sha256(length), End::Fin);
+    assert_eq!((seen.received, seen.sent, seen.sha256, seen.end), expected, "client");
+    assert_eq!((served.received, served.sent, served.sha256, served.end), expected, "upstream");
+    let line = service.log_line()?;
+    assert_eq!((field(&line, "rx"), field(&line, "tx")), ("1073741824", "1073741824"), "{line}");
+    Ok(())
+}
+
+#[test]
+fn a_reader_that_stalls_does_not_cost_memory() -> Result<()> {
+    let go_on = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&go_on);
+    let service = Service::serving(json!({}), move |stream| {
+        while !told.load(Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        run(stream, &[ReadToEnd])
+    })?;
+    let before = rss_kib(service.proxy.pid())?;
+    let stream = service.client.connect(Service::ADDRESS)?;
+    stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+    let accepted = fill(&stream);
+    let grown = rss_kib(service.proxy.pid())?.saturating_sub(before);
+    go_on.store(true, Ordering::Release);
+    assert!(accepted < FILL, "the proxy takes everything from a client whose upstream does not read");
+    assert!(grown < 8 * 1024, "the proxy grew by {grown} KiB while {accepted} bytes were accepted");
+    drop(stream);
+    assert_eq!(service.upstream.served()?.transcript.received, accepted);
+    Ok(())
+}
+
+/// More than all buffers between a client and an upstream hold.
+const FILL: u64 = 64 * MIB;
+
+/// Writes until nothing is taken any more, or until too much was; returns how much was taken.
+fn fill(mut stream: &TcpStream) -> u64 {
+    use std::io::Write;
+    let chunk = vec![b'x'; 64 << 10];
+    let mut accepted = 0;
+    while accepted < FILL {
+        match stream.write(&chunk) {
+            Ok(written) => accepted += written as u64,
+            Err(_) => break,
+        }
+    }
+    accepted
+}
+
+fn rss_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+#[test]
+fn one_byte_writes_arrive_in_order() -> Result<()> {
+    let text = b"the quick brown fox jumps over the lazy dog".repeat(20);
+    let service = Service::start(&[Echo])?;
+    let seen = service.talk(&[WriteBytewise(text.clone()), ShutdownWrite, ReadToEnd])?;
+    assert_eq!((seen.head, seen.end), (text, End::Fin));
+    Ok(())
+}
+
+#[test]
+fn the_client_s_half_close_reaches_the_upstream() -> Result<()> {
+    let service = Service::start(&[ReadToEnd, write("got your FIN"), Pause(50)])?;
+    let seen = service.talk(&[write("hello"), ShutdownWrite, ReadToEnd])?;
+    assert_eq!((seen.text().as_str(), seen.end), ("got your FIN", End::Fin));
+    let served = service.upstream.served()?.transcript;
+    assert_eq!((served.text().as_str(), served.end), ("hello", End::Fin));
+    Ok(())
+}
+
+#[test]
+fn the_upstream_s_half_close_reaches_the_client() -> Result<()> {
+    let service = Service::start(&[write("bye"), ShutdownWrite, ReadToEnd])?;
+    let seen = service.talk(&[ReadToEnd, Pause(100), WritePattern(2000), ShutdownWrite])?;
+    assert_eq!((seen.text().as_str(), seen.end), ("bye", End::Fin));
+    assert_eq!(service.upstream.served()?.transcript.received, 2000);
+    let line = service.log_line()?;
+    assert_eq!((field(&line, "rx"), field(&line, "tx"), field(&line, "flags")), ("2000", "3", "-"), "{line}");
+    Ok(())
+}
+
+#[test]
+fn the_client_s_reset_reaches_the_upstream() -> Result<()> {
+    let service = Service::start(&[ReadToEnd])?;
+    service.talk(&[write("hello"), Pause(200), Reset])?;
+    let served = service.upstream.served()?.transcript;
+    assert_eq!((served.text().as_str(), served.end), ("hello", End::Reset));
+    Ok(())
+}
+
+#[test]
+fn the_upstream_s_reset_reaches_the_client() -> Result<()> {
+    let service = Service::start(&[Read(5), Pause(100), Reset])?;
+    let seen = service.talk(&[write("hello"), ReadToEnd])?;
+    assert_eq!(seen.end, End::Reset);
+    assert_eq!(field(&service.log_line()?, "flags"), "UR");
+    Ok(())
+}
+
+#[test]
+fn a_reset_during_a_bulk_transfer_reaches_the_other_side() -> Result<()> {
+    let service = Service::start(&[WritePattern(512 * MIB)])?;
+    service.talk(&[Read(64 * MIB), Reset])?;
+    let served = service.upstream.served()?.transcript;
+    assert_eq!(served.end, End::Reset, "the upstream must not think that all was delivered");
+    Ok(())
+}
+
+#[test]
+fn what_was_accepted_arrives_after_the_client_has_gone() -> Result<()> {
+    let length = 50 * MIB;
+    let service = Service::start(&[Pause(500), ReadToEnd])?;
+    service.talk(&[WritePattern(length)])?;
+    let served = service.upstream.served()?.transcript;
+    assert_eq!((served.received, served.sha256, served.end), (length, Pattern::sha256(length), End::Fin));
+    Ok(())
+}
+
+#[test]
+fn a_slow_client_gets_everything() -> Result<()> {
+    let length = 20 * MIB;
+    let service = Service::start(&[WritePattern(length), ShutdownWrite, ReadToEnd])?;
+    let seen = service.talk(&[ReadSlowly(1 << 20), ShutdownWrite])?;
+    assert_eq!((seen.received, seen.sha256, seen.end), (length, Pattern::sha256(length), End::Fin));
+    Ok(())
+}
+
+#[test]
+fn the_idle_timer_closes_both_sides() -> Result<()> {
+    let service = Service::with_tcp_proxy(&[ReadToEnd], json!({"idle_timeout": "0.4s"}))?;
+    let seen = service.talk(&[write("hello"), ReadToEnd])?;
+    assert_eq!(seen.end, End::Fin);
+    assert_eq!(service.upstream.served()?.transcript.end, End::Fin);
+    let line = service.log_line()?;
+    assert_eq!(field(&line, "closed"), "tcp_session_idle_timeout", "{line}");
+    assert_eq!(service.proxy.stat(&format!("tcp.{}.idle_timeout", Service::CLUSTER))?, 1);
+    Ok(())
+}
+
+#[test]
+fn bytes_in_either_direction_restart_the_idle_timer() -> Result<()> {
+    let ticks = |n: usize| (0..n).flat_map(|_| [write("tick"), Pause(150)]).collect::<Vec<_>>();
+    let fields = json!({"idle_timeout": "0.6s"});
+    let service = Service::with_tcp_proxy(&[ticks(8), vec![ReadToEnd]].concat(), fields.clone())?;
+    assert_eq!(service.talk(&[ReadToEnd])?.received, 32);
+    let service = Service::with_tcp_proxy(&[ReadToEnd], fields)?;
+    service.talk(&[ticks(8), vec![ReadToEnd]].concat())?;
+    assert_eq!(service.upstream.served()?.transcript.received, 32);
+    Ok(())
+}
+
+#[test]
+fn the_duration_timer_closes_a_busy_connection() -> Result<()> {
+    let fields = json!({"max_downstream_connection_duration": "0.5s"});
+    let ticks: Vec<_> = (0..200).flat_map(|_| [write("tick"), Pause(50)]).collect();
+    let service = Service::with_tcp_proxy(&ticks, fields)?;
+    let seen = service.talk(&[ReadToEnd])?;
+    assert!(seen.received < 200 * 4, "{seen:?}");
+    let line = service.log_line()?;
+    assert_eq!(
+        (field(&line, "flags"), field(&line, "closed")),
+        ("DT", "max_connection_duration_reached"),
+        "{line}"
+    );
+    Ok(())
+}
+
+#[test]
+fn the_server_may_speak_first() -> Result<()> {
+    let service = Service::start(&[write("220 ready\r\n"), Echo])?;
+    let seen = service.talk(&[Read(11), write("QUIT"), ShutdownWrite, ReadToEnd])?;
+    assert_eq!((seen.text().as_str(), seen.end), ("220 ready\r\nQUIT", End::Fin));
+    Ok(())
+}
