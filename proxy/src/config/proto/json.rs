@@ -6,7 +6,7 @@ use crate::config::error::{Mark, Reason, quoted};
 /// Reads a JSON text.
 pub(super) fn parse(text: &str) -> Result<Tree, (Option<Mark>, Reason)> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut reader = Reader { text, at: 0, line: 1, line_start: 0, builder: Builder::default() };
+    let mut reader = Reader { text, at: 0, line: 1, counted: 0, column: 1, builder: Builder::default() };
     match reader.document() {
         Ok(()) => Ok(reader.builder.finish()),
         Err(reason) => Err((Some(reader.mark()), reason)),
@@ -18,8 +18,11 @@ struct Reader<'a> {
     /// Byte offset of the next character.
     at: usize,
     line: u32,
-    /// Byte offset of the first character of this line.
-    line_start: usize,
+    /// A byte offset in this line whose column is known. It moves on with every mark: a text may be one line
+    /// of megabytes.
+    counted: usize,
+    /// The column of that offset.
+    column: u32,
     builder: Builder,
 }
 
@@ -155,8 +158,7 @@ impl Reader<'_> {
                 b'\\' => out.push(self.escape()?),
                 b'\n' => {
                     self.at += 1;
-                    self.line += 1;
-                    self.line_start = self.at;
+                    self.start_line();
                     out.push('\n');
                 }
                 _ => {
@@ -209,8 +211,7 @@ impl Reader<'_> {
         while let Some(b @ (b' ' | b'\t' | b'\r' | b'\n')) = self.peek() {
             self.at += 1;
             if b == b'\n' {
-                self.line += 1;
-                self.line_start = self.at;
+                self.start_line();
             }
         }
     }
@@ -219,9 +220,17 @@ impl Reader<'_> {
         self.text.as_bytes().get(self.at).copied()
     }
 
-    fn mark(&self) -> Mark {
-        let before = &self.text[self.line_start..self.at];
-        Mark { line: self.line, column: before.chars().count() as u32 + 1 }
+    fn mark(&mut self) -> Mark {
+        self.column += self.text[self.counted..self.at].chars().count() as u32;
+        self.counted = self.at;
+        Mark { line: self.line, column: self.column }
+    }
+
+    /// The next character is the first of a line.
+    fn start_line(&mut self) {
+        self.line += 1;
+        self.counted = self.at;
+        self.column = 1;
     }
 
     fn unexpected(&self, expected: &str) -> Reason {

@@ -485,7 +485,14 @@ fn ten_megabytes() {
         }
     }
     let parsed = accepted::<Bootstrap>(&text);
+    let json = to_json(&parsed.dynamic).to_string();
     assert!(parsed.message.static_resources.unwrap().clusters.len() > clusters);
+    // All on one line: the cost of finding a column must not grow with it.
+    for format in [Format::Json, Format::Yaml] {
+        let source = Source { name: "t".into(), text: json.clone(), format };
+        let parsed = parse_bootstrap(&source, &[], &Options::default()).unwrap();
+        assert!(parsed.message.static_resources.unwrap().clusters.len() > clusters);
+    }
 }
 
 /// A message of any shape that the descriptors allow, without `Any` of unknown types.
