@@ -1,6 +1,6 @@
 //! Moves bytes between two connected sockets until both are done. Knows sockets, no configuration.
 //!
-//! One task polls both directions. Each direction ([`half`]) is either copying through the worker's scratch
+//! One task polls both directions. Each direction (`half`) is either copying through the worker's scratch
 //! buffer, for small messages, or splicing through a pooled pipe, for bulk, and changes over by what it sees.
 //! While nothing moves, a connection holds neither buffer nor pipe. At most one buffer's or pipe's worth is
 //! held per direction, and nothing more is read until it is gone: that is the flow control.

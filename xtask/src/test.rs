@@ -88,7 +88,7 @@ fn as_root(cargo: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// The workload as a static program for images made from scratch, in target/<triple>/debug.
+/// The workload as a static program for images made from scratch, in `target/TRIPLE/debug`.
 fn build_static_workload() -> Result<()> {
     let status = cargo::command()
         .args(["build", "--quiet", "--package", "tidegate-tests", "--bin", "workload", "--target"])

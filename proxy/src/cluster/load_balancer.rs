@@ -1,7 +1,7 @@
 //! Choosing an endpoint. Each worker has balancers of its own, one per cluster, so that a pick takes no lock and
 //! shares nothing but the hosts' connection counts.
 //!
-//! - ROUND_ROBIN: in turn from a random start when all weights are equal, else weighted by [`edf`](super::edf).
+//! - ROUND_ROBIN: in turn from a random start when all weights are equal, else weighted by `edf`.
 //! - LEAST_REQUEST: with equal weights, `choice_count` hosts are drawn and the one with the fewest active
 //!   connections wins; else earliest deadline first with weight / (active + 1) ^ bias. Active counts include
 //!   connections that are still being opened, so that a host that doesn't answer doesn't look idle.

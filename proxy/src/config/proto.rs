@@ -130,7 +130,7 @@ pub struct UnknownType<'a> {
 pub struct Parsed<M> {
     /// The message.
     pub message: M,
-    /// The same message with its descriptors, for [`to_json`].
+    /// The same message with its descriptors, for [`to_json()`].
     pub dynamic: DynamicMessage,
     /// Where its fields are in the text.
     pub source_map: SourceMap,
@@ -221,7 +221,7 @@ pub fn check<M: Message + Name>(message: &M, name: impl Into<Arc<str>>) -> Resul
     ConfigError::from_problems(problems).map_or(Ok(()), Err)
 }
 
-/// A message with its descriptors, for [`to_json`].
+/// A message with its descriptors, for [`to_json()`].
 pub fn to_dynamic<M: Message + Name>(message: &M) -> Result<DynamicMessage, UnpackError> {
     let name = M::full_name();
     let Some(schema) = MessageSchema::named(&name) else {
