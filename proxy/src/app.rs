@@ -19,7 +19,7 @@ use crate::config::cluster::Discovery;
 use crate::config::listener::TrafficDirection;
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::audit::{Audit, Health};
-use crate::intercept::{self, Destinations, InterceptError, Interception, OnPod, PodEvent};
+use crate::intercept::{self, Destinations, EbpfLog, InterceptError, Interception, OnPod, PodEvent};
 use crate::listener::Listener;
 use crate::log::Log;
 use crate::signal::{Request, Signals};
@@ -39,6 +39,9 @@ const KILL_GRACE: Duration = Duration::from_secs(2);
 
 /// How long the end waits for access logs to reach their files.
 const LOG_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often the eBPF programs' debug lines are printed, when they are asked for.
+const EBPF_LOG_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How often unused hosts of ORIGINAL_DST clusters are looked for; each cluster's `cleanup_interval` decides.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -296,6 +299,9 @@ impl Proxy {
             Ok((starting, interception)) => {
                 // Before anything is captured: what the proxy itself connects to must pass.
                 let _ = self.shared.own_sockets.set(interception.own_sockets());
+                if let Some(log) = interception.take_log() {
+                    tokio::task::spawn_local(print_ebpf_log(log));
+                }
                 interception.apply(&self.destinations())?;
                 self.interception = Some(interception);
                 self.record = Some(starting.finish()?);
@@ -450,6 +456,15 @@ impl Proxy {
         }
         tracing::info!("exiting");
         Ok(())
+    }
+}
+
+/// Passes the eBPF programs' debug lines on to the process log (`--ebpf-log`), soon enough for whoever reads along.
+async fn print_ebpf_log(mut log: EbpfLog) {
+    let mut tick = tokio::time::interval(EBPF_LOG_INTERVAL);
+    loop {
+        tick.tick().await;
+        log.flush();
     }
 }
 
