@@ -14,6 +14,7 @@ use proto::{Options, Source, UnknownType, UnknownTypes, parse_bootstrap};
 pub mod access_log;
 pub mod bootstrap;
 pub mod cluster;
+pub mod config_source;
 mod convert;
 pub mod endpoint;
 pub mod error;

@@ -26,3 +26,4 @@ pub mod sys;
 pub mod takeover;
 pub mod uring;
 pub mod worker;
+pub mod xds;

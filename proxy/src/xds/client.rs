@@ -1,0 +1,1 @@
+//! Speaks xDS with control planes; knows no resource's meaning.
