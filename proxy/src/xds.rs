@@ -128,6 +128,9 @@ pub enum Change {
         version: String,
         /// The resources, heartbeats excluded.
         resources: Vec<Resource>,
+        /// Resources that could not be read (REST, files): each is to be rejected alone, and what was accepted under
+        /// its name stays. Empty for gRPC, where a resource comes as bytes.
+        unreadable: Vec<Unreadable>,
         /// Resources of which the server only said that they are as they were (TTL heartbeats).
         unchanged: Vec<Arc<str>>,
     },
@@ -155,6 +158,15 @@ pub struct Resource {
     pub body: Any,
     /// Unknown fields that were dropped where the message came as JSON: `file or URL: path`, each to be warned about.
     pub unknown_fields: Vec<String>,
+}
+
+/// A resource whose JSON or YAML is not a message of its type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Its name, as far as it can be found.
+    pub name: Option<Arc<str>>,
+    /// What is wrong, one line per problem: `file or URL:line: path: message`.
+    pub error: String,
 }
 
 /// The store's answer to an [`Update`].
