@@ -92,6 +92,16 @@ pub struct Key {
 pub enum Event {
     /// Resources came.
     Update(Update),
+    /// The client itself threw a response away, or resources of it (those that it lacks in its [`Event::Update`]), and
+    /// says so to the server: another type than asked for, a name twice, …
+    Rejected {
+        /// Which subscription.
+        key: Key,
+        /// `version_info`, or `system_version_info`.
+        version: String,
+        /// What goes into `error_detail`.
+        reason: String,
+    },
     /// A stream, a poll or a file failed. What was accepted holds; the client tries again by itself.
     Failed {
         /// The subscriptions that it concerns.

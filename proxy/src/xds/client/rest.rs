@@ -1,0 +1,11 @@
+//! Not written yet.
+
+use std::sync::Arc;
+
+use super::Task;
+use crate::config::config_source::ApiSource;
+
+pub(super) async fn run(_source: Arc<ApiSource>, task: Task) {
+    let reason = "not available yet".to_owned();
+    task.events.send(crate::xds::Event::Failed { keys: vec![task.key], reason }).ok();
+}
