@@ -34,13 +34,7 @@ impl Config {
     /// A listener with one filter.
     #[must_use]
     pub fn listener(mut self, address: &str, fields: Value, filter: &Value) -> Self {
-        let mut listener = json!({
-            "name": address.replace(':', "_"),
-            "address": socket_address(address),
-            "filter_chains": [{"filters": [filter]}],
-        });
-        merge(&mut listener, fields);
-        self.listeners.push(listener);
+        self.listeners.push(listener(address, fields, filter));
         self
     }
 
@@ -70,18 +64,7 @@ impl Config {
     /// A STATIC cluster, or another one by `fields`.
     #[must_use]
     pub fn cluster(mut self, name: &str, endpoints: &[&str], fields: Value) -> Self {
-        let endpoints: Vec<Value> = endpoints
-            .iter()
-            .map(|address| json!({"endpoint": {"address": socket_address(address)}}))
-            .collect();
-        let mut cluster = json!({
-            "name": name,
-            "type": "STATIC",
-            "connect_timeout": "2s",
-            "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
-        });
-        merge(&mut cluster, fields);
-        self.clusters.push(cluster);
+        self.clusters.push(cluster(name, endpoints, fields));
         self
     }
 }
@@ -94,6 +77,36 @@ impl fmt::Display for Config {
         });
         write!(f, "{config:#}")
     }
+}
+
+/// A listener with one filter; its name is the address with an underscore. `fields` override.
+pub fn listener(address: &str, fields: Value, filter: &Value) -> Value {
+    let mut listener = json!({
+        "name": address.replace(':', "_"),
+        "address": socket_address(address),
+        "filter_chains": [{"filters": [filter]}],
+    });
+    merge(&mut listener, fields);
+    listener
+}
+
+/// A STATIC cluster, or another one by `fields`.
+pub fn cluster(name: &str, endpoints: &[&str], fields: Value) -> Value {
+    let mut cluster = json!({
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "2s",
+        "load_assignment": load_assignment(name, endpoints),
+    });
+    merge(&mut cluster, fields);
+    cluster
+}
+
+/// `ClusterLoadAssignment` of one locality.
+pub fn load_assignment(cluster: &str, endpoints: &[&str]) -> Value {
+    let endpoints: Vec<Value> =
+        endpoints.iter().map(|address| json!({"endpoint": {"address": socket_address(address)}})).collect();
+    json!({"cluster_name": cluster, "endpoints": [{"lb_endpoints": endpoints}]})
 }
 
 /// A tcp_proxy to `cluster` that logs to `access.log`.
@@ -120,9 +133,9 @@ pub fn access_log() -> Value {
     })
 }
 
-/// An http_connection_manager with these virtual hosts: name, domains, cluster.
-pub fn http(virtual_hosts: &[(&str, &[&str], &str)]) -> Value {
-    let hosts: Vec<Value> = virtual_hosts
+/// Virtual hosts: name, domains, cluster.
+pub fn virtual_hosts(hosts: &[(&str, &[&str], &str)]) -> Vec<Value> {
+    hosts
         .iter()
         .map(|(name, domains, cluster)| {
             json!({
@@ -131,18 +144,30 @@ pub fn http(virtual_hosts: &[(&str, &[&str], &str)]) -> Value {
                 "routes": [{"match": {"prefix": "/"}, "route": {"cluster": cluster}}],
             })
         })
-        .collect();
-    json!({
-        "name": "envoy.filters.network.http_connection_manager",
-        "typed_config": {
-            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-            "stat_prefix": "http",
-            "access_log": [access_log()],
-            "route_config": {"name": "local", "virtual_hosts": hosts},
-            "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {
-                "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
-        },
-    })
+        .collect()
+}
+
+/// An http_connection_manager with these [`virtual_hosts`].
+pub fn http(hosts: &[(&str, &[&str], &str)]) -> Value {
+    let routes = json!({"name": "local", "virtual_hosts": virtual_hosts(hosts)});
+    http_connection_manager(json!({"route_config": routes}))
+}
+
+/// An http_connection_manager that takes its routes by RDS from `source`.
+pub fn http_rds(route_config_name: &str, source: &Value) -> Value {
+    http_connection_manager(json!({"rds": {"route_config_name": route_config_name, "config_source": source}}))
+}
+
+fn http_connection_manager(fields: Value) -> Value {
+    let mut config = json!({
+        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "http",
+        "access_log": [access_log()],
+        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
+    });
+    merge(&mut config, fields);
+    json!({"name": "envoy.filters.network.http_connection_manager", "typed_config": config})
 }
 
 /// `10.0.0.1:80` or `[fd00::1]:80`.
@@ -152,7 +177,8 @@ pub fn socket_address(address: &str) -> Value {
     json!({"socket_address": {"address": ip, "port_value": port.parse::<u16>().unwrap_or_default()}})
 }
 
-fn merge(into: &mut Value, from: Value) {
+/// Lays `from` over `into`: mappings key by key, everything else replaced.
+pub fn merge(into: &mut Value, from: Value) {
     match (into, from) {
         (Value::Object(into), Value::Object(from)) => merge_objects(into, from),
         (into, from) => *into = from,

@@ -8,6 +8,7 @@ pub mod admin;
 pub mod cgroup;
 pub mod client;
 pub mod config;
+pub mod control_plane;
 pub mod netns;
 pub mod network;
 pub mod node;
