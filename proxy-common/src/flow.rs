@@ -10,6 +10,17 @@ pub enum Role {
     Accepted = 2,
 }
 
+/// What a socket of the agent is for. Value of its entry in the map of own sockets (as `u32`).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnSocket {
+    /// Connects to endpoints: never captured.
+    Upstream = 1,
+    /// Waits for captured connections. Where none is found at connect time, the agent is dead: the mark goes with the
+    /// socket, and nobody else can set it, whoever takes the port.
+    CaptureListener = 2,
+}
+
 /// Where an application meant to connect to. SK_STORAGE value, on the application's socket from connect(2) on, and
 /// on the proxy's accepted socket from the end of the handshake on. It dies with the socket.
 #[repr(C)]

@@ -23,12 +23,12 @@ mod reason;
 
 pub use addr::Addr;
 pub use event::NotEnrolled;
-pub use flow::{FlowKey, InFlight, OriginalDst, Role};
+pub use flow::{FlowKey, InFlight, OriginalDst, OwnSocket, Role};
 pub use limits::{
     ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, EVENTS_BYTES, LAYOUT_VERSION, MAX_DESTINATIONS, MAX_IN_FLIGHT,
 };
 pub use limits::{MAX_NAMESPACES, global, map};
-pub use policy::{Destination, EnrolState, Enrolment, FailMode, Settings, Verdict};
+pub use policy::{Destination, EnrolState, Enrolment, FailMode, Place, Settings, Verdict};
 pub use reason::Reason;
 
 /// Lets aya copy a type to and from the kernel.

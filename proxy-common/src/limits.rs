@@ -24,7 +24,7 @@ pub const ANNOUNCE_INTERVAL_NS: u64 = 100_000_000;
 pub mod map {
     /// SK_STORAGE → [`crate::OriginalDst`].
     pub const ORIGINAL_DST: &str = "ORIGINAL_DST";
-    /// SK_STORAGE → `u32` 1: this socket is the agent's own.
+    /// SK_STORAGE → `u32`, an [`crate::OwnSocket`]: this socket is the agent's own.
     pub const OWN_SOCKET: &str = "OWN_SOCKET";
     /// HASH [`crate::FlowKey`] → [`crate::InFlight`].
     pub const IN_FLIGHT: &str = "IN_FLIGHT";

@@ -72,6 +72,15 @@ impl From<SocketAddr> for Destination {
     }
 }
 
+/// What an attach point is for. Each kind has connect programs of its own, so it costs nothing to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// Pods. Processes of the agent's own network namespace (host-network pods) are left alone.
+    Pods,
+    /// Processes of the host: those of the agent's own network namespace are captured, too.
+    Host,
+}
+
 /// What a network namespace is to the agent.
 #[repr(u16)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +89,8 @@ pub enum EnrolState {
     Captured = 1,
     /// Known, and left alone.
     Excluded = 2,
+    /// The agent's own namespace: connections of processes in host cgroups follow the rules, others are left alone.
+    Host = 3,
 }
 
 /// Value of the namespaces map, keyed by netns cookie (`u64`). Only the agent writes it. A namespace without an
@@ -111,6 +122,12 @@ impl Enrolment {
         }
     }
 
+    /// The same record for the agent's own namespace: only processes in host cgroups are captured there.
+    #[must_use]
+    pub const fn of_host(self) -> Self {
+        Self { state: EnrolState::Host as u16, ..self }
+    }
+
     /// A namespace that is left alone.
     pub const fn excluded() -> Self {
         Self {
@@ -121,10 +138,17 @@ impl Enrolment {
         }
     }
 
-    /// Whether the rules apply.
+    /// Whether there are capture listeners: the rules apply to some process at least.
     #[inline(always)]
     pub const fn is_captured(&self) -> bool {
+        self.state == EnrolState::Captured as u16 || self.state == EnrolState::Host as u16
+    }
+
+    /// Whether the rules apply to a process below an attach point of this kind.
+    #[inline(always)]
+    pub const fn is_captured_at(&self, place: Place) -> bool {
         self.state == EnrolState::Captured as u16
+            || (self.state == EnrolState::Host as u16 && matches!(place, Place::Host))
     }
 }
 

@@ -61,6 +61,10 @@ reasons! {
     BoundToDevicePassed = "bound_to_device_passed";
     /// The same, fail mode closed. ENETUNREACH.
     BoundToDeviceRefused = "bound_to_device_refused", errno 101;
+    /// No capture listener of tidegate waits in the namespace: the process that enrolled it was killed. Fail mode open.
+    ListenerGonePassed = "listener_gone_passed";
+    /// The same, fail mode closed. ENETDOWN.
+    ListenerGoneRefused = "listener_gone_refused", errno 100;
     /// No memory for the socket's storage, fail mode open.
     StorageFailedPassed = "storage_failed_passed";
     /// The same, fail mode closed. ENOBUFS.
@@ -104,10 +108,11 @@ mod tests {
 
     #[test]
     fn refusals_and_only_they_have_an_errno_and_all_differ() {
-        let refusals: [Reason; 4] = [
+        let refusals: [Reason; 5] = [
             Reason::RefusedByRule,
             Reason::NotEnrolledRefused,
             Reason::BoundToDeviceRefused,
+            Reason::ListenerGoneRefused,
             Reason::StorageFailedRefused,
         ];
         for reason in Reason::ALL {

@@ -9,11 +9,14 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
-use tidegate_common::{Addr, Destination, Enrolment, FailMode, OriginalDst, Reason, Role, Settings, Verdict};
+use tidegate_common::{
+    Addr, Destination, Enrolment, FailMode, OriginalDst, Place, Reason, Role, Settings, Verdict,
+};
 
 use crate::{
     announce::announce,
     counters::count,
+    liveness::listener_waits,
     maps::{
         DESTINATIONS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, store, stored,
     },
@@ -37,7 +40,7 @@ const IPPROTO_TCP: u32 = 6;
 
 /// Decides, counts, acts.
 #[inline(always)]
-pub fn on_connect(ctx: &SockAddrContext, family: Family) -> i32 {
+pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
     if !is_tcp(ctx, family) {
         count(Reason::PassedNotTcp);
         return ALLOW;
@@ -45,7 +48,7 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family) -> i32 {
     // SAFETY: the context is the kernel's, valid while the program runs.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
     let (addr, port) = destination(ctx, family);
-    let decision = decide(ctx, sk, addr, port);
+    let decision = decide(ctx, sk, addr, port, place);
     // A socket can be connected again (after a refusal, or AF_UNSPEC, which runs no hook): what an earlier connect
     // left behind must not outlive this one.
     let reason = match decision {
@@ -80,7 +83,7 @@ enum Decision {
 }
 
 #[inline(always)]
-fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16) -> Decision {
+fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place: Place) -> Decision {
     use Decision::Leave;
     if port == 0 {
         return Leave(Reason::PassedPortZero);
@@ -109,7 +112,7 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16) -> De
         announce(netns_cookie);
         return Leave(fail(Reason::NotEnrolledPassed, Reason::NotEnrolledRefused));
     };
-    if !enrolment.is_captured() {
+    if !enrolment.is_captured_at(place) {
         return Leave(Reason::PassedExcluded);
     }
     let own = own_address(enrolment, &addr);
@@ -128,7 +131,12 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16) -> De
     if unsafe { addr_of!((*sk).bound_dev_if).read_volatile() } != 0 {
         return Leave(fail(Reason::BoundToDevicePassed, Reason::BoundToDeviceRefused));
     }
-    Decision::Capture { addr: own, port: enrolment.capture_port }
+    let capture_port = enrolment.capture_port;
+    // Last: of all checks the dearest, and only a connection that is captured needs it.
+    if !listener_waits(ctx, own, capture_port) {
+        return Leave(fail(Reason::ListenerGonePassed, Reason::ListenerGoneRefused));
+    }
+    Decision::Capture { addr: own, port: capture_port }
 }
 
 /// The verdict for a destination, and whether its rule names the address.

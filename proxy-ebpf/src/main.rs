@@ -12,6 +12,7 @@ mod announce;
 mod connect;
 mod counters;
 mod getpeername;
+mod liveness;
 mod maps;
 mod sockops;
 
@@ -19,17 +20,30 @@ use aya_ebpf::{
     macros::{cgroup_sock_addr, sock_ops},
     programs::{SockAddrContext, SockOpsContext},
 };
+use tidegate_common::Place;
 
-/// IPv4 connect(2).
+/// IPv4 connect(2) below a cgroup of pods.
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    connect::on_connect(&ctx, connect::Family::V4)
+    connect::on_connect(&ctx, connect::Family::V4, Place::Pods)
 }
 
-/// IPv6 connect(2), and IPv4 on an IPv6 socket (`::ffff:a.b.c.d` never runs connect4).
+/// IPv6 connect(2) below a cgroup of pods, and IPv4 on an IPv6 socket (`::ffff:a.b.c.d` never runs connect4).
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    connect::on_connect(&ctx, connect::Family::V6)
+    connect::on_connect(&ctx, connect::Family::V6, Place::Pods)
+}
+
+/// IPv4 connect(2) below a cgroup of the host.
+#[cgroup_sock_addr(connect4)]
+pub fn connect4_host(ctx: SockAddrContext) -> i32 {
+    connect::on_connect(&ctx, connect::Family::V4, Place::Host)
+}
+
+/// IPv6 connect(2) below a cgroup of the host.
+#[cgroup_sock_addr(connect6)]
+pub fn connect6_host(ctx: SockAddrContext) -> i32 {
+    connect::on_connect(&ctx, connect::Family::V6, Place::Host)
 }
 
 /// IPv4 getpeername(2).

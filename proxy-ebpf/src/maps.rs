@@ -18,8 +18,8 @@ use crate::announce::Slot;
 #[btf_map]
 pub static ORIGINAL_DST: SkStorage<OriginalDst> = SkStorage::new();
 
-/// The agent's own upstream sockets. Written by file descriptor only, which a pod can't do: unlike SO_MARK, which
-/// any pod with CAP_NET_RAW may set.
+/// The agent's own upstream sockets and capture listeners ([`tidegate_common::OwnSocket`]). Written by file descriptor
+/// only, which a pod can't do: unlike SO_MARK, which any pod with CAP_NET_RAW may set.
 #[btf_map]
 pub static OWN_SOCKET: SkStorage<u32> = SkStorage::new();
 

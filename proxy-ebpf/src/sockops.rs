@@ -75,10 +75,10 @@ fn accepted(ctx: &SockOpsContext) {
     // SAFETY: no preconditions.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: as in connect.rs.
-    match unsafe { NAMESPACES.get(netns_cookie) } {
-        Some(enrolment) if enrolment.is_captured() && enrolment.capture_port == local_port => {}
+    let capture_port = match unsafe { NAMESPACES.get(netns_cookie) } {
+        Some(enrolment) if enrolment.is_captured() => enrolment.capture_port,
         _ => return,
-    }
+    };
     let sk = socket(ctx);
     if sk.is_null() {
         return;
@@ -87,8 +87,12 @@ fn accepted(ctx: &SockOpsContext) {
     let key = key(ctx, remote, remote_port(ctx), local, local_port);
     // SAFETY: only the connection with this key writes the entry, and that was before its SYN.
     let Some(mut original) = (unsafe { IN_FLIGHT.get(key) }).map(|entry| entry.original_dst) else {
-        count(Reason::NoOriginalDestination);
-        debug!(ctx, "no original destination: source port {}", key.client_port);
+        // On other ports: a server of the pod, or the listener of a predecessor, which was the capture port when this
+        // connection began. Stored already: a predecessor's program that is attached here too was first.
+        if local_port == capture_port && stored(&ORIGINAL_DST, sk).is_none() {
+            count(Reason::NoOriginalDestination);
+            debug!(ctx, "no original destination: source port {}", key.client_port);
+        }
         return;
     };
     original.role = Role::Accepted as u16;

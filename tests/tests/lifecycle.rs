@@ -274,11 +274,129 @@ fn a_second_process_takes_over_and_nothing_is_lost() -> Result<()> {
         served(&scene.client)?;
     }
     second.lines("access.log", "clu=foo", 20)?;
+    // Never a moment in which a live listener was taken for a dead one, or a connection was lost on its way.
+    for reason in ["listener_gone_passed", "not_enrolled_passed", "no_original_destination"] {
+        assert_eq!(second.stat(&format!("tidegate.intercept.{reason}"))?, 0, "{reason}");
+    }
     echo(&mut old, "after")?;
     drop(old);
     assert!(first.wait()?.success(), "the first process ends once its connections have");
     served(&scene.client)?;
     assert!(!scene.passes(), "the first process has not removed the programs of the second");
+    Ok(())
+}
+
+/// Clients that connect to the endpoint's own address, which is the service too: what passes is answered as well.
+struct Traffic<'a> {
+    scene: &'a Scene,
+    outcomes: std::sync::Mutex<Vec<Outcome>>,
+    done: std::sync::atomic::AtomicBool,
+}
+
+impl<'a> Traffic<'a> {
+    fn new(scene: &'a Scene) -> Self {
+        Self { scene, outcomes: Vec::new().into(), done: false.into() }
+    }
+
+    fn setup(scene: &Scene, fail_mode: &str) -> Setup {
+        let config = Config::new().service(ENDPOINT, "foo").cluster("foo", &[ENDPOINT], json!({}));
+        scene.node.proxy(&config).args(["--fail-mode", fail_mode])
+    }
+
+    /// One connection after the other, until `done`.
+    fn run(&self) {
+        while !self.done.load(std::sync::atomic::Ordering::Relaxed) {
+            let outcome = client::run(self.scene.client.connect(ENDPOINT), &[ShutdownWrite, ReadToEnd]);
+            self.outcomes.lock().unwrap().push(outcome);
+        }
+    }
+
+    /// Waits for so many connections more; how many there are.
+    fn wait_more(&self, count: usize) -> Result<usize> {
+        let wanted = self.count() + count;
+        eventually("connections", || self.count() >= wanted)?;
+        Ok(self.count())
+    }
+
+    fn count(&self) -> usize {
+        self.outcomes.lock().unwrap().len()
+    }
+
+    fn finish(&self) -> Vec<Outcome> {
+        self.done.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.outcomes.lock().unwrap().clone()
+    }
+}
+
+fn is_answered(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Connected(seen) if seen.text() == "foo\n")
+}
+
+/// Kills the proxy under traffic and starts another one, also under traffic. What was seen from the first connection
+/// that got `expected` after the kill, until the second start began; and the second proxy. All that came before the
+/// kill and after the second start is checked here.
+fn kill_under_traffic(
+    scene: &Scene,
+    fail_mode: &str,
+    expected: impl Fn(&Outcome) -> bool,
+) -> Result<(Vec<Outcome>, Proxy)> {
+    let mut first = Traffic::setup(scene, fail_mode).start()?;
+    let traffic = Traffic::new(scene);
+    std::thread::scope(|scope| {
+        scope.spawn(|| traffic.run());
+        let mut steps = || -> Result<_> {
+            let alive = traffic.wait_more(20)?;
+            first.kill()?;
+            let killed = traffic.count();
+            eventually("the kill to be noticed", || {
+                traffic.outcomes.lock().unwrap().iter().skip(killed).any(&expected)
+            })?;
+            let starting = traffic.wait_more(50)?;
+            let second = Traffic::setup(scene, fail_mode).succeed(&first).start()?;
+            let started = traffic.count();
+            traffic.wait_more(20)?;
+            Ok((alive, killed, starting, started, second))
+        };
+        let steps = steps();
+        let mut outcomes = traffic.finish();
+        let (alive, killed, starting, started, second) = steps?;
+        ensure!(outcomes[..alive].iter().all(is_answered), "before the kill: {outcomes:?}");
+        // The one that was under way when the start was done may have begun before.
+        ensure!(outcomes[started + 1..].iter().all(is_answered), "after the second start: {outcomes:?}");
+        outcomes.truncate(starting);
+        let noticed = outcomes.iter().skip(killed).position(expected).context("never noticed")? + killed;
+        Ok((outcomes.split_off(noticed), second))
+    })
+}
+
+#[test]
+fn a_killed_proxy_under_traffic_lets_connections_pass_when_fail_mode_is_open() -> Result<()> {
+    let scene = Scene::new()?;
+    let (dead, second) = kill_under_traffic(&scene, "open", is_answered)?;
+    assert!(dead.len() >= 50 && dead.iter().all(is_answered), "{dead:?}");
+    // The kernel's counters outlive the process.
+    let passed = second.wait_stat("tidegate.intercept.listener_gone_passed", |count| count >= 50)?;
+    served_directly(&scene)?;
+    second.lines("access.log", "clu=foo", 1)?;
+    let refused = second.stat("tidegate.intercept.listener_gone_refused")?;
+    assert_eq!((second.stat("tidegate.intercept.listener_gone_passed")?, refused), (passed, 0));
+    Ok(())
+}
+
+fn served_directly(scene: &Scene) -> Result<()> {
+    let outcome = client::run(scene.client.connect(ENDPOINT), &[ShutdownWrite, ReadToEnd]);
+    ensure!(is_answered(&outcome), "{outcome:?}");
+    Ok(())
+}
+
+#[test]
+fn a_killed_proxy_under_traffic_refuses_connections_when_fail_mode_is_closed() -> Result<()> {
+    let scene = Scene::new()?;
+    let refused = Outcome::NotConnected("ENETDOWN".into());
+    let (dead, second) = kill_under_traffic(&scene, "closed", |outcome| *outcome == refused)?;
+    assert!(dead.len() >= 50 && dead.iter().all(|outcome| *outcome == refused), "{dead:?}");
+    second.wait_stat("tidegate.intercept.listener_gone_refused", |count| count >= 50)?;
+    assert_eq!(second.stat("tidegate.intercept.listener_gone_passed")?, 0);
     Ok(())
 }
 

@@ -35,10 +35,18 @@ impl Links {
     /// Attaches every program, one at a time; a link that a former process pinned gets the new program in its place.
     /// Call it with the pin directory locked.
     ///
-    /// Links of attach points that are no longer wanted go last: for a moment a program may run twice (a few
-    /// captured connections are then reset, and counted), but no connection passes by it. A predecessor in another
-    /// cgroup keeps its own tcp_events until it ends: connections go to its listeners until the pods are enrolled
-    /// anew, and without that link they would arrive there without their original destination.
+    /// What a takeover means for a connection that is under way:
+    ///
+    /// - An attach point that both processes have: its links change programs in one step each, and old and new programs
+    ///   use the same pinned maps. It doesn't matter which of them sees which event of a connection.
+    /// - A new attach point: tcp_events comes first, so that nothing is captured whose destination would not be carried.
+    /// - An attach point that is no longer wanted goes last. Where it lies above or below a new one, programs run twice
+    ///   for a moment: the second connect program finds the capture port as destination and takes the original one away,
+    ///   so that these few connections are reset, and counted as `no_original_destination`. None passes by. That the
+    ///   second tcp_events finds nothing left to carry does no harm.
+    /// - A predecessor in another cgroup keeps its own tcp_events until it ends: connections go to its listeners until
+    ///   the pods are enrolled anew, and without that link they would arrive there without their original destination.
+    ///   If a third process starts in that cgroup meanwhile, both run there, which does no harm either.
     pub(super) fn attach(
         ebpf: &mut Ebpf,
         dir: &PinDir,
@@ -48,11 +56,11 @@ impl Links {
         for program in CONNECT_PROGRAMS.into_iter().chain([TCP_EVENTS]) {
             load(ebpf, program)?;
         }
-        let wanted = CONNECT_PROGRAMS
+        let connects = CONNECT_PROGRAMS
             .into_iter()
-            .flat_map(|program| connect.iter().map(move |cgroup| (program, cgroup)))
-            // Last: without it a captured connection would be reset, before it nothing is captured.
-            .chain(tcp_events.iter().map(|cgroup| (TCP_EVENTS, cgroup)));
+            .flat_map(|program| connect.iter().map(move |cgroup| (program, cgroup)));
+        // First: what is captured without it would be reset.
+        let wanted = tcp_events.iter().map(|cgroup| (TCP_EVENTS, cgroup)).chain(connects);
         let mut links = Vec::new();
         for (program, cgroup) in wanted {
             links.push(Link::establish(ebpf, &dir.links(), program, cgroup)?);

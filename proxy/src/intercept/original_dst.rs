@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use tidegate_common::{OriginalDst, Role};
+use tidegate_common::{OriginalDst, OwnSocket, Role};
 
 use super::bpf;
 
@@ -32,9 +32,7 @@ impl OriginalDstReader {
     }
 }
 
-/// Marks sockets as the agent's own, so that connect(2) on them is never captured. Clone it into each worker.
-///
-/// Needed only where [`super::programs::Interceptor::covers_own_cgroup`] says so. Do it before connect(2).
+/// Marks sockets as the agent's own. Clone it into each worker.
 #[derive(Clone, Debug)]
 pub struct OwnSocketMarker {
     map: Arc<OwnedFd>,
@@ -45,9 +43,18 @@ impl OwnSocketMarker {
         Self { map }
     }
 
-    /// Marks the socket `fd`, for as long as it lives. One system call. Errors as [`OriginalDstReader::read`], and
-    /// ENOMEM.
+    /// Marks an upstream socket for as long as it lives: connect(2) on it is never captured. Needed only where
+    /// [`super::programs::Interceptor::covers_own_cgroup`] says so. Do it before connect(2). One system call.
+    ///
+    /// Errors as [`OriginalDstReader::read`], and ENOMEM.
     pub fn mark(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        bpf::storage_set(self.map.as_fd(), fd, &1_u32)
+        bpf::storage_set(self.map.as_fd(), fd, &(OwnSocket::Upstream as u32))
+    }
+
+    /// Marks a capture listener for as long as it lives. Without a marked listener nothing is captured in its
+    /// namespace: the programs take the agent for dead. Do it before the namespace is enrolled. Errors as
+    /// [`Self::mark`].
+    pub fn mark_listener(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        bpf::storage_set(self.map.as_fd(), fd, &(OwnSocket::CaptureListener as u32))
     }
 }

@@ -185,7 +185,7 @@ impl Interceptor {
     }
 
     /// Enrols a network namespace (by its cookie, SO_NETNS_COOKIE), or replaces its record. Its capture listener
-    /// must be listening already.
+    /// must be listening already, and be marked ([`OwnSocketMarker::mark_listener`]).
     pub fn enrol(&mut self, netns_cookie: u64, enrolment: Enrolment) -> Result<(), InterceptError> {
         let _lock = self.lock_current()?;
         let capacity = self.maps.sizes.namespaces;
@@ -238,7 +238,7 @@ impl Interceptor {
         OwnSocketMarker::new(Arc::clone(&self.maps.own_socket.fd))
     }
 
-    /// Marks a socket of this process as its own, see [`OwnSocketMarker::mark`].
+    /// Marks an upstream socket of this process as its own, see [`OwnSocketMarker::mark`].
     pub fn mark_own(&self, fd: BorrowedFd<'_>) -> std::io::Result<()> {
         self.own_socket_marker().mark(fd)
     }
@@ -371,7 +371,7 @@ mod tests {
                     result.unwrap_or_else(|error| panic!("{name}: {error:?}"));
                     loaded += 1;
                 }
-                assert_eq!(loaded, 5);
+                assert_eq!(loaded, 7);
             }
         }
     }

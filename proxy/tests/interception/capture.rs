@@ -60,7 +60,8 @@ fn ipv4_on_an_ipv6_socket_and_on_an_ipv4_listener() {
     let v4_listener = pod.agent_socket(Domain::IPV4);
     v4_listener.bind(&SockAddr::from("0.0.0.0:15002".parse::<SocketAddr>().unwrap())).unwrap();
     v4_listener.listen(16).unwrap();
-    let dual = pod.capture_listener(CAPTURE_PORT, 16);
+    interceptor.own_socket_marker().mark_listener(v4_listener.as_fd()).unwrap();
+    let dual = pod.capture_listener(&interceptor, CAPTURE_PORT, 16);
     for (listener, port) in [(&dual, CAPTURE_PORT), (&v4_listener, 15002)] {
         let enrolment = Enrolment { capture_port: port, ..enrolment() };
         interceptor.enrol(pod.cookie, enrolment).unwrap();
@@ -79,7 +80,7 @@ fn a_pod_without_an_address_of_the_family_uses_the_loopback() {
     let lab = Lab::new();
     let mut interceptor = lab.load();
     let pod = lab.pod();
-    let listener = pod.capture_listener(CAPTURE_PORT, 16);
+    let listener = pod.capture_listener(&interceptor, CAPTURE_PORT, 16);
     interceptor.enrol(pod.cookie, Enrolment::captured(CAPTURE_PORT, None, None)).unwrap();
     for service in ["172.16.0.1:50001", "[fd99::1]:50001"] {
         capture_only(&mut interceptor, &[service]);
@@ -95,12 +96,17 @@ fn a_refused_connect_leaves_nothing_and_its_socket_can_be_used_again() {
     let mut interceptor = lab.load();
     let pod = lab.pod();
     capture_only(&mut interceptor, &["172.16.0.1:50001", "172.16.0.2:50002"]);
-    interceptor.enrol(pod.cookie, enrolment()).unwrap();
+    // A listener waits, but its packets are answered with a RST.
+    let listener = pod.capture(&mut interceptor);
+    pod.run(&format!(
+        "nft add table inet t; nft add chain inet t input '{{ type filter hook input priority 0; }}'; \
+         nft add rule inet t input tcp dport {CAPTURE_PORT} reject with tcp reset"
+    ));
     let client = pod.app_socket(Domain::IPV4);
     assert_eq!(connect(&client, "172.16.0.1:50001".parse().unwrap()), Err(libc::ECONNREFUSED));
     assert_eq!(interceptor.in_flight_len().unwrap(), 0);
     assert_eq!(counts(&interceptor), [("captured", 1), ("in_flight", 1), ("handshake_abandoned", 1)]);
-    let listener = pod.capture_listener(CAPTURE_PORT, 16);
+    pod.run("nft delete table inet t");
     connect(&client, "172.16.0.2:50002".parse().unwrap()).unwrap();
     check(&interceptor, &client, &accept(&listener), "172.16.0.2:50002");
 }
@@ -218,7 +224,10 @@ fn two_pods_with_the_same_four_tuple_in_flight_at_once() {
     capture_only(&mut interceptor, &services);
     let pods = [lab.pod(), lab.pod()];
     // The first pod's accept queue is full, so that its handshake waits while the second pod's goes through.
-    let listeners = [pods[0].capture_listener(CAPTURE_PORT, 0), pods[1].capture_listener(CAPTURE_PORT, 16)];
+    let listeners = [
+        pods[0].capture_listener(&interceptor, CAPTURE_PORT, 0),
+        pods[1].capture_listener(&interceptor, CAPTURE_PORT, 16),
+    ];
     for pod in &pods {
         interceptor.enrol(pod.cookie, enrolment()).unwrap();
     }
@@ -278,7 +287,7 @@ fn a_full_accept_queue_and_a_full_map() {
     let mut interceptor = Interceptor::load(&options).unwrap();
     let pod = lab.pod();
     capture_only(&mut interceptor, &["172.16.0.1:50001"]);
-    let listener = pod.capture_listener(CAPTURE_PORT, 1);
+    let listener = pod.capture_listener(&interceptor, CAPTURE_PORT, 1);
     interceptor.enrol(pod.cookie, enrolment()).unwrap();
     let clients: Vec<_> = (0..40)
         .map(|_| {

@@ -268,19 +268,20 @@ impl Pod {
     }
 
     /// A capture listener: dual stack.
-    pub(crate) fn capture_listener(&self, port: u16, backlog: i32) -> Socket {
+    pub(crate) fn capture_listener(&self, interceptor: &Interceptor, port: u16, backlog: i32) -> Socket {
         let socket = self.agent_socket(Domain::IPV6);
         socket.set_only_v6(false).unwrap();
         socket.set_reuse_address(true).unwrap();
         socket.set_reuse_port(true).unwrap();
         socket.bind(&SockAddr::from(SocketAddr::new("::".parse().unwrap(), port))).unwrap();
         socket.listen(backlog).unwrap();
+        interceptor.own_socket_marker().mark_listener(socket.as_fd()).unwrap();
         socket
     }
 
     /// A listener and an enrolment.
     pub(crate) fn capture(&self, interceptor: &mut Interceptor) -> Socket {
-        let listener = self.capture_listener(CAPTURE_PORT, 128);
+        let listener = self.capture_listener(interceptor, CAPTURE_PORT, 128);
         interceptor.enrol(self.cookie, enrolment()).unwrap();
         listener
     }

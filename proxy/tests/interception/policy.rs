@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 
-use socket2::Domain;
+use socket2::{Domain, SockAddr, Socket};
 use tidegate::intercept::error::InterceptError;
 use tidegate::intercept::programs::Interceptor;
 use tidegate_common::{Destination, Enrolment, FailMode, Reason, Verdict};
@@ -128,6 +128,55 @@ fn not_enrolled_passes_or_fails_by_mode_and_is_announced_once() {
         assert!(interceptor.forget(pod.cookie).unwrap());
         assert!(!interceptor.forget(pod.cookie).unwrap());
         assert_eq!(pod.connect("172.16.0.1:80").unwrap_err(), errno);
+    }
+}
+
+#[test]
+fn without_a_capture_listener_the_fail_mode_decides_at_once() {
+    for (mode, errno, reason) in [
+        (FailMode::Open, PASSED, Reason::ListenerGonePassed),
+        (FailMode::Closed, libc::ENETDOWN, Reason::ListenerGoneRefused),
+    ] {
+        let lab = Lab::new();
+        let mut options = lab.options();
+        options.fail_mode = mode;
+        let mut interceptor = Interceptor::load(&options).unwrap();
+        let pod = lab.pod();
+        let services = ["172.16.0.1:80", "[fd99::1]:80", "[::ffff:172.16.0.1]:80"];
+        interceptor.set_destinations(&rules(&services.map(|service| (service, Verdict::Capture)))).unwrap();
+        let captured = |interceptor: &Interceptor, listener: &Socket| {
+            for service in services {
+                let client = pod.connect(service).unwrap();
+                assert!(original_dst(interceptor, &accept(listener)).is_some(), "{service}");
+                reset(client);
+            }
+        };
+        let left_alone = |interceptor: &Interceptor| {
+            let before = count(interceptor, reason);
+            for service in services {
+                assert_eq!(pod.connect(service).unwrap_err(), errno, "{service}");
+            }
+            assert_eq!(count(interceptor, reason) - before, 3);
+        };
+        let listener = pod.capture(&mut interceptor);
+        captured(&interceptor, &listener);
+        // Not only closed: another test's helper, just forked, may have it open for a moment.
+        listener.shutdown(std::net::Shutdown::Both).unwrap();
+        drop(listener);
+        left_alone(&interceptor);
+        // Whoever takes the port (the pod, or a server of somebody else) gets nothing that was meant for us.
+        let stranger = pod.app_socket(Domain::IPV4);
+        stranger.set_reuse_address(true).unwrap();
+        stranger.bind(&SockAddr::from(SocketAddr::new("0.0.0.0".parse().unwrap(), CAPTURE_PORT))).unwrap();
+        stranger.listen(16).unwrap();
+        left_alone(&interceptor);
+        stranger.set_nonblocking(true).unwrap();
+        assert!(stranger.accept().is_err());
+        stranger.shutdown(std::net::Shutdown::Both).unwrap();
+        drop(stranger);
+        // A socket that was passed on is captured when it connects again, as soon as somebody is there.
+        let listener = pod.capture_listener(&interceptor, CAPTURE_PORT, 16);
+        captured(&interceptor, &listener);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Enrolling one namespace, keeping its record true, and forgetting it.
 
 use std::io;
+use std::os::fd::AsFd as _;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -86,6 +87,11 @@ impl Actor {
         let (sockets, capture_port) = listen::capture_listeners(wanted, count)
             .map_err(EnrolError::io("opening capture listeners in it"))?;
         drop(inside);
+        let marker = self.interceptor().own_socket_marker();
+        sockets
+            .iter()
+            .try_for_each(|socket| marker.mark_listener(socket.as_fd()))
+            .map_err(EnrolError::io("marking capture listeners"))?;
 
         let pod = Arc::new(Pod {
             name: Arc::clone(&known.name),
