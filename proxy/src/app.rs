@@ -25,6 +25,7 @@ use crate::log::Log;
 use crate::signal::{Request, Signals};
 use crate::snapshot::{Publisher, Snapshot};
 use crate::stats::Stats;
+use crate::sys;
 use crate::takeover::{self, Starting, StatePaths};
 use crate::uring::{self, Engine};
 use crate::worker::{self, Handle, Role, Shared, SocketId};
@@ -152,6 +153,9 @@ async fn serve(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<()> 
     }
     proxy.listen(sockets, &state);
     proxy.intercept()?;
+    // Reading the configuration took many times the memory that is left of it.
+    config::proto::release_descriptors();
+    sys::memory::trim();
     state.set(ServerState::Live);
     proxy.announce(admin.as_ref().map(admin_state::Serving::address));
     let stopping = proxy.run(&state, &mut signals).await;

@@ -5,11 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use prost_reflect::DynamicMessage;
-
 use bootstrap::Bootstrap;
 use error::{ConfigError, Problem};
-use proto::{Options, Source, UnknownType, UnknownTypes, parse_bootstrap};
+use proto::{Encoded, Options, Source, UnknownType, UnknownTypes, parse_bootstrap};
 
 pub mod access_log;
 pub mod bootstrap;
@@ -39,7 +37,7 @@ pub struct Loaded {
     /// What it means.
     pub bootstrap: Bootstrap,
     /// What it says, for `/config_dump`.
-    pub proto: DynamicMessage,
+    pub proto: Encoded,
     /// What was accepted, but works otherwise than Envoy would: one line each.
     pub warnings: Vec<Problem>,
     /// Names of network filters that are accepted without effect (`istio.stats`), with the number of filters.
@@ -60,7 +58,7 @@ pub fn load(sources: &Sources, options: &Options) -> Result<Loaded, ConfigError>
     let ignored_filters = report.ignored_filters().clone();
     let mut warnings = parsed.warnings;
     warnings.extend(report.finish()?);
-    Ok(Loaded { bootstrap, proto: parsed.dynamic, warnings, ignored_filters })
+    Ok(Loaded { bootstrap, proto: Encoded::new(&parsed.dynamic), warnings, ignored_filters })
 }
 
 /// What static configuration may contain: Envoy's own types and fields, and the filters that Istio's proxy adds.

@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod clock;
 #[cfg(test)]
 pub(crate) mod forbid;
+pub mod memory;
 pub mod mounts;
 pub mod netns;
 pub mod pipe;

@@ -1,5 +1,6 @@
 //! Calls of cargo.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
@@ -30,4 +31,16 @@ pub(crate) fn build(packages: &[&str]) -> Result<()> {
     let status = cargo.status()?;
     ensure!(status.success(), "cargo build: {status}");
     Ok(())
+}
+
+/// Builds tidegate as its users do, with the release profile, and says where it is. After
+/// [`crate::root::become_root`] it is there already.
+pub(crate) fn build_release() -> Result<PathBuf> {
+    if !crate::root::is_child() {
+        let mut cargo = command();
+        cargo.args(["build", "--quiet", "--release", "--package", "tidegate", "--bin", "tidegate"]);
+        let status = cargo.status()?;
+        ensure!(status.success(), "cargo build --release: {status}");
+    }
+    Ok(program::target().join("release/tidegate"))
 }

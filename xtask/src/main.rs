@@ -1,5 +1,6 @@
 //! The repository's commands: `cargo xtask <verb>`. One file per verb.
 
+mod bench;
 mod build_ebpf;
 mod cargo;
 mod demo;
@@ -23,6 +24,8 @@ enum Xtask {
     Test(test::Test),
     /// Run the same cases against the real Envoy and tidegate, and print the differences.
     Parity(parity::Parity),
+    /// Measure tidegate, Envoy and HAProxy side by side: memory, and CPU per byte, request and connection.
+    Bench(bench::Bench),
     /// Check licences, duplicate versions and sources of the dependencies.
     Deny(deny::Deny),
     /// Rebuild proxy-ebpf/prebuilt from source.
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Xtask::Demo(args) => args.run(),
         Xtask::Test(args) => args.run(),
         Xtask::Parity(args) => args.run(),
+        Xtask::Bench(args) => args.run(),
         Xtask::Deny(args) => args.run(),
         Xtask::BuildEbpf(args) => args.run(),
         Xtask::GenApi(args) => args.run(),

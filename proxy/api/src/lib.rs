@@ -5,7 +5,7 @@
 //! nor a code generator. Messages and fields are documented in their .proto files. The packages that
 //! everybody uses have a short name at the top: [`core`], [`listener`], [`tcp_proxy`], …
 
-use std::sync::LazyLock;
+use std::sync::{PoisonError, RwLock};
 
 use prost_reflect::DescriptorPool;
 
@@ -38,13 +38,27 @@ pub use tidegate::bootstrap::v1 as interception;
 /// the options of Envoy's extensions (`validate.rules`, `udpa.annotations.sensitive`, …) kept.
 pub const DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin");
 
-/// The descriptors behind [`DESCRIPTOR_SET`], decoded at the first call (some 20 ms, 5 MB). It knows more
-/// messages than there are Rust types: those that are checked and shown, but not acted on.
-pub fn descriptors() -> &'static DescriptorPool {
-    static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
-        DescriptorPool::decode(DESCRIPTOR_SET).expect("the embedded descriptors are checked by a test")
-    });
-    &POOL
+/// None until it is needed, and again once it was released.
+static POOL: RwLock<Option<DescriptorPool>> = RwLock::new(None);
+
+/// The descriptors behind [`DESCRIPTOR_SET`], decoded at the first call (some 20 ms, 5 MB) and at the first one
+/// after [`release_descriptors`]. Cheap to clone. It knows more messages than there are Rust types: those that are
+/// checked and shown, but not acted on.
+pub fn descriptors() -> DescriptorPool {
+    // A poisoned lock still guards a whole pool or none.
+    if let Some(pool) = &*POOL.read().unwrap_or_else(PoisonError::into_inner) {
+        return pool.clone();
+    }
+    let mut pool = POOL.write().unwrap_or_else(PoisonError::into_inner);
+    let decode =
+        || DescriptorPool::decode(DESCRIPTOR_SET).expect("the embedded descriptors are checked by a test");
+    pool.get_or_insert_with(decode).clone()
+}
+
+/// Forgets the descriptors. Their memory is free once nobody holds a clone, a descriptor or a dynamic message of
+/// them. True if there were any.
+pub fn release_descriptors() -> bool {
+    POOL.write().unwrap_or_else(PoisonError::into_inner).take().is_some()
 }
 
 #[cfg(test)]

@@ -19,14 +19,18 @@ use crate::admin::{
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::{Endpoint, HealthFlag};
 use crate::config::listener::TrafficDirection;
-use crate::config::proto::to_json;
+use crate::config::proto::{self, Encoded};
 use crate::log::Log;
 use crate::snapshot::Publisher;
 use crate::stats::Stats;
+use crate::sys::memory;
 use crate::takeover::{Recorded, StatePaths, recorded};
 use crate::worker::{self, SocketId};
 
 pub(super) use crate::admin::ServerState;
+
+/// Seconds for which the descriptors of Envoy's API are kept after somebody needed them.
+const DESCRIPTORS_KEPT: u32 = 30;
 
 /// How often a taken admin address is tried again.
 const ADMIN_RETRY: Duration = Duration::from_millis(50);
@@ -42,7 +46,9 @@ pub(super) struct Running {
     workers: Vec<worker::Sender>,
     command_line_options: Value,
     node: Value,
-    config: Value,
+    config: Encoded,
+    /// When it was read.
+    config_read: SystemTime,
     drain_time: Duration,
     /// Sockets of bound listeners, with the direction of each; worker by worker.
     bound: std::sync::Mutex<Vec<(usize, SocketId, TrafficDirection)>>,
@@ -72,7 +78,8 @@ impl Running {
                 "user_agent_name": "tidegate",
                 "user_agent_version": env!("CARGO_PKG_VERSION"),
             }),
-            config: config_dump(&to_json(&proxy.loaded.proto)),
+            config: proxy.loaded.proto.clone(),
+            config_read: SystemTime::now(),
             drain_time: proxy.args.drain_time(),
             bound: std::sync::Mutex::default(),
             state: AtomicU8::new(ServerState::Initializing as u8),
@@ -103,6 +110,10 @@ impl Running {
             self.workers.iter().for_each(|worker| worker.send(worker::Command::FlushStats));
         }
         self.publisher.current().clusters().for_each(|cluster| cluster.observe());
+        // Whoever changes the configuration, or looks at it, often does so again soon.
+        if proto::release_unused_descriptors(DESCRIPTORS_KEPT) {
+            memory::trim();
+        }
     }
 
     /// Completes when the admin server was told to stop the process.
@@ -266,7 +277,7 @@ impl State for Running {
     }
 
     fn config_dump(&self, _include_eds: bool) -> Value {
-        self.config.clone()
+        config_dump(&self.config.to_json(), self.config_read)
     }
 
     fn init_dump(&self) -> Value {
@@ -383,8 +394,8 @@ fn host_view(endpoint: &Endpoint) -> HostView {
 }
 
 /// `/config_dump` of a static configuration.
-fn config_dump(bootstrap: &Value) -> Value {
-    let now = jiff::Timestamp::try_from(SystemTime::now()).map(|time| time.to_string()).unwrap_or_default();
+fn config_dump(bootstrap: &Value, read: SystemTime) -> Value {
+    let now = jiff::Timestamp::try_from(read).map(|time| time.to_string()).unwrap_or_default();
     let resources = |field: &str, kind: &str, name: &str| -> Vec<Value> {
         let all = bootstrap["static_resources"][field].as_array();
         let dump = |resource: &Value| {

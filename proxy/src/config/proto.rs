@@ -22,7 +22,7 @@ mod yaml;
 use std::sync::Arc;
 
 use prost::{Message, Name};
-use prost_reflect::DynamicMessage;
+use prost_reflect::{DynamicMessage, ReflectMessage};
 use tidegate_api::bootstrap::Bootstrap;
 
 pub use any::{UnpackError, inner_type_name, type_name, unpack};
@@ -219,6 +219,38 @@ pub fn check<M: Message + Name>(message: &M, name: impl Into<Arc<str>>) -> Resul
         Err(error) => problems.push(problem(String::new(), Reason::Invalid(error.to_string()))),
     }
     ConfigError::from_problems(problems).map_or(Ok(()), Err)
+}
+
+/// A message of which only the encoding is kept until somebody wants to see it: a fraction of the memory.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    type_name: String,
+    bytes: Vec<u8>,
+}
+
+impl Encoded {
+    /// Encodes a message.
+    pub fn new(message: &DynamicMessage) -> Self {
+        Self { type_name: message.descriptor().full_name().to_owned(), bytes: message.encode_to_vec() }
+    }
+
+    /// The message as JSON, as [`to_json()`] shows it; null if it can't be decoded.
+    pub fn to_json(&self) -> serde_json::Value {
+        let message = MessageSchema::named(&self.type_name)
+            .and_then(|schema| DynamicMessage::decode(schema.descriptor.clone(), &self.bytes[..]).ok());
+        message.map_or(serde_json::Value::Null, |message| to_json(&message))
+    }
+}
+
+/// Forgets what parsing and checking needs to know of Envoy's API, some 10 MB; the next one to need it has it computed
+/// anew, which takes some 20 ms. True if there was anything.
+pub fn release_descriptors() -> bool {
+    schema::release()
+}
+
+/// The same, once it has been called this often without anybody needing it in between.
+pub fn release_unused_descriptors(calls: u32) -> bool {
+    schema::release_unused(calls)
 }
 
 /// A message with its descriptors, for [`to_json()`].

@@ -1,10 +1,12 @@
 //! What the loader needs to know about each message type, computed once per type.
 
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, RwLock};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 use prost_reflect::{
     DynamicMessage, EnumValueDescriptor, ExtensionDescriptor, FieldDescriptor, MessageDescriptor,
+    ReflectMessage,
 };
 use tidegate_api::validate::FieldRules;
 
@@ -67,20 +69,37 @@ pub(super) enum WellKnown {
     Wrapper,
 }
 
+/// Schemas by full name of their message type. A poisoned lock still guards whole entries: they are inserted in one
+/// step.
+static CACHE: LazyLock<RwLock<HashMap<String, Arc<MessageSchema>>>> = LazyLock::new(Default::default);
+
+/// Calls of [`release_unused`] since a schema was asked for.
+static QUIET: AtomicU32 = AtomicU32::new(0);
+
+/// Forgets schemas and descriptors, some 10 MB. What needs them next makes them again. True if there were any.
+pub(super) fn release() -> bool {
+    let schemas = std::mem::take(&mut *CACHE.write().unwrap_or_else(PoisonError::into_inner));
+    tidegate_api::release_descriptors() || !schemas.is_empty()
+}
+
+/// The same, once it has been called this often without anybody needing a schema in between.
+pub(super) fn release_unused(calls: u32) -> bool {
+    QUIET.fetch_add(1, Ordering::Relaxed) + 1 >= calls && release()
+}
+
 impl MessageSchema {
     /// The schema of a message type.
     pub(super) fn of(descriptor: &MessageDescriptor) -> Arc<Self> {
-        static CACHE: LazyLock<RwLock<HashMap<String, Arc<MessageSchema>>>> = LazyLock::new(Default::default);
+        QUIET.store(0, Ordering::Relaxed);
         let name = descriptor.full_name();
-        // A poisoned lock still guards whole entries: they are inserted in one step.
-        if let Some(known) = CACHE.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(name) {
+        // The message may be of descriptors that were released since: then what is known is of other ones.
+        if let Some(known) = CACHE.read().unwrap_or_else(PoisonError::into_inner).get(name)
+            && known.descriptor == *descriptor
+        {
             return known.clone();
         }
         let schema = Arc::new(Self::build(descriptor));
-        CACHE
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .insert(name.to_owned(), schema.clone());
+        CACHE.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), schema.clone());
         schema
     }
 
@@ -177,7 +196,8 @@ impl WellKnown {
 }
 
 fn extension(options: &DynamicMessage, name: &str) -> Option<prost_reflect::Value> {
-    let extension: ExtensionDescriptor = tidegate_api::descriptors().get_extension_by_name(name)?;
+    let descriptor = options.descriptor();
+    let extension: ExtensionDescriptor = descriptor.parent_pool().get_extension_by_name(name)?;
     options.has_extension(&extension).then(|| options.get_extension(&extension).into_owned())
 }
 
