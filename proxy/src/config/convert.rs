@@ -35,6 +35,8 @@ use super::proto::{FieldPath, SourceMap};
 mod access_log;
 mod bootstrap;
 mod cluster;
+#[allow(dead_code, reason = "the store reads them next")]
+mod config_source;
 mod endpoint;
 mod extension;
 mod filter_chain;
