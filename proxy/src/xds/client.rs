@@ -25,8 +25,15 @@ use tokio::sync::mpsc;
 use super::{Event, Key, Kind, Wanted};
 use crate::config::config_source::{ApiSource, Protocol, Source};
 
+mod backoff;
+mod delta;
+mod grpc;
+pub mod node;
 mod path;
+mod protocol;
 mod rest;
+mod sotw;
+mod ttl;
 
 /// What a client is made of.
 #[derive(Clone, Debug)]
@@ -121,6 +128,14 @@ impl Client {
     }
 
     fn ask(&mut self, key: &Key, ask: Ask) {
+        if let (Kind::VirtualHost, false) = (key.kind, self.shared.is_incremental(&key.source)) {
+            if !ask.is_nothing() {
+                let reason =
+                    "VHDS is incremental only: its source has to be gRPC with api_type DELTA_GRPC".into();
+                self.shared.events.send(Event::Failed { keys: vec![key.clone()], reason }).ok();
+            }
+            return;
+        }
         let id = self.shared.task_of(key);
         match self.tasks.entry(id) {
             Entry::Occupied(mut task) => {
@@ -143,12 +158,19 @@ impl Shared {
     fn task_of(&self, key: &Key) -> TaskId {
         let aggregated = match &key.source {
             Source::Ads => true,
-            Source::Api(api) => {
-                matches!(api.protocol, Protocol::AggregatedGrpc | Protocol::AggregatedDeltaGrpc)
-            }
+            Source::Api(api) => is_aggregated(api),
             Source::Path(_) => false,
         };
         TaskId { source: key.source.clone(), kind: (!aggregated).then_some(key.kind) }
+    }
+
+    fn is_incremental(&self, source: &Source) -> bool {
+        let api = match source {
+            Source::Ads => self.ads.as_ref(),
+            Source::Api(api) => Some(api),
+            Source::Path(_) => None,
+        };
+        api.is_some_and(|api| matches!(api.protocol, Protocol::DeltaGrpc | Protocol::AggregatedDeltaGrpc))
     }
 
     fn start(&self, key: &Key) -> mpsc::UnboundedSender<(Kind, Ask)> {
@@ -165,16 +187,24 @@ impl Shared {
             (Source::Api(api), _) if api.protocol == Protocol::Rest => {
                 drop(tokio::task::spawn_local(rest::run(Arc::clone(api), task)));
             }
-            (Source::Api(_), _) | (Source::Ads, Some(_)) => {}
+            (Source::Api(api), _) | (Source::Ads, Some(api)) => {
+                drop(tokio::task::spawn_local(grpc::run(Arc::clone(api), task)));
+            }
             // The conversion of the bootstrap refuses `ads: {}` without an ads_config; resources are checked by the
             // store. What slips through is an error that the operator sees, and no crash.
             (Source::Ads, None) => {
-                let reason = "the source is ads, and the bootstrap has no dynamic_resources.ads_config".into();
+                let reason =
+                    "the source is ads, and the bootstrap has no dynamic_resources.ads_config".into();
                 self.events.send(Event::Failed { keys: vec![key.clone()], reason }).ok();
             }
         }
         sender
     }
+}
+
+/// Whether one stream carries all kinds.
+fn is_aggregated(api: &ApiSource) -> bool {
+    matches!(api.protocol, Protocol::AggregatedGrpc | Protocol::AggregatedDeltaGrpc)
 }
 
 impl Ask {
