@@ -57,6 +57,7 @@ fn cluster(
             lookup_family: LookupFamily::Auto,
         },
         cleanup_interval: Duration::from_secs(5),
+        tls: None,
     };
     Cluster::build(Arc::new(config), &Stats::new(1), None)
 }

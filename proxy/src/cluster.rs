@@ -249,6 +249,7 @@ pub(crate) mod tests {
                 lookup_family: LookupFamily::Auto,
             },
             cleanup_interval: Duration::from_secs(5),
+            tls: None,
         }
     }
 

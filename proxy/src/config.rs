@@ -21,6 +21,7 @@ pub mod listener;
 pub mod proto;
 pub mod route;
 pub mod tcp_proxy;
+pub mod tls;
 
 /// The texts of a static configuration.
 #[derive(Clone, Debug)]

@@ -202,7 +202,8 @@ fn choose(
     record: &mut Record,
 ) -> Result<(Arc<Cluster>, Arc<Endpoint>, Permit), Failure> {
     let name = draw(&proxy.clusters, dialer.balancers());
-    let Some(cluster) = dialer.cluster(name) else {
+    // One with TLS is for control planes: bytes of clients would leave in plaintext.
+    let Some(cluster) = dialer.cluster(name).filter(|cluster| cluster.config().tls.is_none()) else {
         record.flags.set(ResponseFlag::NoClusterFound);
         return Err(Failure::NoRoute);
     };

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::endpoint::ClusterLoadAssignment;
 use super::listener::TcpKeepalive;
+use super::tls::UpstreamTls;
 
 /// A cluster with every default applied.
 #[derive(Clone, Debug)]
@@ -33,6 +34,9 @@ pub struct Cluster {
     pub dns: Dns,
     /// ORIGINAL_DST: unused hosts are dropped after so long. Default 5 s.
     pub cleanup_interval: Duration,
+    /// TLS to a control plane. Such a cluster is for sources of configuration only: nothing else may use it, since it
+    /// would send in plaintext.
+    pub tls: Option<Arc<UpstreamTls>>,
 }
 
 /// How a cluster finds its endpoints.

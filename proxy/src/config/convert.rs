@@ -9,6 +9,7 @@
 //! | Field | Decision | Why |
 //! |---|---|---|
 //! | `FilterChain.transport_socket` other than raw_buffer | refused | clients would be served in plaintext |
+//! | TLS of a cluster through which a source of the bootstrap reaches its server | done, for that only (flag NC for others) | |
 //! | `Cluster.transport_socket`, or the one of `transport_socket_matches` that an endpoint selects, other than raw_buffer | refused | what should be encrypted would leave in plaintext |
 //! | network filters other than tcp_proxy, http_connection_manager and `istio.*` (rbac, ext_authz, connection_limit, local_ratelimit, …) | refused | a missing filter lets through what it should stop |
 //! | `istio.*` network filters of types that stock Envoy does not have | ignored, one warning for each kind, counted | telemetry and metadata exchange only |
@@ -46,6 +47,7 @@ mod net;
 mod route;
 mod runtime;
 mod tcp_proxy;
+mod tls;
 mod transport_socket;
 
 pub(super) use bootstrap::bootstrap;
@@ -55,6 +57,8 @@ pub(super) struct Report<'a> {
     source: &'a SourceMap,
     /// Names of all clusters, for route configurations that must not name others.
     clusters: HashSet<String>,
+    /// Names of the clusters through which the bootstrap's sources reach their servers.
+    server_clusters: HashSet<String>,
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
     /// Warnings of which one is kept: where it stands in `warnings`, and how many there were.
@@ -68,6 +72,7 @@ impl<'a> Report<'a> {
         Self {
             source,
             clusters: HashSet::new(),
+            server_clusters: HashSet::new(),
             problems: vec![],
             warnings: vec![],
             once: HashMap::new(),

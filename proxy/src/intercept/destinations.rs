@@ -273,6 +273,7 @@ mod tests {
                 lookup_family: LookupFamily::default(),
             },
             cleanup_interval: Duration::from_secs(5),
+            tls: None,
         })
     }
 

@@ -33,7 +33,9 @@ mod path;
 mod protocol;
 mod rest;
 mod sotw;
+mod tls;
 mod ttl;
+pub mod upstream;
 
 /// What a client is made of.
 #[derive(Clone, Debug)]
@@ -136,7 +138,7 @@ impl Client {
             }
             return;
         }
-        let id = self.shared.task_of(key);
+        let id = TaskId::of(key);
         match self.tasks.entry(id) {
             Entry::Occupied(mut task) => {
                 // A task that had nothing to do any more has ended.
@@ -154,16 +156,18 @@ impl Client {
     }
 }
 
-impl Shared {
-    fn task_of(&self, key: &Key) -> TaskId {
+impl TaskId {
+    fn of(key: &Key) -> Self {
         let aggregated = match &key.source {
             Source::Ads => true,
             Source::Api(api) => is_aggregated(api),
             Source::Path(_) => false,
         };
-        TaskId { source: key.source.clone(), kind: (!aggregated).then_some(key.kind) }
+        Self { source: key.source.clone(), kind: (!aggregated).then_some(key.kind) }
     }
+}
 
+impl Shared {
     fn is_incremental(&self, source: &Source) -> bool {
         let api = match source {
             Source::Ads => self.ads.as_ref(),

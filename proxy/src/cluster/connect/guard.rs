@@ -35,7 +35,7 @@ pub struct UpstreamGuard {
 }
 
 impl UpstreamGuard {
-    pub(super) fn new(cluster: &Arc<Cluster>, endpoint: &Arc<Endpoint>, permit: Permit) -> Self {
+    pub(crate) fn new(cluster: &Arc<Cluster>, endpoint: &Arc<Endpoint>, permit: Permit) -> Self {
         cluster.stats().upstream_cx_total().inc();
         Self {
             cluster: Arc::clone(cluster),
@@ -49,7 +49,7 @@ impl UpstreamGuard {
         }
     }
 
-    pub(super) fn establish(&mut self) {
+    pub(crate) fn establish(&mut self) {
         let stats = self.cluster.stats();
         stats.upstream_cx_connect_ms().record(millis(self.started));
         stats.upstream_rq_total().inc();

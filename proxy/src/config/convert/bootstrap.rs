@@ -13,6 +13,7 @@ use tidegate_api::interception as extension_api;
 
 use super::access_log::access_logs;
 use super::cluster::cluster;
+use super::config_source::server_clusters;
 use super::extension::{Extension, unregistered};
 use super::listener::listener;
 use super::net::{cidr, socket_addr};
@@ -30,6 +31,7 @@ const STATS_FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Report<'_>) -> Bootstrap {
     let root = FieldPath::ROOT;
     let path = &root;
+    let server_clusters = server_clusters(&bootstrap);
     let api::Bootstrap {
         node,
         node_context_params,
@@ -80,6 +82,7 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         default_config_source, default_socket_interface, certificate_provider_instances, inline_headers,
         perf_tracing_file_path, xds_delegate_extension, xds_config_tracker_extension, listener_manager,
         application_log_config, enable_worker_cpu_affinity, stats_flush, stats_eviction);
+    report.server_clusters = server_clusters;
     check_dynamic_resources(dynamic_resources, path, report);
     let runtime = Runtime::new(layered_runtime, path, report);
     let parts::StaticResources { listeners, clusters, secrets } = static_resources.unwrap_or_default();

@@ -14,7 +14,7 @@ use super::endpoint::{Of, load_assignment};
 use super::extension::{Extension, unregistered};
 use super::listener::BUFFER_LIMIT;
 use super::net::keepalive;
-use super::transport_socket::{Matches, require_raw_buffer};
+use super::transport_socket::{Matches, cluster_tls};
 use super::{Report, each, enumeration, inactive, optional_duration};
 use crate::config::cluster::{Cluster, Discovery, Dns, LbPolicy, LookupFamily, Thresholds};
 use crate::config::endpoint::ClusterLoadAssignment;
@@ -106,7 +106,7 @@ pub(super) fn cluster(
             report.unsupported(&path.field(field), "not supported in this version; remove it");
         }
     }
-    require_raw_buffer(transport_socket, path, "sending to upstreams", report);
+    let tls = cluster_tls(&name, transport_socket, path, report);
     upstream_filters(filters, path, report);
     let mut dns = Dns {
         refresh_rate: optional_duration(dns_refresh_rate, path, "dns_refresh_rate", report)
@@ -147,6 +147,7 @@ pub(super) fn cluster(
         upstream_keepalive,
         dns,
         cleanup_interval: cleanup_interval.unwrap_or(CLEANUP_INTERVAL),
+        tls: tls.map(Arc::new),
     })
 }
 

@@ -254,9 +254,13 @@ impl State {
     fn replace(&mut self, wanted: Wanted) {
         let old = std::mem::replace(&mut self.wanted, wanted);
         let added: Vec<_> = self.wanted.names.difference(&old.names).cloned().collect();
-        added.into_iter().for_each(|name| self.note_added(name));
+        for name in added {
+            self.note_added(name);
+        }
         let removed: Vec<_> = old.names.difference(&self.wanted.names).cloned().collect();
-        removed.into_iter().for_each(|name| self.note_removed(name));
+        for name in removed {
+            self.note_removed(name);
+        }
         if old.wildcard && !self.wanted.wildcard {
             let names = &self.wanted.names;
             self.versions.retain(|name, _| names.contains(name));

@@ -234,7 +234,9 @@ impl Outcome {
                 let mut problems = Problems::default();
                 // An empty text would make it an ACK.
                 problems.add(if message.is_empty() { "rejected" } else { &message });
-                refused.iter().for_each(|text| problems.add(text));
+                if let Some(text) = refused {
+                    problems.add(text);
+                }
                 Self {
                     error: problems.into_text(),
                     rejected: rejected.into_iter().collect(),

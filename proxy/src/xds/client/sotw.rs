@@ -419,7 +419,9 @@ impl Protocol for Sotw {
         };
         if resources.is_empty() && !unchanged.is_empty() {
             // Heartbeats only: this is no state of the world.
-            ttls.iter().for_each(|(name, ttl)| state.timers.set(name, *ttl, now));
+            for (name, ttl) in &ttls {
+                state.timers.set(name, *ttl, now);
+            }
             state.version.clone_from(&version);
             state.accepted = number;
             self.answer(kind, Answer { number, nonce, version, error: None });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest time to live that is told apart from for ever: ten years.
-const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+const FOREVER: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// The timers of one kind of resource.
 #[derive(Debug, Default)]

@@ -637,11 +637,13 @@ proptest! {
                     bench.client.expire(now);
                 }
             }
-            if bench.nonce % 2 == 0 {
+            if bench.nonce.is_multiple_of(2) {
                 note(&mut told, bench.sent());
             }
         }
-        open.into_iter().for_each(|id| bench.client.judged(id, Verdict::Accept));
+        for id in open {
+            bench.client.judged(id, Verdict::Accept);
+        }
         for _ in 0..100 {
             bench.after(1);
             note(&mut told, bench.sent());
