@@ -7,6 +7,7 @@
 //! likes.
 
 mod any;
+mod discovery;
 mod json;
 mod nearest;
 mod path;
@@ -26,6 +27,7 @@ use prost_reflect::{DynamicMessage, ReflectMessage};
 use tidegate_api::bootstrap::Bootstrap;
 
 pub use any::{UnpackError, inner_type_name, type_name, unpack};
+pub use discovery::{ResourceText, ResponseText, parse_discovery_response};
 pub use path::FieldPath;
 pub use source_map::{Diagnostics, SourceMap};
 pub use to_json::to_json;

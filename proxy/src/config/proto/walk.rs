@@ -2,6 +2,7 @@
 //! problem.
 
 mod extension;
+mod part;
 mod well_known;
 
 use std::sync::Arc;
