@@ -28,11 +28,15 @@ use crate::config::config_source::{ApiSource, Protocol, Source};
 mod backoff;
 mod delta;
 mod grpc;
+mod json;
 pub mod node;
 mod path;
 mod protocol;
 mod rest;
 mod sotw;
+mod state;
+#[cfg(test)]
+mod testing;
 mod tls;
 mod ttl;
 pub mod upstream;

@@ -157,7 +157,11 @@ resources:
         assert_eq!(a.warnings.len(), 1);
         let error = |index: usize| read.resources[index].body.as_ref().unwrap_err().to_string();
         assert!(error(1).starts_with("cds.yaml:9: resources[1].type: \"STATICC\" is not"), "{}", error(1));
-        assert!(error(2).contains("resources[2]: unknown type \"type.googleapis.com/x.Nope\""), "{}", error(2));
+        assert!(
+            error(2).contains("resources[2]: unknown type \"type.googleapis.com/x.Nope\""),
+            "{}",
+            error(2)
+        );
         assert!(error(3).starts_with("cds.yaml:11: resources[3]: "), "{}", error(3));
         assert!(error(4).starts_with("cds.yaml:12: resources[4].connect_timeout: "), "{}", error(4));
         assert!(read.resources[5].body.is_ok());
