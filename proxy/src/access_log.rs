@@ -18,6 +18,7 @@ use crate::connection::record::{LogType, Record};
 
 use file::LogFile;
 use filter::Matcher;
+use operator::Operator;
 
 pub use file::{FlushSettings, Registry, flush_worker};
 pub use format::Formatter;
@@ -57,7 +58,10 @@ pub fn validate(log: &config::AccessLog) -> Result<(), AccessLogError> {
 
 /// The access logs of a listener or of a `tcp_proxy` filter. Cheap to clone; shared by all workers.
 #[derive(Clone, Debug)]
-pub struct AccessLogs(Arc<[Logger]>);
+pub struct AccessLogs {
+    loggers: Arc<[Logger]>,
+    wants_retransmitted: bool,
+}
 
 #[derive(Debug)]
 struct Logger {
@@ -92,12 +96,19 @@ impl AccessLogs {
                 file: registry.open(&log.sink)?,
             })
         };
-        logs.iter().map(open).collect::<Result<_, _>>().map(Self)
+        let loggers = logs.iter().map(open).collect::<Result<Arc<[_]>, _>>()?;
+        let wants_retransmitted = loggers.iter().any(|log| log.formatter.prints(Operator::is_retransmitted));
+        Ok(Self { loggers, wants_retransmitted })
     }
 
     /// Whether there is nothing to write to.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.loggers.is_empty()
+    }
+
+    /// Whether a format prints what was sent again, which costs a system call to know.
+    pub fn wants_retransmitted(&self) -> bool {
+        self.wants_retransmitted
     }
 
     /// Writes an entry to every log whose filter lets it pass. Never blocks.
@@ -106,7 +117,7 @@ impl AccessLogs {
             return;
         }
         let now = Now::read();
-        for log in &*self.0 {
+        for log in &*self.loggers {
             if log.filter.as_ref().is_none_or(|filter| filter.passes(record, log_type, now)) {
                 log.file.append(|out| log.formatter.format(record, log_type, now, out));
             }
@@ -166,7 +177,7 @@ pub(crate) mod tests {
             bytes_sent: 6,
             upstream_bytes_sent: 3,
             upstream_bytes_received: 6,
-            retransmitted: None,
+            retransmitted: crate::connection::record::Retransmitted::default(),
         }
     }
 

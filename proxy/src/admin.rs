@@ -15,7 +15,7 @@ mod view;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -24,7 +24,7 @@ use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::stats::{HttpStats, Stats};
+use crate::stats::{AdminListenerStats, HttpStats, Stats};
 
 pub use command_line::command_line_options;
 pub use view::{ClusterView, HealthView, HostView, ListenerView, ThresholdsView};
@@ -159,15 +159,20 @@ impl Admin {
     /// Serves until it is dropped.
     pub async fn serve(self, state: Arc<dyn State>, stats: Arc<Stats>) -> Infallible {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let admin_stats = stats.http("admin");
+        let (admin_stats, listener_stats) = (stats.http("admin"), stats.admin_listener().clone());
         let server = Arc::new(route::Server { state, stats });
         loop {
             // The semaphore is never closed, so this is Some.
             let permit = Arc::clone(&connections).acquire_owned().await.ok();
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let connection =
-                        serve_connection(stream, Arc::clone(&server), admin_stats.clone(), permit);
+                    let connection = serve_connection(
+                        stream,
+                        Arc::clone(&server),
+                        admin_stats.clone(),
+                        listener_stats.clone(),
+                        permit,
+                    );
                     tokio::spawn(connection);
                 }
                 Err(error) => {
@@ -184,10 +189,16 @@ async fn serve_connection(
     stream: TcpStream,
     server: Arc<route::Server>,
     stats: HttpStats,
+    listener: AdminListenerStats,
     _permit: Option<OwnedSemaphorePermit>,
 ) {
     stats.downstream_cx_total().inc();
     let _active = stats.downstream_cx_active().guard();
+    listener.downstream_cx_total().inc();
+    listener.main_thread_downstream_cx_total().inc();
+    let _active_here = listener.downstream_cx_active().guard();
+    let _active_on_main = listener.main_thread_downstream_cx_active().guard();
+    let began = Instant::now();
     let _ = stream.set_nodelay(true);
     let service = service_fn(|request| {
         let server = Arc::clone(&server);
@@ -203,6 +214,8 @@ async fn serve_connection(
         tracing::debug!(%error, "admin: connection ended early");
     }
     stats.downstream_cx_destroy().inc();
+    listener.downstream_cx_destroy().inc();
+    listener.downstream_cx_length_ms().record(began.elapsed().as_millis() as u64);
 }
 
 #[cfg(test)]

@@ -222,6 +222,7 @@ impl Proxy {
     fn count_configuration(&self) {
         let (stats, snapshot) = (&self.stats, self.snapshot());
         let count = |items: usize| items as u64;
+        stats.runtime().load_success().set(1);
         stats.config().warnings().set(count(self.loaded.warnings.len()));
         stats.config().ignored_filters().set(count(self.loaded.ignored_filters.values().sum()));
         stats.server().concurrency().set(count(self.workers.len()));

@@ -1,7 +1,9 @@
 //! One connection, from accept to its log line. [`serve`] is the walk; each step is a named function.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,7 +34,7 @@ pub mod record;
 
 use dial::Dial;
 use meter::Meter;
-use record::{CloseType, LogType, Record};
+use record::{CloseType, LogType, Record, Retransmitted};
 
 /// What an accept loop hands over.
 #[derive(Debug)]
@@ -45,7 +47,8 @@ pub struct Accepted {
     pub listener: Option<Arc<Listener>>,
     /// Where it was captured; none for a bound listener.
     pub capture: Option<Arc<Capture>>,
-    /// The configuration that it is served by, to its end.
+    /// The configuration that decides who serves it. Let go once its upstream stands: an idle connection must not
+    /// keep a configuration of long ago in memory.
     pub snapshot: Arc<Snapshot>,
 }
 
@@ -53,9 +56,9 @@ pub struct Accepted {
 pub async fn serve(worker: Rc<Worker>, accepted: Accepted) {
     let owner = accepted.capture.as_ref().map_or(0, |capture| capture.pod.netns().cookie());
     let open = worker.connections.open(owner);
-    let Some(mut connection) = Connection::begin(worker, accepted) else { return };
+    let Some((mut connection, snapshot)) = Connection::begin(worker, accepted) else { return };
     // Boxed, so that an established connection does not carry the size of everything before.
-    match Box::pin(connection.establish(&open)).await {
+    match Box::pin(connection.establish(snapshot, &open)).await {
         Ok(established) => connection.relay(established, &open).await,
         // It was never served: as in Envoy, no log has it.
         Err(EndedEarly::Overflow) => return,
@@ -67,7 +70,6 @@ pub async fn serve(worker: Rc<Worker>, accepted: Accepted) {
 /// A connection in service. Owned by its task.
 struct Connection {
     worker: Rc<Worker>,
-    snapshot: Arc<Snapshot>,
     downstream: Socket,
     capture: Option<Arc<Capture>>,
     original_dst: Option<OriginalDst>,
@@ -121,7 +123,7 @@ enum EndedEarly {
 
 impl Connection {
     /// Looks at what was accepted. None: it was captured and nobody serves it, so it was reset.
-    fn begin(worker: Rc<Worker>, accepted: Accepted) -> Option<Self> {
+    fn begin(worker: Rc<Worker>, accepted: Accepted) -> Option<(Self, Arc<Snapshot>)> {
         let Accepted { socket, peer, listener, capture, snapshot } = accepted;
         let local = sys::socket::local_addr(&socket).ok()?; // fails only when the peer is gone already
         let restores =
@@ -139,9 +141,8 @@ impl Connection {
         };
         let name = Arc::clone(&listener.config.name);
         let record = Record::new(worker.next_connection_id(), peer, local, original_dst, name);
-        Some(Self {
+        let connection = Self {
             worker,
-            snapshot,
             downstream: socket,
             capture,
             original_dst,
@@ -150,21 +151,22 @@ impl Connection {
             chain: None,
             proxy: None,
             record,
-        })
+        };
+        Some((connection, snapshot))
     }
 
     /// Everything up to a connected upstream.
-    async fn establish(&mut self, open: &Open) -> Result<Established, EndedEarly> {
+    async fn establish(&mut self, snapshot: Arc<Snapshot>, open: &Open) -> Result<Established, EndedEarly> {
         let mut inspected = Inspected::default();
         self.inspect(&mut inspected).await?;
-        if self.hand_off() {
+        if self.hand_off(&snapshot) {
             self.inspect(&mut inspected).await?;
         }
         self.admit()?;
         self.find_chain(&inspected)?;
         let proxy = self.choose_proxy()?;
         self.start(&proxy);
-        self.connect(proxy, open).await
+        self.connect(proxy, &snapshot, open).await
     }
 
     /// Runs the listener filters of the listener in charge.
@@ -192,12 +194,12 @@ impl Connection {
     }
 
     /// Hands the connection to the listener that owns its restored destination. Called once.
-    fn hand_off(&mut self) -> bool {
+    fn hand_off(&mut self, snapshot: &Snapshot) -> bool {
         if !(self.listener.config.use_original_dst || self.capture.is_some()) {
             return false;
         }
         let Some(destination) = self.original_dst else { return false };
-        match self.snapshot.owner(destination.0) {
+        match snapshot.owner(destination.0) {
             Some(owner) if !Arc::ptr_eq(owner, &self.listener) => {
                 self.listener = Arc::clone(owner);
                 self.record.listener = Arc::clone(&owner.config.name);
@@ -274,11 +276,16 @@ impl Connection {
     }
 
     /// Connects to an upstream, unless the downstream leaves or time is up before that.
-    async fn connect(&mut self, proxy: Arc<TcpProxy>, open: &Open) -> Result<Established, EndedEarly> {
+    async fn connect(
+        &mut self,
+        proxy: Arc<TcpProxy>,
+        snapshot: &Snapshot,
+        open: &Open,
+    ) -> Result<Established, EndedEarly> {
         let deadline = max_duration(&proxy).map(|duration| self.record.start + duration);
         let dial = Dial {
             worker: &self.worker,
-            snapshot: &self.snapshot,
+            snapshot,
             capture: self.capture.as_deref(),
             accepted_on: self.record.downstream_direct_local,
         };
@@ -310,18 +317,26 @@ impl Connection {
             killed: Some(open),
         };
         let worker = Rc::clone(&self.worker);
-        let pumped = pump::run(&worker.pump, &self.downstream, &upstream, &options, &meter.counters);
-        let outcome = match proxy.config.access_log_flush_interval {
-            None => pumped.await,
-            Some(interval) => {
-                let (mut pumped, mut tick) = (Box::pin(pumped), Box::pin(tokio::time::interval(interval)));
-                tick.tick().await; // the first one is now
-                loop {
-                    tokio::select! {
-                        outcome = &mut pumped => break outcome,
-                        _ = tick.tick() => {
-                            self.record.count(&meter.counters);
-                            proxy.access_log.write(&self.record, LogType::TcpPeriodic);
+        let outcome = {
+            let pumped = pump::run(&worker.pump, &self.downstream, &upstream, &options, &meter.counters);
+            let mut pumped = pin!(pumped);
+            let mut pumped = poll_fn(|cx| {
+                let polled = pumped.as_mut().poll(cx);
+                meter.note_flush();
+                polled
+            });
+            match proxy.config.access_log_flush_interval {
+                None => pumped.await,
+                Some(interval) => {
+                    let mut tick = Box::pin(tokio::time::interval(interval));
+                    tick.tick().await; // the first one is now
+                    loop {
+                        tokio::select! {
+                            outcome = &mut pumped => break outcome,
+                            _ = tick.tick() => {
+                                self.record.count(&meter.counters);
+                                proxy.access_log.write(&self.record, LogType::TcpPeriodic);
+                            }
                         }
                     }
                 }
@@ -401,6 +416,14 @@ impl Connection {
     fn finish(&mut self) {
         let duration = self.record.start.elapsed();
         self.record.duration = Some(duration);
+        let wanted = self.listener.access_log.wants_retransmitted()
+            || self.proxy.as_ref().is_some_and(|proxy| proxy.access_log.wants_retransmitted());
+        if wanted && let Ok(measured) = sys::socket::measured(self.downstream.as_fd()) {
+            self.record.retransmitted = Retransmitted {
+                bytes: measured.retransmitted_bytes,
+                packets: measured.retransmitted_segments.into(),
+            };
+        }
         if self.admission.take().is_some() {
             self.listener.stats.downstream_cx_destroy().inc();
             self.listener.stats.downstream_cx_length_ms().record(duration.as_millis() as u64);

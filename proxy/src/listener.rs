@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::access_log::{AccessLogError, AccessLogs};
 use crate::config;
 use crate::config::filter_chain::Terminal;
+use crate::config::listener::ListenerFilter;
 use crate::config::route::HttpRouting;
 use crate::stats::{HttpStats, ListenerStats, Stats, TcpProxyStats};
 
@@ -111,6 +112,11 @@ impl Listener {
         stats: &Stats,
         logs: &crate::access_log::Registry,
     ) -> Result<Self, ListenerError> {
+        for filter in &config.listener_filters {
+            if let ListenerFilter::ProxyProtocol { stat_prefix, .. } = filter {
+                stats.proxy_protocol(stat_prefix); // shown before the first connection
+            }
+        }
         let access_log_error =
             |source| ListenerError::AccessLog { listener: Arc::clone(&config.name), source };
         let matcher = Matcher::build(&config.filter_chains, config.default_filter_chain.as_ref())

@@ -18,15 +18,15 @@ mod text;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use block::Layout;
 
 pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGauge, Stat, set_shard};
 pub use blocks::{
-    AccessLogStats, ClusterManagerStats, ClusterStats, ConfigStats, FilesystemStats, HttpInspectorStats,
-    HttpStats, ListenerManagerStats, ListenerStats, ProxyProtocolStats, PumpStats, ServerStats,
-    TcpProxyStats, TlsInspectorStats,
+    AccessLogStats, AdminListenerStats, ClusterManagerStats, ClusterStats, ConfigStats, FilesystemStats,
+    HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats, ProxyProtocolStats, PumpStats,
+    RootStats, RuntimeStats, ServerStats, TcpProxyStats, TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
@@ -43,12 +43,17 @@ pub struct Stats {
     intercept: Mutex<BTreeMap<String, (Kind, u64)>>,
     /// Blocks that exist once, kept from the start.
     single: Single,
+    /// `proxy_proto.<stat_prefix>.*`, kept to the end: a connection looks them up, and no listener holds them.
+    proxy_protocol: RwLock<BTreeMap<Box<str>, ProxyProtocolStats>>,
 }
 
 /// By the first part of their names and the scope's own name.
 type Blocks = BTreeMap<(&'static str, Box<str>), Weak<Block>>;
 
 struct Single {
+    root: RootStats,
+    admin_listener: AdminListenerStats,
+    runtime: RuntimeStats,
     server: ServerStats,
     listener_manager: ListenerManagerStats,
     cluster_manager: ClusterManagerStats,
@@ -68,6 +73,9 @@ impl Stats {
             Block::new(layout, "", workers)
         }
         let single = Single {
+            root: RootStats::from_block(one(RootStats::LAYOUT, workers)),
+            admin_listener: AdminListenerStats::from_block(one(AdminListenerStats::LAYOUT, workers)),
+            runtime: RuntimeStats::from_block(one(RuntimeStats::LAYOUT, workers)),
             server: ServerStats::from_block(one(ServerStats::LAYOUT, workers)),
             listener_manager: ListenerManagerStats::from_block(one(ListenerManagerStats::LAYOUT, workers)),
             cluster_manager: ClusterManagerStats::from_block(one(ClusterManagerStats::LAYOUT, workers)),
@@ -79,7 +87,13 @@ impl Stats {
             pump: PumpStats::from_block(one(PumpStats::LAYOUT, workers)),
             config: ConfigStats::from_block(one(ConfigStats::LAYOUT, workers)),
         };
-        let stats = Self { workers, blocks: Mutex::default(), intercept: Mutex::default(), single };
+        let stats = Self {
+            workers,
+            blocks: Mutex::default(),
+            intercept: Mutex::default(),
+            single,
+            proxy_protocol: RwLock::default(),
+        };
         for block in stats.single_blocks() {
             lock(&stats.blocks).insert((block.layout().root, "".into()), Arc::downgrade(&block));
         }
@@ -135,9 +149,33 @@ impl Stats {
         &self.single.http_inspector
     }
 
-    /// `proxy_proto.*`
-    pub fn proxy_protocol(&self) -> &ProxyProtocolStats {
-        &self.single.proxy_protocol
+    /// `proxy_proto.*`, or `proxy_proto.<stat_prefix>.*` when there is a prefix. They exist from the first call on.
+    pub fn proxy_protocol(&self, stat_prefix: &str) -> ProxyProtocolStats {
+        if stat_prefix.is_empty() {
+            return self.single.proxy_protocol.clone();
+        }
+        let known = &self.proxy_protocol;
+        if let Some(stats) = known.read().unwrap_or_else(PoisonError::into_inner).get(stat_prefix) {
+            return stats.clone();
+        }
+        let stats = ProxyProtocolStats::from_block(self.block(ProxyProtocolStats::LAYOUT, stat_prefix));
+        let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+        known.entry(stat_prefix.into()).or_insert(stats).clone()
+    }
+
+    /// Names without a first part.
+    pub fn root(&self) -> &RootStats {
+        &self.single.root
+    }
+
+    /// `listener.admin.*`
+    pub fn admin_listener(&self) -> &AdminListenerStats {
+        &self.single.admin_listener
+    }
+
+    /// `runtime.*`
+    pub fn runtime(&self) -> &RuntimeStats {
+        &self.single.runtime
     }
 
     /// `filesystem.*`
@@ -214,9 +252,12 @@ impl Stats {
         block
     }
 
-    fn single_blocks(&self) -> [Arc<Block>; 10] {
+    fn single_blocks(&self) -> [Arc<Block>; 13] {
         let s = &self.single;
         [
+            s.root.block(),
+            s.admin_listener.block(),
+            s.runtime.block(),
             s.server.block(),
             s.listener_manager.block(),
             s.cluster_manager.block(),

@@ -76,6 +76,14 @@ impl Formatter {
         })
     }
 
+    /// Whether it prints an operator of this kind anywhere.
+    pub(super) fn prints(&self, is: fn(&Operator) -> bool) -> bool {
+        match &self.body {
+            Body::Text(parts) => any(parts, is),
+            Body::Json(node) => node.prints(is),
+        }
+    }
+
     /// Appends an entry. JSON ends with a line break; text has what its format has.
     pub fn format(&self, record: &Record, log_type: LogType, now: Now, out: &mut Vec<u8>) {
         let entry = Entry { record, log_type, now };
@@ -87,6 +95,10 @@ impl Formatter {
             }
         }
     }
+}
+
+fn any(parts: &[Part], is: fn(&Operator) -> bool) -> bool {
+    parts.iter().any(|part| matches!(part, Part::Operator(operator) if is(operator)))
 }
 
 fn write_parts(parts: &[Part], entry: Entry<'_>, omit_empty: bool, out: &mut Vec<u8>) {
@@ -130,6 +142,16 @@ impl Node {
                 Self::Object(members.into_iter().map(member).collect::<Result<_, _>>()?)
             }
         })
+    }
+
+    fn prints(&self, is: fn(&Operator) -> bool) -> bool {
+        match self {
+            Self::Raw(_) | Self::Null => false,
+            Self::Typed(operator) => is(operator),
+            Self::Text(parts) => any(parts, is),
+            Self::List(list) => list.iter().any(|node| node.prints(is)),
+            Self::Object(members) => members.iter().any(|(_, node)| node.prints(is)),
+        }
     }
 
     fn write(&self, entry: Entry<'_>, omit_empty: bool, out: &mut Vec<u8>) {

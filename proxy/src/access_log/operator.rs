@@ -303,6 +303,11 @@ impl Operator {
         }
     }
 
+    /// Whether it prints what was sent again.
+    pub(super) fn is_retransmitted(&self) -> bool {
+        matches!(self, Self::Retransmitted { .. })
+    }
+
     /// Its value in an entry.
     pub(super) fn value<'a>(&'a self, entry: Entry<'a>) -> Value<'a> {
         let Entry { record, log_type, now } = entry;
@@ -336,10 +341,10 @@ impl Operator {
             Self::LogType => Value::Text(log_type.name()),
             Self::StreamId => Value::Uuid(stream_id(record)),
             Self::UniqueId => Value::Uuid(fastrand::u128(..)),
-            Self::Retransmitted { packets } => match record.retransmitted {
-                Some(again) => Value::Number(if *packets { again.packets } else { again.bytes }),
-                None => Value::Unset,
-            },
+            Self::Retransmitted { packets } => {
+                let again = record.retransmitted;
+                Value::Number(if *packets { again.packets } else { again.bytes })
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use crate::pump::Counters;
+use crate::pump::{Counters, Side};
 use crate::stats::{ClusterStats, HttpStats, PumpStats, TcpProxyStats};
 
 /// The counters of an established connection, and where they are added up.
@@ -13,6 +13,8 @@ pub struct Meter {
     pub counters: Counters,
     into: Into,
     seen: Seen,
+    /// Counted in `upstream_flush_active`.
+    flushing: Cell<bool>,
 }
 
 /// The stats that count the connection's bytes.
@@ -51,12 +53,21 @@ struct SeenDirection {
 impl Meter {
     /// Starts at nothing.
     pub fn new(into: Into) -> Self {
-        Self { counters: Counters::default(), into, seen: Seen::default() }
+        Self { counters: Counters::default(), into, seen: Seen::default(), flushing: Cell::new(false) }
+    }
+
+    /// Counts the flush to the upstream once it has begun. Called after every step of the pump, so that the gauge is
+    /// right at any time.
+    pub fn note_flush(&self) {
+        if self.counters.flushed.get() == Some(Side::Upstream) && !self.flushing.replace(true) {
+            self.into.tcp.upstream_flush_total().inc();
+            self.into.tcp.upstream_flush_active().add(1);
+        }
     }
 
     /// Adds what has moved since the last time.
     pub fn flush(&self) {
-        let Self { counters, into, seen } = self;
+        let Self { counters, into, seen, .. } = self;
         let (down, up) = (&counters.downstream, &counters.upstream);
         let received = news(&down.received, &seen.downstream.received);
         let returned = news(&up.sent, &seen.upstream.sent);
@@ -79,7 +90,7 @@ impl Meter {
 
     /// Reading from a side pauses while the other takes no more.
     fn flush_flow_control(&self) {
-        let Self { counters, into, seen } = self;
+        let Self { counters, into, seen, .. } = self;
         let (down, up) = (&counters.downstream, &counters.upstream);
         let paused = news(&down.paused, &seen.downstream.paused);
         let resumed = news(&down.resumed, &seen.downstream.resumed);
@@ -105,6 +116,9 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
+        if self.flushing.get() {
+            self.into.tcp.upstream_flush_active().sub(1);
+        }
         // What is still held goes with the connection.
         for direction in [&self.counters.downstream, &self.counters.upstream] {
             direction.discarded.set(direction.discarded.get() + direction.buffered());
@@ -126,6 +140,23 @@ fn change(now: u64, seen: &Cell<u64>) -> i64 {
 mod tests {
     use super::*;
     use crate::stats::Stats;
+
+    #[test]
+    fn a_flush_is_active_until_the_end() {
+        let stats = Stats::new(1);
+        let tcp = stats.tcp_proxy("t");
+        let into =
+            Into { tcp: tcp.clone(), http: None, cluster: stats.cluster("c"), pump: stats.pump().clone() };
+        let meter = Meter::new(into);
+        meter.note_flush();
+        assert_eq!(tcp.upstream_flush_active().value(), 0);
+        meter.counters.flushed.set(Some(Side::Upstream));
+        meter.note_flush();
+        meter.note_flush();
+        assert_eq!((tcp.upstream_flush_active().value(), tcp.upstream_flush_total().value()), (1, 1));
+        drop(meter);
+        assert_eq!((tcp.upstream_flush_active().value(), tcp.upstream_flush_total().value()), (0, 1));
+    }
 
     #[test]
     fn bytes_are_added_once_and_gauges_return_to_zero() {

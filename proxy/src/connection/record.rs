@@ -76,8 +76,9 @@ pub struct Record {
     pub upstream_bytes_sent: u64,
     /// Bytes received from the upstream.
     pub upstream_bytes_received: u64,
-    /// What the downstream socket had to send again; read from TCP_INFO at the end, none before.
-    pub retransmitted: Option<Retransmitted>,
+    /// What the downstream socket had to send again; read from TCP_INFO at the end, if an access log prints it, and
+    /// nothing before. The kernel forgets it when we reset the connection.
+    pub retransmitted: Retransmitted,
 }
 
 /// What a socket had to send again.
@@ -131,7 +132,7 @@ impl Record {
             bytes_sent: 0,
             upstream_bytes_sent: 0,
             upstream_bytes_received: 0,
-            retransmitted: None,
+            retransmitted: Retransmitted::default(),
         }
     }
 

@@ -233,9 +233,21 @@ impl<'a> Duplex<'a> {
             && to.half.next() != Step::Write
     }
 
+    /// The downstream has sent its FIN and got the upstream's: what is held of it is flushed, though nobody is gone.
+    fn note_flush(&self) {
+        let from_downstream = &self.lanes[Side::Downstream as usize].half;
+        if from_downstream.phase() == Phase::Draining
+            && from_downstream.held() > 0
+            && self.phase(Side::Upstream) == Phase::Closed
+        {
+            self.counters.flushed.set(Some(Side::Upstream));
+        }
+    }
+
     /// The end, if both directions are done, or the flush is.
     fn ended(&mut self) -> Option<Outcome> {
         let Some(flush) = self.flush else {
+            self.note_flush();
             let done =
                 self.phase(Side::Downstream) == Phase::Closed && self.phase(Side::Upstream) == Phase::Closed;
             return done.then(|| self.finished());

@@ -189,6 +189,7 @@ impl Block {
     /// The first part of its stats' names: `cluster.foo.`
     pub fn scope(&self) -> String {
         match self.name() {
+            "" if self.layout.root.is_empty() => String::new(),
             "" => format!("{}.", self.layout.root),
             name => format!("{}.{name}.", self.layout.root),
         }

@@ -312,8 +312,62 @@ stats_block! {
 }
 
 stats_block! {
-    /// `proxy_proto.*`
-    ProxyProtocolStats: "proxy_proto", label "", per_worker [];
+    /// Names without a first part.
+    RootStats: "", label "", per_worker [];
+    counters { downstream_cx_proxy_proto_error }
+    gauges {}
+    histograms {}
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `listener.admin.*`
+    AdminListenerStats: "listener.admin", label "", per_worker [];
+    counters {
+        downstream_cx_destroy,
+        downstream_cx_total,
+        main_thread_downstream_cx_total = "main_thread.downstream_cx_total",
+    }
+    gauges { downstream_cx_active, main_thread_downstream_cx_active = "main_thread.downstream_cx_active" }
+    histograms { downstream_cx_length_ms }
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {
+        "downstream_cx_overflow",
+        "downstream_cx_overload_reject",
+        "downstream_cx_transport_socket_connect_timeout",
+        "downstream_global_cx_overflow",
+        "downstream_listener_filter_error",
+        "downstream_listener_filter_remote_close",
+        "downstream_pre_cx_timeout",
+        "no_filter_chain_match",
+    }
+    zero_gauges { "downstream_pre_cx_active" }
+}
+
+stats_block! {
+    /// `runtime.*`: only what the bootstrap says, which is looked up once.
+    RuntimeStats: "runtime", label "", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters { load_success }
+    shared_gauges { num_keys, num_layers }
+    zero_counters {
+        "deprecated_feature_use",
+        "load_error",
+        "override_dir_exists",
+        "override_dir_not_exists",
+    }
+    zero_gauges { "admin_overrides_active", "deprecated_feature_seen_since_process_start" }
+}
+
+stats_block! {
+    /// `proxy_proto.*`, or `proxy_proto.<stat_prefix>.*`
+    ProxyProtocolStats: "proxy_proto", label "envoy_proxy_protocol_prefix", per_worker [];
     counters {
         not_found_allowed,
         not_found_disallowed,

@@ -87,8 +87,9 @@ fn families(block: &Block) -> Vec<Family<'_>> {
 /// `envoy_<root>_<name>`; what Envoy does not have is `tidegate_…`.
 fn metric_name(root: &str, name: &str) -> String {
     let prefix = if root.starts_with("tidegate.") { "" } else { "envoy_" };
+    let root = if root.is_empty() { String::new() } else { format!("{root}_") };
     let clean = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' };
-    format!("{prefix}{root}_{name}").chars().map(clean).collect()
+    format!("{prefix}{root}{name}").chars().map(clean).collect()
 }
 
 fn labels(block: &Block, source: &Source<'_>, worker: Option<usize>) -> Vec<Label> {
@@ -99,7 +100,7 @@ fn labels(block: &Block, source: &Source<'_>, worker: Option<usize>) -> Vec<Labe
     if let Some((key, value)) = source.label {
         labels.push(Label::from_static_parts(key, value));
     }
-    if !block.layout().label.is_empty() {
+    if !block.layout().label.is_empty() && !block.name().is_empty() {
         labels.push(Label::new(block.layout().label, block.name().to_owned()));
     }
     labels
@@ -248,7 +249,7 @@ mod tests {
         foo.upstream_cx_connect_ms().record(7);
         let listener = stats.listener("127.0.0.1:80".parse().unwrap(), None);
         let _active = listener.downstream_cx_active().guard();
-        stats.proxy_protocol().v2_found().inc();
+        stats.proxy_protocol("").v2_found().inc();
         stats.set_intercept_counter("captured", 5);
         stats.pump().bytes_spliced().add(9);
         assert_eq!(

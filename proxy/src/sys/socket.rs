@@ -211,6 +211,8 @@ pub struct Measured {
     pub round_trip: Duration,
     /// Segments sent again, over the life of the connection.
     pub retransmitted_segments: u32,
+    /// Bytes sent again, over the life of the connection.
+    pub retransmitted_bytes: u64,
 }
 
 /// `TCP_INFO`, as far as it is of use here.
@@ -219,6 +221,7 @@ pub fn measured(socket: BorrowedFd<'_>) -> io::Result<Measured> {
     Ok(Measured {
         round_trip: Duration::from_micros(info.tcpi_rtt.into()),
         retransmitted_segments: info.tcpi_total_retrans,
+        retransmitted_bytes: info.tcpi_bytes_retrans,
     })
 }
 

@@ -705,3 +705,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_message_survives_the_release_of_its_descriptors() {
+    let text = "static_resources: {clusters: [{name: a, connect_timeout: 2s, typed_extension_protocol_options: {}}]}";
+    let parsed = parse_bootstrap(&Source::yaml("a.yaml", text), &[], &Options::default()).unwrap();
+    let (shown, encoded) = (to_json(&parsed.dynamic), Encoded::new(&parsed.dynamic));
+    assert_eq!(shown["static_resources"]["clusters"][0]["name"], "a");
+    assert!(release_descriptors());
+    assert_eq!(to_json(&parsed.dynamic), shown, "a message of the former descriptors");
+    assert_eq!(encoded.to_json(), shown, "one that is decoded with new ones");
+    // A text is checked against the rules as before.
+    let wrong = parse_bootstrap(
+        &Source::yaml("a.yaml", "static_resources: {clusters: [{}]}"),
+        &[],
+        &Options::default(),
+    );
+    assert!(wrong.is_err());
+}

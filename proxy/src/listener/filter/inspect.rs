@@ -46,8 +46,12 @@ pub(super) fn step(filter: &ListenerFilter, bytes: &[u8], stats: &Stats, inspect
         ListenerFilter::HttpInspector if inspected.transport_protocol == "tls" => Step::Done,
         ListenerFilter::HttpInspector => http(http_inspector::inspect(bytes), stats, inspected),
         ListenerFilter::ProxyProtocol {
-            allow_requests_without_proxy_protocol, disallowed_versions, ..
+            allow_requests_without_proxy_protocol,
+            disallowed_versions,
+            stat_prefix,
+            ..
         } => proxy(
+            stat_prefix,
             proxy_protocol::inspect(bytes, disallowed_versions, *allow_requests_without_proxy_protocol),
             *allow_requests_without_proxy_protocol,
             stats,
@@ -119,10 +123,16 @@ fn http(outcome: http_inspector::Outcome, stats: &Stats, inspected: &mut Inspect
     Step::Done
 }
 
-fn proxy(outcome: proxy_protocol::Outcome, optional: bool, stats: &Stats, inspected: &mut Inspected) -> Step {
+fn proxy(
+    stat_prefix: &str,
+    outcome: proxy_protocol::Outcome,
+    optional: bool,
+    all: &Stats,
+    inspected: &mut Inspected,
+) -> Step {
     use ProxyProtocolVersion::{V1, V2};
     use proxy_protocol::Outcome as O;
-    let stats = stats.proxy_protocol();
+    let stats = all.proxy_protocol(stat_prefix);
     match outcome {
         O::NeedMore(total) => Step::NeedMore(total),
         O::NoHeader if optional => {
@@ -131,12 +141,20 @@ fn proxy(outcome: proxy_protocol::Outcome, optional: bool, stats: &Stats, inspec
         }
         O::NoHeader => {
             stats.not_found_disallowed().inc();
+            all.root().downstream_cx_proxy_proto_error().inc();
             Step::Refuse
         }
         O::Disallowed(version) => {
+            // Envoy counts it as found too.
             match version {
-                V1 => stats.v1_disallowed().inc(),
-                V2 => stats.v2_disallowed().inc(),
+                V1 => {
+                    stats.v1_found().inc();
+                    stats.v1_disallowed().inc();
+                }
+                V2 => {
+                    stats.v2_found().inc();
+                    stats.v2_disallowed().inc();
+                }
             }
             Step::Refuse
         }
@@ -145,6 +163,7 @@ fn proxy(outcome: proxy_protocol::Outcome, optional: bool, stats: &Stats, inspec
                 V1 => stats.v1_error().inc(),
                 V2 => stats.v2_error().inc(),
             }
+            all.root().downstream_cx_proxy_proto_error().inc();
             Step::Refuse
         }
         O::Header(header) => {

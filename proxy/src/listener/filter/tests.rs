@@ -148,7 +148,7 @@ fn a_proxy_header_is_taken_to_the_byte_and_what_follows_is_inspected() {
         assert_eq!(outcome.inspected.destination, Some("172.16.0.1:50001".parse().unwrap()));
         assert_eq!(outcome.inspected.server_name.as_deref(), Some("foo.example.com"));
         assert_eq!(outcome.rest, hello());
-        assert_eq!(outcome.stats.proxy_protocol().v1_found().value(), 1);
+        assert_eq!(outcome.stats.proxy_protocol("").v1_found().value(), 1);
     });
 }
 
@@ -172,12 +172,12 @@ fn bad_and_missing_proxy_headers_are_refused_and_counted() {
         sending(b"PROXY TCP4 nonsense\r\n".to_vec(), 9),
         |outcome| {
             assert!(matches!(outcome.result, Err(Ended::Refused)), "{:?}", outcome.result);
-            assert_eq!(outcome.stats.proxy_protocol().v1_error().value(), 1);
+            assert_eq!(outcome.stats.proxy_protocol("").v1_error().value(), 1);
         },
     );
     both(&listener(vec![ListenerFilter::proxy_protocol()]), sending(b"hello".to_vec(), 9), |outcome| {
         assert!(matches!(outcome.result, Err(Ended::Refused)), "{:?}", outcome.result);
-        assert_eq!(outcome.stats.proxy_protocol().not_found_disallowed().value(), 1);
+        assert_eq!(outcome.stats.proxy_protocol("").not_found_disallowed().value(), 1);
     });
     let optional = ListenerFilter::ProxyProtocol {
         allow_requests_without_proxy_protocol: true,
@@ -188,7 +188,7 @@ fn bad_and_missing_proxy_headers_are_refused_and_counted() {
     both(&listener(vec![optional]), sending(line.clone(), 99), |outcome| {
         assert!(outcome.result.is_ok(), "{:?}", outcome.result);
         assert_eq!(outcome.rest, line, "a disallowed version is not looked for");
-        assert_eq!(outcome.stats.proxy_protocol().not_found_allowed().value(), 1);
+        assert_eq!(outcome.stats.proxy_protocol("").not_found_allowed().value(), 1);
     });
 }
 
@@ -264,4 +264,19 @@ fn waiting_for_the_rest_of_a_hello_costs_no_cpu() {
     let spent = thread_cpu().saturating_sub(before);
     // Two runs of 700 ms each: a loop that spins would spend nearly all of it, one that waits about 1 ms.
     assert!(spent < Duration::from_millis(350), "{spent:?} of CPU in 1.4 s of waiting");
+}
+
+#[test]
+fn proxy_protocol_stats_are_kept_by_prefix() {
+    let filter = ListenerFilter::ProxyProtocol {
+        allow_requests_without_proxy_protocol: false,
+        disallowed_versions: Vec::new(),
+        stat_prefix: "edge".into(),
+    };
+    both(&listener(vec![filter]), sending(b"PROXY TCP4 nonsense\r\n".to_vec(), 21), |outcome| {
+        assert!(matches!(outcome.result, Err(Ended::Refused)), "{:?}", outcome.result);
+        assert_eq!(outcome.stats.proxy_protocol("edge").v1_error().value(), 1);
+        assert_eq!(outcome.stats.proxy_protocol("").v1_error().value(), 0);
+        assert_eq!(outcome.stats.root().downstream_cx_proxy_proto_error().value(), 1);
+    });
 }
