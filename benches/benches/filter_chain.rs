@@ -22,6 +22,7 @@ fn chains(count: u32, matches: impl Fn(u32) -> FilterChainMatch) -> Vec<Arc<Filt
                 name: format!("chain-{index}").into(),
                 matches: matches(index),
                 terminal: None,
+                content: 0,
                 ignored_filters: Vec::new(),
             })
         })

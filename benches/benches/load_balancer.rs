@@ -11,6 +11,7 @@ use tidegate::config::cluster::{Cluster as Config, Discovery, Dns, LbPolicy, Loo
 use tidegate::config::endpoint::{
     ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, Locality, LocalityLbEndpoints,
 };
+use tidegate::config::transport_socket::TransportSocketMatches;
 use tidegate::stats::Stats;
 
 fn main() {
@@ -36,6 +37,7 @@ fn cluster(
         name: "bench".into(),
         alt_stat_name: None,
         discovery,
+        eds: None,
         lb_policy,
         connect_timeout: Duration::from_secs(5),
         per_connection_buffer_limit_bytes: 1 << 20,
@@ -48,6 +50,7 @@ fn cluster(
             }],
             overprovisioning_factor: 140,
         },
+        transport_sockets: TransportSocketMatches::default(),
         circuit_breakers: Thresholds::default(),
         healthy_panic_threshold: 50.0,
         upstream_keepalive: None,

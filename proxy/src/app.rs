@@ -1,8 +1,10 @@
 //! Wiring: from the command line to a running proxy and back to nothing.
 
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,28 +12,30 @@ use std::time::Duration;
 use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::Socket;
+use tokio::sync::mpsc;
 
 use crate::access_log::{self, FlushSettings};
 use crate::args::{Args, Command, FailModeArg, Mode, ServeArgs};
-use crate::cluster::{Cluster, dns};
 use crate::config::bootstrap::{Bootstrap, FailMode, Interception as Wanted, Node};
-use crate::config::cluster::Discovery;
-use crate::config::listener::TrafficDirection;
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::audit::{Audit, Health};
 use crate::intercept::{self, Destinations, EbpfLog, InterceptError, Interception, OnPod, PodEvent};
-use crate::listener::Listener;
 use crate::log::Log;
 use crate::signal::{Request, Signals};
 use crate::snapshot::{Publisher, Snapshot};
-use crate::stats::Stats;
+use crate::stats::{SharedGauge, Stats};
 use crate::sys;
 use crate::takeover::{self, Starting, StatePaths};
 use crate::uring::{self, Engine};
 use crate::worker::{self, Handle, Role, Shared, SocketId};
-use crate::{bound, check, cleanup};
+use crate::xds::client;
+use crate::xds::client::upstream::Upstream;
+use crate::xds::store::{Bound, Changes, Draining, Happened, Parts, Phase, Store};
+use crate::xds::tables::Tables;
+use crate::{check, cleanup};
 
 mod admin_state;
+mod config_dump;
 
 use admin_state::{Running, ServerState};
 
@@ -133,6 +137,17 @@ struct Proxy {
     workers: Vec<Handle>,
     engine: Engine,
     interception: Option<Interception>,
+    store: Store,
+    /// What the store has accepted and refused, for the admin server.
+    tables: Tables,
+    /// Listening sockets of bound listeners that workers have: worker and number.
+    bound: HashMap<Arc<str>, Vec<(usize, SocketId)>>,
+    /// Listening sockets that wait for the end of start-up.
+    waiting: Vec<Bound>,
+    /// Workers accept.
+    accepting: bool,
+    /// The last number of a listening socket.
+    sockets: u64,
     /// Says that this process serves; none when it doesn't intercept.
     record: Option<takeover::Record>,
 }
@@ -141,17 +156,12 @@ async fn serve(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<()> 
     let mut signals = Signals::install().context("can't take over signals")?;
     let init_only = args.mode == Mode::InitOnly;
     let mut proxy = Proxy::build(args, loaded, log)?;
-    let sockets = proxy.bind()?;
     let state = Arc::new(Running::new(&proxy));
     let mut admin = admin_state::start(&proxy, &state).await?;
-    let watches = tokio::select! {
-        watches = proxy.warm() => watches?,
-        Request::Stop = signals.next() => return proxy.end(),
-    };
-    if init_only {
+    if !proxy.warm(&state, &mut signals).await || init_only {
         return proxy.end();
     }
-    proxy.listen(sockets, &state);
+    proxy.accept(&state);
     proxy.intercept()?;
     // Reading the configuration took many times the memory that is left of it.
     config::proto::release_descriptors();
@@ -165,15 +175,7 @@ async fn serve(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<()> 
     }
     proxy.drain(stopping, &mut signals).await;
     drop(admin);
-    drop(watches);
     proxy.end()
-}
-
-/// A listening socket that is not accepted on yet.
-struct BoundSocket {
-    listener: Arc<str>,
-    direction: TrafficDirection,
-    socket: Socket,
 }
 
 /// Why the main loop ended.
@@ -194,14 +196,16 @@ impl Proxy {
             min_size: usize::try_from(args.file_flush_min_size_kb * 1024).unwrap_or(usize::MAX),
         };
         let logs = access_log::Registry::start(&stats, flush).context("can't start the access log writer")?;
-        let snapshot = build(&loaded.bootstrap, &stats, &logs)?;
-        let shared = Arc::new(Shared::new(Publisher::new(snapshot), Arc::clone(&stats), flush.interval));
+        let node = node(&args, &loaded.bootstrap.node);
+        let publisher = Publisher::new(Snapshot::default());
+        let shared = Arc::new(Shared::new(publisher, Arc::clone(&stats), flush.interval));
+        let tables = Tables::default();
+        let store = store(&args, &loaded.bootstrap, &shared, &logs, &tables)?;
         let engine = engine();
         let workers = (0..args.workers())
             .map(|index| Handle::spawn(index, engine, Arc::clone(&shared)))
             .collect::<Result<Vec<_>, _>>()
             .context("can't start a worker thread")?;
-        let node = node(&args, &loaded.bootstrap.node);
         let proxy = Self {
             args,
             log,
@@ -213,6 +217,12 @@ impl Proxy {
             workers,
             engine,
             interception: None,
+            store,
+            tables,
+            bound: HashMap::new(),
+            waiting: Vec::new(),
+            accepting: false,
+            sockets: 0,
             record: None,
         };
         proxy.count_configuration();
@@ -220,71 +230,134 @@ impl Proxy {
     }
 
     fn count_configuration(&self) {
-        let (stats, snapshot) = (&self.stats, self.snapshot());
         let count = |items: usize| items as u64;
-        stats.runtime().load_success().set(1);
-        stats.config().warnings().set(count(self.loaded.warnings.len()));
-        stats.config().ignored_filters().set(count(self.loaded.ignored_filters.values().sum()));
-        stats.server().concurrency().set(count(self.workers.len()));
-        stats.listener_manager().listener_added().set(count(snapshot.listeners().count()));
-        stats
-            .listener_manager()
-            .listener_create_success()
-            .set(count(snapshot.listeners().count() * self.workers.len()));
-        stats.listener_manager().total_listeners_active().set(count(snapshot.listeners().count()));
-        stats.cluster_manager().cluster_added().set(count(snapshot.clusters().count()));
-        stats.cluster_manager().active_clusters().set(count(snapshot.clusters().count()));
+        self.stats.runtime().load_success().set(1);
+        self.stats.config().warnings().set(count(self.loaded.warnings.len()));
+        self.stats.config().ignored_filters().set(count(self.loaded.ignored_filters.values().sum()));
+        self.stats.server().concurrency().set(count(self.workers.len()));
     }
 
     fn snapshot(&self) -> Arc<Snapshot> {
         self.shared.publisher.current()
     }
 
-    /// Opens the sockets of bound listeners, for each worker.
-    fn bind(&self) -> anyhow::Result<Vec<Vec<BoundSocket>>> {
-        let mut sockets: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
-        for listener in self.loaded.bootstrap.listeners.iter().filter(|listener| listener.bind_to_port) {
-            let bound = bound::bind(listener, self.workers.len())?;
-            for (worker, bound) in sockets.iter_mut().zip(bound) {
-                worker.extend(bound.into_iter().map(|socket| BoundSocket {
-                    listener: Arc::clone(&listener.name),
-                    direction: listener.traffic_direction,
-                    socket,
-                }));
+    /// Waits until everything that the configuration names was looked up or fetched once, or won't come in time.
+    /// False: it is time to stop instead.
+    async fn warm(&mut self, state: &Running, signals: &mut Signals) -> bool {
+        let changes = self.store.start(&self.loaded.bootstrap);
+        self.apply(changes, state);
+        while self.store.phase() != Phase::Done {
+            state.set_unready(self.store.unready());
+            tokio::select! {
+                happened = self.store.next() => self.take(happened, state),
+                request = signals.next() => match request {
+                    Request::Stop => return false,
+                    Request::ReopenLogs => self.reopen_logs(),
+                },
+                _ = state.stop_requested() => return false,
             }
         }
-        Ok(sockets)
-    }
-
-    /// Resolves the names of clusters, and waits until each has been looked up once.
-    async fn warm(&self) -> anyhow::Result<Vec<dns::Watch>> {
-        let snapshot = self.snapshot();
-        let named = |cluster: &&Arc<Cluster>| cluster.config().discovery == Discovery::StrictDns;
-        let clusters: Vec<_> = snapshot.clusters().filter(named).collect();
-        if clusters.is_empty() {
-            return Ok(Vec::new());
-        }
-        let resolver = Arc::new(dns::Resolver::from_system()?);
-        let watches: Vec<_> =
-            clusters.iter().map(|cluster| dns::Watch::start(cluster, &resolver, None)).collect();
-        for watch in &watches {
-            watch.warmed().await;
-        }
-        Ok(watches)
+        state.set_unready(Vec::new());
+        true
     }
 
     /// Lets the workers accept.
-    fn listen(&self, sockets: Vec<Vec<BoundSocket>>, state: &Running) {
-        let mut number = 0;
-        for (index, (worker, sockets)) in self.workers.iter().zip(sockets).enumerate() {
-            for BoundSocket { listener, direction, socket } in sockets {
-                number += 1;
-                let id = SocketId::Bound(number);
-                state.bound(index, id, direction);
-                worker.send(worker::Command::Listen(id, socket, Role::Bound(listener)));
-            }
+    fn accept(&mut self, state: &Running) {
+        self.accepting = true;
+        for bound in std::mem::take(&mut self.waiting) {
+            self.listen(bound, state);
         }
         self.stats.listener_manager().workers_started().set(1);
+    }
+
+    fn listen(&mut self, bound: Bound, state: &Running) {
+        if !self.accepting {
+            self.waiting.push(bound);
+            return;
+        }
+        let Bound { listener, direction, sockets } = bound;
+        for (index, (worker, sockets)) in self.workers.iter().zip(sockets).enumerate() {
+            for socket in sockets {
+                self.sockets += 1;
+                let id = SocketId::Bound(self.sockets);
+                state.bound(index, id, direction);
+                self.bound.entry(Arc::clone(&listener)).or_default().push((index, id));
+                worker.send(worker::Command::Listen(id, socket, Role::Bound(Arc::clone(&listener))));
+            }
+        }
+    }
+
+    fn close(&mut self, listener: &str, state: &Running) {
+        self.waiting.retain(|bound| *bound.listener != *listener);
+        for (worker, id) in self.bound.remove(listener).unwrap_or_default() {
+            state.unbound(id);
+            self.workers[worker].send(worker::Command::Close(id));
+        }
+    }
+
+    /// The configuration changes, perhaps.
+    fn take(&mut self, happened: Happened, state: &Running) {
+        let changes = self.store.handle(happened);
+        self.apply(changes, state);
+    }
+
+    /// Puts a change of the configuration in force. A destination is captured when there is somebody who serves it,
+    /// and served until it is captured no longer.
+    fn apply(&mut self, changes: Changes, state: &Running) {
+        if changes.is_empty() {
+            return;
+        }
+        let Changes { clusters, clusters_gone, listeners, close, listen, released, draining } = changes;
+        if clusters || listeners {
+            self.shared.publisher.publish(self.store.snapshot(&released));
+        }
+        for listener in close {
+            self.close(&listener, state);
+        }
+        for bound in listen {
+            self.listen(bound, state);
+        }
+        if (clusters || listeners)
+            && let Some(interception) = &self.interception
+            && let Err(error) = interception.apply(&self.destinations())
+        {
+            tracing::error!(%error, "the kernel's rules can't follow the configuration");
+        }
+        if !released.is_empty() {
+            self.shared.publisher.publish(self.store.snapshot(&[]));
+        }
+        if clusters_gone {
+            self.tell(|| worker::Command::ForgetClusters);
+        }
+        for draining in draining {
+            self.end_later(draining);
+        }
+    }
+
+    /// Connections of chains that are gone end when the drain time has passed.
+    fn end_later(&self, draining: Draining) {
+        let Draining { listener, whole, chains } = draining;
+        let (workers, stats) =
+            (self.workers.iter().map(Handle::sender).collect::<Vec<_>>(), Arc::clone(&self.stats));
+        let drain_time = self.args.drain_time();
+        // Only this thread changes these gauges.
+        fn gauge(stats: &Stats, whole: bool) -> SharedGauge<'_> {
+            let stats = stats.listener_manager();
+            if whole { stats.total_listeners_draining() } else { stats.total_filter_chains_draining() }
+        }
+        gauge(&stats, whole).set(gauge(&stats, whole).value() + 1);
+        tracing::debug!(%listener, "{} filter chains drain for {} s", chains.len(), drain_time.as_secs());
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(drain_time).await;
+            for chain in &chains {
+                chain.end();
+            }
+            let ids = Arc::new(chains.iter().map(|chain| chain.id).collect::<HashSet<_>>());
+            for worker in &workers {
+                worker.send(worker::Command::EndChains(Arc::clone(&ids)));
+            }
+            gauge(&stats, whole).set(gauge(&stats, whole).value().saturating_sub(1));
+        });
     }
 
     /// Starts intercepting, if that is wanted and possible.
@@ -328,7 +401,9 @@ impl Proxy {
     }
 
     fn destinations(&self) -> Destinations {
-        Destinations::of(&self.loaded.bootstrap.listeners, &self.loaded.bootstrap.clusters)
+        let listeners: Vec<_> =
+            self.store.listeners().iter().map(|listener| Arc::clone(&listener.config)).collect();
+        Destinations::of(&listeners, &self.store.cluster_configs())
     }
 
     /// Gives the capture sockets of pods to the workers. Runs on the pods thread.
@@ -351,10 +426,8 @@ impl Proxy {
 
     /// Says what runs where.
     fn announce(&self, admin: Option<SocketAddr>) {
-        for listener in self.loaded.bootstrap.listeners.iter().filter(|listener| listener.bind_to_port) {
-            for address in &listener.addresses {
-                tracing::info!("listening on {address} for listener '{}'", listener.name);
-            }
+        for (listener, address) in self.store.bound_addresses() {
+            tracing::info!("listening on {address} for listener '{listener}'");
         }
         if let Some(interception) = &self.interception {
             for attach_point in interception.attach_points() {
@@ -381,7 +454,7 @@ impl Proxy {
     }
 
     /// The main loop, until it is time to stop.
-    async fn run(&self, state: &Running, signals: &mut Signals) -> Stopping {
+    async fn run(&mut self, state: &Running, signals: &mut Signals) -> Stopping {
         let mut audit = Audit::default();
         let mut second = tokio::time::interval(Duration::from_secs(1));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
@@ -392,6 +465,7 @@ impl Proxy {
                     Request::ReopenLogs => self.reopen_logs(),
                 },
                 stopping = state.stop_requested() => return stopping,
+                happened = self.store.next() => self.take(happened, state),
                 _ = sweep.tick() => self.snapshot().clusters().for_each(|cluster| cluster.sweep()),
                 _ = second.tick() => {
                     state.tick();
@@ -504,21 +578,43 @@ fn engine() -> Engine {
 /// `node` of the bootstrap, with what the command line says instead.
 fn node(args: &ServeArgs, node: &Node) -> Node {
     let pick = |flag: &str, field: &str| if flag.is_empty() { field.to_owned() } else { flag.to_owned() };
-    Node {
+    let mut node = Node {
         id: pick(&args.service_node, &node.id),
         cluster: pick(&args.service_cluster, &node.cluster),
         zone: pick(&args.service_zone, &node.zone),
+        proto: node.proto.clone(),
+    };
+    node.id.clone_into(&mut node.proto.id);
+    node.cluster.clone_into(&mut node.proto.cluster);
+    if !node.zone.is_empty() {
+        node.zone.clone_into(&mut node.proto.locality.get_or_insert_default().zone);
     }
+    node
 }
 
-/// Runtime objects of a configuration. Opens access logs.
-fn build(bootstrap: &Bootstrap, stats: &Stats, logs: &access_log::Registry) -> anyhow::Result<Snapshot> {
-    let clusters =
-        bootstrap.clusters.iter().map(|cluster| Cluster::build(Arc::clone(cluster), stats, None)).collect();
-    let listeners = bootstrap
-        .listeners
-        .iter()
-        .map(|listener| Listener::build(listener, stats, logs).map(Arc::new))
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(Snapshot::build(listeners, clusters))
+/// What keeps the configuration up to date. Opens access logs, binds static listeners.
+fn store(
+    args: &ServeArgs,
+    bootstrap: &Bootstrap,
+    shared: &Arc<Shared>,
+    logs: &access_log::Registry,
+    tables: &Tables,
+) -> anyhow::Result<Store> {
+    let (sender, events) = mpsc::unbounded_channel();
+    let node = client::node::identify(node(args, &bootstrap.node).proto);
+    let settings = client::Settings { node, ads: bootstrap.dynamic.ads.clone() };
+    // A stream that was opened before anything was captured needs no mark.
+    let own = Arc::clone(shared);
+    let mark = move |socket: &Socket| own.own_sockets.get().map_or(Ok(()), |own| own.mark(socket));
+    let upstream = Upstream::new(shared.publisher.clone(), Box::new(mark));
+    let client = client::Client::new(settings, Rc::new(upstream), sender);
+    let parts = Parts {
+        stats: Arc::clone(&shared.stats),
+        logs: logs.clone(),
+        workers: args.workers(),
+        client,
+        events,
+        tables: tables.clone(),
+    };
+    Store::new(bootstrap, parts)
 }

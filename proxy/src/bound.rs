@@ -39,6 +39,41 @@ pub fn bind(listener: &Listener, workers: usize) -> Result<Vec<Vec<Socket>>, Bin
     Ok(sockets)
 }
 
+/// Whether the listening sockets of one version of a listener also serve another one.
+pub fn same_sockets(old: &Listener, new: &Listener) -> bool {
+    if !old.bind_to_port || !new.bind_to_port || old.addresses != new.addresses {
+        return false;
+    }
+    let options = |listener: &Listener| {
+        let Listener {
+            enable_reuse_port,
+            transparent,
+            freebind,
+            tcp_backlog_size,
+            tcp_fast_open_queue_length,
+            tcp_keepalive,
+            ..
+        } = *listener;
+        (
+            enable_reuse_port,
+            transparent,
+            freebind,
+            tcp_backlog_size,
+            tcp_fast_open_queue_length,
+            tcp_keepalive,
+        )
+    };
+    if options(old) == options(new) {
+        return true;
+    }
+    // Without SO_REUSEPORT the address can't be bound twice.
+    let shareable = old.enable_reuse_port && new.enable_reuse_port;
+    if !shareable {
+        tracing::warn!(listener = %new.name, "the socket's options stay as they are until the address changes");
+    }
+    !shareable
+}
+
 fn options(listener: &Listener) -> ListenerOptions<'static> {
     let default = ListenerOptions::default();
     ListenerOptions {

@@ -7,12 +7,13 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
 
 use crate::config;
 use crate::config::cluster::Discovery;
+use crate::config::endpoint::ClusterLoadAssignment;
 use crate::stats::{ClusterStats, Stats};
 
 pub mod circuit_breaker;
@@ -43,6 +44,10 @@ pub struct Cluster {
     breaker: CircuitBreaker,
     registry: Arc<HostRegistry>,
     hosts: ArcSwap<HostSet>,
+    /// Of the assignment in force, in percent.
+    overprovisioning_factor: AtomicU32,
+    /// It is in force, or was.
+    announced: AtomicBool,
     /// Only for ORIGINAL_DST.
     original_dst: Option<Arc<OriginalDstHosts>>,
 }
@@ -58,6 +63,18 @@ impl Cluster {
     /// `previous` is the cluster of the same name that this one replaces: live endpoint state and what is in use
     /// under the circuit breakers carry over.
     pub fn build(config: Arc<config::cluster::Cluster>, stats: &Stats, previous: Option<&Self>) -> Arc<Self> {
+        let cluster = Self::build_warming(config, stats, previous);
+        cluster.announce();
+        cluster
+    }
+
+    /// Like [`Cluster::build`], for a cluster that is not in force yet: the membership gauges stay with the one that
+    /// is, until [`Cluster::announce`].
+    pub fn build_warming(
+        config: Arc<config::cluster::Cluster>,
+        stats: &Stats,
+        previous: Option<&Self>,
+    ) -> Arc<Self> {
         let stat_name = config.alt_stat_name.as_ref().unwrap_or(&config.name);
         let in_use = previous.map(|cluster| Arc::clone(cluster.breaker.in_use())).unwrap_or_default();
         let original_dst = (config.discovery == Discovery::OriginalDst)
@@ -69,6 +86,8 @@ impl Cluster {
             registry: previous.map(|cluster| Arc::clone(&cluster.registry)).unwrap_or_default(),
             hosts: ArcSwap::from_pointee(HostSet::new(0, Vec::new(), 140, 0.0)),
             original_dst,
+            announced: AtomicBool::new(false),
+            overprovisioning_factor: AtomicU32::new(config.load_assignment.overprovisioning_factor),
             config,
         });
         cluster.set_resolved(|_, _| Vec::new());
@@ -84,6 +103,20 @@ impl Cluster {
         self.replace_endpoints(endpoints)
     }
 
+    /// EDS: replaces the endpoints by those of an assignment. Returns whether anything changed.
+    pub fn set_assignment(&self, assignment: &ClusterLoadAssignment) -> bool {
+        let endpoints = endpoint::endpoints_of(assignment, &self.registry, false, |_, _| Vec::new());
+        let factor = assignment.overprovisioning_factor;
+        let same_factor = self.overprovisioning_factor.swap(factor, Relaxed) == factor;
+        if self.replace_endpoints(endpoints) {
+            return true;
+        }
+        if !same_factor {
+            self.refresh_health();
+        }
+        !same_factor
+    }
+
     /// Replaces the endpoints. Connections to endpoints that are gone live on; so does the state of endpoints
     /// that stay. Returns whether anything changed.
     pub fn replace_endpoints(&self, endpoints: Vec<Endpoint>) -> bool {
@@ -92,7 +125,7 @@ impl Cluster {
         if new.same_members(&old) && old.version() != 0 {
             return false;
         }
-        if !new.same_members(&old) {
+        if !new.same_members(&old) && self.announced.load(Relaxed) {
             self.stats.membership_change().inc();
         }
         self.publish(new);
@@ -107,7 +140,7 @@ impl Cluster {
     }
 
     fn host_set(&self, endpoints: Vec<Endpoint>) -> HostSet {
-        let factor = match self.config.load_assignment.overprovisioning_factor {
+        let factor = match self.overprovisioning_factor.load(Relaxed) {
             0 => 140,
             factor => factor,
         };
@@ -116,8 +149,25 @@ impl Cluster {
     }
 
     fn publish(&self, set: HostSet) {
-        let [total, healthy, degraded, excluded] = set.membership();
+        let membership = set.membership();
         self.hosts.store(Arc::new(set));
+        if self.announced.load(Relaxed) {
+            self.show(membership);
+        }
+    }
+
+    /// It is in force: from here on its endpoints are what the stats of its name tell.
+    pub fn announce(&self) {
+        if !self.announced.swap(true, Relaxed) {
+            let membership = self.hosts.load().membership();
+            if membership[0] > 0 {
+                self.stats.membership_change().inc();
+            }
+            self.show(membership);
+        }
+    }
+
+    fn show(&self, [total, healthy, degraded, excluded]: [u64; 4]) {
         if self.original_dst.is_none() {
             self.stats.membership_total().set(total);
             self.stats.membership_healthy().set(healthy);
@@ -216,6 +266,7 @@ pub(crate) mod tests {
     use crate::config::endpoint::{
         ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, Locality, LocalityLbEndpoints,
     };
+    use crate::config::transport_socket::TransportSocketMatches;
 
     pub(crate) fn config(name: &str, discovery: Discovery, addresses: &[EndpointAddress]) -> Config {
         let endpoint = |address: &EndpointAddress| LbEndpoint {
@@ -228,6 +279,7 @@ pub(crate) mod tests {
             name: name.into(),
             alt_stat_name: None,
             discovery,
+            eds: None,
             lb_policy: LbPolicy::RoundRobin,
             connect_timeout: Duration::from_secs(5),
             per_connection_buffer_limit_bytes: 1 << 20,
@@ -240,6 +292,7 @@ pub(crate) mod tests {
                 }],
                 overprovisioning_factor: 140,
             },
+            transport_sockets: TransportSocketMatches::default(),
             circuit_breakers: Thresholds::default(),
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,

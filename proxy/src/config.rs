@@ -14,14 +14,17 @@ pub mod bootstrap;
 pub mod cluster;
 pub mod config_source;
 mod convert;
+pub mod dynamic;
 pub mod endpoint;
 pub mod error;
 pub mod filter_chain;
 pub mod listener;
 pub mod proto;
 pub mod route;
+pub mod runtime;
 pub mod tcp_proxy;
 pub mod tls;
+pub mod transport_socket;
 
 /// The texts of a static configuration.
 #[derive(Clone, Debug)]

@@ -163,7 +163,7 @@ impl Connection {
             self.inspect(&mut inspected).await?;
         }
         self.admit()?;
-        self.find_chain(&inspected)?;
+        self.find_chain(&inspected, open)?;
         let proxy = self.choose_proxy()?;
         self.start(&proxy);
         self.connect(proxy, &snapshot, open).await
@@ -225,7 +225,7 @@ impl Connection {
         Ok(())
     }
 
-    fn find_chain(&mut self, inspected: &Inspected) -> Result<(), EndedEarly> {
+    fn find_chain(&mut self, inspected: &Inspected, open: &Open) -> Result<(), EndedEarly> {
         let input = MatchInput {
             destination: self.record.downstream_local,
             source: self.record.downstream_remote,
@@ -243,7 +243,8 @@ impl Connection {
         self.listener.stats.downstream_cx_total().inc();
         self.record.filter_chain = Arc::clone(&chain.config.name);
         self.chain = Some(Arc::clone(chain));
-        Ok(())
+        open.set_chain(chain.id);
+        if chain.has_ended() { Err(EndedEarly::Killed) } else { Ok(()) }
     }
 
     fn choose_proxy(&mut self) -> Result<Arc<TcpProxy>, EndedEarly> {
@@ -259,8 +260,8 @@ impl Connection {
                     self.record.flags.set(ResponseFlag::NoRouteFound);
                     return Err(EndedEarly::NoRoute);
                 };
-                self.record.route_name = Some(Arc::clone(route));
-                Ok(Arc::clone(proxy))
+                self.record.route_name = Some(route);
+                Ok(proxy)
             }
         }
     }

@@ -4,12 +4,14 @@
 //! so nothing here is shared between threads.
 
 use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use slab::Slab;
 
 use crate::connection::meter::Meter;
+use crate::listener::ChainId;
 
 /// The open connections of one worker.
 #[derive(Debug, Default)]
@@ -23,6 +25,8 @@ pub struct Connections {
 struct Slot {
     /// Whose connection it is (see [`Connections::open`]).
     owner: u64,
+    /// The filter chain that serves it, once there is one.
+    chain: Cell<Option<ChainId>>,
     killed: Cell<bool>,
     /// Set when both its sides stand.
     meter: OnceCell<Meter>,
@@ -75,6 +79,11 @@ impl Connections {
         self.kill_where(|slot| slot.owner == owner);
     }
 
+    /// Tells the connections of these filter chains to end now.
+    pub fn kill_chains(&self, chains: &HashSet<ChainId>) {
+        self.kill_where(|slot| slot.chain.get().is_some_and(|chain| chains.contains(&chain)));
+    }
+
     fn kill_where(&self, wanted: impl Fn(&Slot) -> bool) {
         for (_, slot) in self.open.borrow().iter().filter(|(_, slot)| wanted(slot)) {
             slot.killed.set(true);
@@ -98,6 +107,11 @@ impl Connections {
 }
 
 impl Open {
+    /// Says which filter chain serves the connection.
+    pub fn set_chain(&self, chain: ChainId) {
+        self.slot.chain.set(Some(chain));
+    }
+
     /// Counts the connection's bytes from now on. The first call decides what into.
     pub fn meter(&self, into: impl FnOnce() -> Meter) -> &Meter {
         self.slot.meter.get_or_init(into)

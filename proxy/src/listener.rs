@@ -2,13 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use arc_swap::ArcSwapOption;
 
 use crate::access_log::{AccessLogError, AccessLogs};
 use crate::config;
 use crate::config::filter_chain::Terminal;
 use crate::config::listener::ListenerFilter;
-use crate::config::route::HttpRouting;
+use crate::config::route::{HttpRouting, RdsRouting};
 use crate::stats::{HttpStats, ListenerStats, Stats, TcpProxyStats};
 
 pub mod filter;
@@ -32,9 +34,19 @@ pub struct Listener {
     active: Arc<AtomicU64>,
 }
 
+/// Identifies a [`Chain`]: its successor after an update has another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ChainId(u64);
+
+static NEXT_CHAIN: AtomicU64 = AtomicU64::new(1);
+
 /// A filter chain at run time.
 #[derive(Debug)]
 pub struct Chain {
+    /// Unique in the process.
+    pub id: ChainId,
+    /// Its connections were told to end: it was drained.
+    ended: AtomicBool,
     /// What it was built from.
     pub config: Arc<config::filter_chain::FilterChain>,
     /// What it does with a connection.
@@ -66,10 +78,18 @@ pub struct TcpProxy {
 /// An `http_connection_manager` served as L4.
 #[derive(Debug)]
 pub struct HttpAsTcp {
-    /// Its virtual hosts.
-    pub routing: Arc<HttpRouting>,
     /// `http.<stat_prefix>.`.
     pub stats: HttpStats,
+    /// Where its routes come from; none: they are part of the listener.
+    pub rds: Option<Arc<RdsRouting>>,
+    /// Empty until RDS brings some: connections end with flag NR then.
+    routes: ArcSwapOption<Routes>,
+}
+
+/// Virtual hosts at run time. Replaced as a whole by RDS.
+#[derive(Debug)]
+struct Routes {
+    routing: Arc<HttpRouting>,
     /// One for each virtual host, in their order; none where no route can be served.
     proxies: Vec<Option<Arc<TcpProxy>>>,
 }
@@ -107,10 +127,14 @@ impl Drop for Admitted {
 
 impl Listener {
     /// Builds a listener. Opens its access logs; binds nothing.
+    ///
+    /// `previous` is the listener that it replaces. When only filter chains differ, those that are the same live on,
+    /// and so do their connections; see [`Listener::is_in_place_update_of`].
     pub fn build(
         config: &Arc<config::listener::Listener>,
         stats: &Stats,
         logs: &crate::access_log::Registry,
+        previous: Option<&Self>,
     ) -> Result<Self, ListenerError> {
         for filter in &config.listener_filters {
             if let ListenerFilter::ProxyProtocol { stat_prefix, .. } = filter {
@@ -121,11 +145,15 @@ impl Listener {
             |source| ListenerError::AccessLog { listener: Arc::clone(&config.name), source };
         let matcher = Matcher::build(&config.filter_chains, config.default_filter_chain.as_ref())
             .map_err(|source| ListenerError::Match { listener: Arc::clone(&config.name), source })?;
+        let in_place = previous.filter(|previous| previous.config.content == config.content);
         let chains = config
             .filter_chains
             .iter()
             .chain(&config.default_filter_chain)
-            .map(|chain| Chain::build(chain, stats, logs).map(Arc::new))
+            .map(|chain| match in_place.and_then(|previous| previous.same_chain(chain)) {
+                Some(same) => Ok(same),
+                None => Chain::build(chain, stats, logs).map(Arc::new),
+            })
             .collect::<Result<_, _>>()
             .map_err(access_log_error)?;
         Ok(Self {
@@ -134,8 +162,31 @@ impl Listener {
             access_log: AccessLogs::open(&config.access_log, logs).map_err(access_log_error)?,
             matcher,
             chains,
-            active: Arc::default(),
+            active: in_place.map(|previous| Arc::clone(&previous.active)).unwrap_or_default(),
         })
+    }
+
+    /// Whether it differs from `other` in nothing but its filter chains, so that connections of chains that both have
+    /// need not be drained.
+    pub fn is_in_place_update_of(&self, other: &Self) -> bool {
+        self.config.content == other.config.content
+    }
+
+    /// Its filter chains.
+    pub fn chains(&self) -> &[Arc<Chain>] {
+        &self.chains
+    }
+
+    /// Its HTTP chains with routes from RDS.
+    pub fn rds_chains(&self) -> impl Iterator<Item = (&Arc<Chain>, &Arc<RdsRouting>)> {
+        self.chains.iter().filter_map(|chain| match &chain.service {
+            Service::Http(HttpAsTcp { rds: Some(rds), .. }) => Some((chain, rds)),
+            _ => None,
+        })
+    }
+
+    fn same_chain(&self, config: &config::filter_chain::FilterChain) -> Option<Arc<Chain>> {
+        self.chains.iter().find(|chain| chain.config.content == config.content).cloned()
     }
 
     /// The filter chain for a connection; none when nothing matches and there is no default chain.
@@ -168,9 +219,40 @@ impl Chain {
         let service = match &config.terminal {
             None => Service::Nothing,
             Some(Terminal::TcpProxy(proxy)) => Service::Tcp(TcpProxy::build(proxy, stats, logs)?),
-            Some(Terminal::HttpAsTcp(routing)) => Service::Http(HttpAsTcp::build(routing, stats, logs)?),
+            Some(Terminal::HttpAsTcp(routing)) => {
+                let http = HttpAsTcp::new(&routing.stat_prefix, None, stats);
+                http.set_routes(Arc::clone(routing), stats, logs)?;
+                Service::Http(http)
+            }
+            Some(Terminal::HttpFromRds(rds)) => {
+                Service::Http(HttpAsTcp::new(&rds.proxy.stat_prefix, Some(Arc::clone(rds)), stats))
+            }
         };
-        Ok(Self { config: Arc::clone(config), service })
+        let id = ChainId(NEXT_CHAIN.fetch_add(1, Ordering::Relaxed));
+        Ok(Self { id, ended: AtomicBool::new(false), config: Arc::clone(config), service })
+    }
+
+    /// Connections that choose it from now on end at once. Those that it has are the workers' business.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Chain::end`] was called.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    /// Replaces the routes of an HTTP chain, for connections that come from now on.
+    pub fn set_routes(
+        &self,
+        routing: HttpRouting,
+        stats: &Stats,
+        logs: &crate::access_log::Registry,
+    ) -> Result<(), AccessLogError> {
+        match &self.service {
+            Service::Http(http) => http.set_routes(Arc::new(routing), stats, logs),
+            Service::Nothing | Service::Tcp(_) => Ok(()),
+        }
     }
 }
 
@@ -189,23 +271,32 @@ impl TcpProxy {
 }
 
 impl HttpAsTcp {
-    fn build(
-        routing: &Arc<HttpRouting>,
+    fn new(stat_prefix: &str, rds: Option<Arc<RdsRouting>>, stats: &Stats) -> Self {
+        Self { stats: stats.http(stat_prefix), rds, routes: ArcSwapOption::empty() }
+    }
+
+    fn set_routes(
+        &self,
+        routing: Arc<HttpRouting>,
         stats: &Stats,
         logs: &crate::access_log::Registry,
-    ) -> Result<Self, AccessLogError> {
+    ) -> Result<(), AccessLogError> {
         let proxies = routing
             .virtual_hosts
             .iter()
             .map(|host| host.proxy.as_ref().map(|proxy| TcpProxy::build(proxy, stats, logs)).transpose())
             .collect::<Result<_, _>>()?;
-        Ok(Self { routing: Arc::clone(routing), stats: stats.http(&routing.stat_prefix), proxies })
+        self.routes.store(Some(Arc::new(Routes { routing, proxies })));
+        Ok(())
     }
 
     /// The proxy of the virtual host for this destination, and the host's route name.
-    pub fn choose(&self, destination: SocketAddr) -> Option<(&Arc<TcpProxy>, &Arc<str>)> {
-        let index = self.routing.virtual_host_index(destination)?;
-        Some((self.proxies[index].as_ref()?, &self.routing.virtual_hosts[index].route_name))
+    pub fn choose(&self, destination: SocketAddr) -> Option<(Arc<TcpProxy>, Arc<str>)> {
+        let routes = self.routes.load();
+        let Routes { routing, proxies } = &**routes.as_ref()?;
+        let index = routing.virtual_host_index(destination)?;
+        let proxy = proxies.get(index)?.clone()?;
+        Some((proxy, Arc::clone(&routing.virtual_hosts.get(index)?.route_name)))
     }
 }
 

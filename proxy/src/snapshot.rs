@@ -23,7 +23,13 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Puts a snapshot together. Of two listeners with one address the first owns it.
-    pub fn build(listeners: Vec<Arc<Listener>>, clusters: Vec<Arc<Cluster>>) -> Self {
+    ///
+    /// `lingering` are listeners that are gone or have moved: they still own addresses that nobody else has.
+    pub fn build(
+        listeners: Vec<Arc<Listener>>,
+        clusters: Vec<Arc<Cluster>>,
+        lingering: &[Arc<Listener>],
+    ) -> Self {
         let mut snapshot = Self::default();
         for listener in listeners {
             for address in &listener.config.addresses {
@@ -37,6 +43,11 @@ impl Snapshot {
                 snapshot.capture = Some(Arc::clone(&listener));
             }
             snapshot.listeners.insert(Arc::clone(&listener.config.name), listener);
+        }
+        for listener in lingering {
+            for address in &listener.config.addresses {
+                snapshot.by_address.entry(*address).or_insert_with(|| Arc::clone(listener));
+            }
         }
         snapshot.clusters =
             clusters.into_iter().map(|cluster| (Arc::clone(cluster.name()), cluster)).collect();

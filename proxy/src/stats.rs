@@ -24,9 +24,9 @@ use block::Layout;
 
 pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGauge, Stat, set_shard};
 pub use blocks::{
-    AccessLogStats, AdminListenerStats, ClusterManagerStats, ClusterStats, ConfigStats, FilesystemStats,
-    HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats, ProxyProtocolStats, PumpStats,
-    RootStats, RuntimeStats, ServerStats, TcpProxyStats, TlsInspectorStats,
+    AccessLogStats, AdminListenerStats, ClusterManagerStats, ClusterStats, ConfigStats, ControlPlaneStats,
+    FilesystemStats, HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats, ProxyProtocolStats,
+    PumpStats, RootStats, RuntimeStats, ServerStats, TcpProxyStats, TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
@@ -57,6 +57,7 @@ struct Single {
     server: ServerStats,
     listener_manager: ListenerManagerStats,
     cluster_manager: ClusterManagerStats,
+    control_plane: ControlPlaneStats,
     tls_inspector: TlsInspectorStats,
     http_inspector: HttpInspectorStats,
     proxy_protocol: ProxyProtocolStats,
@@ -79,6 +80,7 @@ impl Stats {
             server: ServerStats::from_block(one(ServerStats::LAYOUT, workers)),
             listener_manager: ListenerManagerStats::from_block(one(ListenerManagerStats::LAYOUT, workers)),
             cluster_manager: ClusterManagerStats::from_block(one(ClusterManagerStats::LAYOUT, workers)),
+            control_plane: ControlPlaneStats::from_block(one(ControlPlaneStats::LAYOUT, workers)),
             tls_inspector: TlsInspectorStats::from_block(one(TlsInspectorStats::LAYOUT, workers)),
             http_inspector: HttpInspectorStats::from_block(one(HttpInspectorStats::LAYOUT, workers)),
             proxy_protocol: ProxyProtocolStats::from_block(one(ProxyProtocolStats::LAYOUT, workers)),
@@ -137,6 +139,11 @@ impl Stats {
     /// `cluster_manager.*`
     pub fn cluster_manager(&self) -> &ClusterManagerStats {
         &self.single.cluster_manager
+    }
+
+    /// `control_plane.*`
+    pub fn control_plane(&self) -> &ControlPlaneStats {
+        &self.single.control_plane
     }
 
     /// `tls_inspector.*`
@@ -252,7 +259,7 @@ impl Stats {
         block
     }
 
-    fn single_blocks(&self) -> [Arc<Block>; 13] {
+    fn single_blocks(&self) -> [Arc<Block>; 14] {
         let s = &self.single;
         [
             s.root.block(),
@@ -261,6 +268,7 @@ impl Stats {
             s.server.block(),
             s.listener_manager.block(),
             s.cluster_manager.block(),
+            s.control_plane.block(),
             s.tls_inspector.block(),
             s.http_inspector.block(),
             s.proxy_protocol.block(),
@@ -271,6 +279,11 @@ impl Stats {
         ]
         .map(Arc::clone)
     }
+}
+
+/// What Envoy shows of a version that is a text: its xxHash64.
+pub fn version_hash(version: &str) -> u64 {
+    xxhash_rust::xxh64::xxh64(version.as_bytes(), 0)
 }
 
 /// A name as Envoy writes it in stats: `:` becomes `_`.

@@ -1,7 +1,7 @@
 //! A worker: one thread with its own runtime, listening sockets, connections, buffers and stats shard.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ use crate::cluster::WorkerBalancers;
 use crate::connection::{self, Accepted};
 use crate::drain::Connections;
 use crate::intercept::{Capture, OwnSockets};
-use crate::listener::Listener;
+use crate::listener::{ChainId, Listener};
 use crate::pump;
 use crate::snapshot::{Publisher, Snapshot, WorkerView};
 use crate::stats::{self, Gauge, Stats};
@@ -100,6 +100,10 @@ pub enum Command {
     Drained(oneshot::Sender<()>),
     /// End every open connection now.
     Kill,
+    /// End the connections of these filter chains now.
+    EndChains(Arc<HashSet<ChainId>>),
+    /// Clusters are gone: forget the balancers of those that the snapshot doesn't have.
+    ForgetClusters,
     /// A pod is gone: close its sockets now, and end its connections soon, which keep its network alive.
     Gone(Arc<Capture>),
     /// Flush the access logs and end the thread.
@@ -289,6 +293,12 @@ impl Worker {
                 });
             }
             Command::Kill => self.connections.kill_all(),
+            Command::EndChains(chains) => self.connections.kill_chains(&chains),
+            Command::ForgetClusters => {
+                let snapshot = self.snapshot();
+                let known: HashSet<_> = snapshot.clusters().map(|cluster| cluster.id()).collect();
+                self.balancers.borrow_mut().retain(|id| known.contains(&id));
+            }
             Command::Gone(capture) => self.gone(capture),
             Command::Exit => {}
         }

@@ -14,6 +14,8 @@ use tokio::sync::oneshot;
 use crate::config::config_source::Source;
 
 pub mod client;
+pub mod store;
+pub mod tables;
 
 /// A kind of resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -54,6 +56,18 @@ impl Kind {
                 "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
             }
             Self::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+        }
+    }
+
+    /// What its discovery service is called.
+    pub fn service(self) -> &'static str {
+        match self {
+            Self::Listener => "LDS",
+            Self::RouteConfiguration => "RDS",
+            Self::VirtualHost => "VHDS",
+            Self::Cluster => "CDS",
+            Self::ClusterLoadAssignment => "EDS",
+            Self::Secret => "SDS",
         }
     }
 

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-use super::{Proxy, Stopping};
+use super::{Proxy, Stopping, config_dump};
 use crate::access_log;
 use crate::admin::{
     Admin, AdminError, ClusterView, Drain, HealthView, HostView, ListenerView, ServerInfo, State,
@@ -26,6 +26,8 @@ use crate::stats::Stats;
 use crate::sys::memory;
 use crate::takeover::{Recorded, StatePaths, recorded};
 use crate::worker::{self, SocketId};
+use crate::xds::Kind;
+use crate::xds::tables::Tables;
 
 pub(super) use crate::admin::ServerState;
 
@@ -47,11 +49,14 @@ pub(super) struct Running {
     command_line_options: Value,
     node: Value,
     config: Encoded,
+    /// Resources of control planes.
+    tables: Tables,
     /// When it was read.
     config_read: SystemTime,
     drain_time: Duration,
     /// Sockets of bound listeners, with the direction of each; worker by worker.
     bound: std::sync::Mutex<Vec<(usize, SocketId, TrafficDirection)>>,
+    unready: std::sync::Mutex<Vec<(&'static str, Vec<String>)>>,
     state: AtomicU8,
     failing: AtomicBool,
     /// 0: go on; 1: drain; 2: end now.
@@ -79,9 +84,11 @@ impl Running {
                 "user_agent_version": env!("CARGO_PKG_VERSION"),
             }),
             config: proxy.loaded.proto.clone(),
+            tables: proxy.tables.clone(),
             config_read: SystemTime::now(),
             drain_time: proxy.args.drain_time(),
             bound: std::sync::Mutex::default(),
+            unready: std::sync::Mutex::default(),
             state: AtomicU8::new(ServerState::Initializing as u8),
             failing: AtomicBool::new(false),
             stop: AtomicU8::new(0),
@@ -130,6 +137,16 @@ impl Running {
     /// The vector is consistent after every statement, so a panic while it was locked spoils nothing.
     fn bound_sockets(&self) -> std::sync::MutexGuard<'_, Vec<(usize, SocketId, TrafficDirection)>> {
         self.bound.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Forgets a listening socket that was closed.
+    pub(super) fn unbound(&self, id: SocketId) {
+        self.bound_sockets().retain(|(_, known, _)| *known != id);
+    }
+
+    /// What start-up waits for, by kind.
+    pub(super) fn set_unready(&self, unready: Vec<(&'static str, Vec<String>)>) {
+        *self.unready.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = unready;
     }
 
     fn close_listeners(&self, inbound_only: bool) {
@@ -260,7 +277,14 @@ impl State for Running {
 
     fn clusters(&self) -> Vec<ClusterView> {
         let snapshot = self.publisher.current();
-        let mut clusters: Vec<_> = snapshot.clusters().map(cluster_view).collect();
+        let tables = self.tables.lock();
+        let dynamic =
+            |name: &str| tables.kind(Kind::Cluster).is_some_and(|table| table.records.contains_key(name));
+        let view = |cluster| {
+            let view = cluster_view(cluster);
+            ClusterView { added_via_api: dynamic(&view.name), ..view }
+        };
+        let mut clusters: Vec<_> = snapshot.clusters().map(view).collect();
         clusters.sort_by(|a, b| a.name.cmp(&b.name));
         clusters
     }
@@ -276,17 +300,15 @@ impl State for Running {
         listeners
     }
 
-    fn config_dump(&self, _include_eds: bool) -> Value {
-        config_dump(&self.config.to_json(), self.config_read)
+    fn config_dump(&self, include_eds: bool) -> Value {
+        config_dump::whole(&self.config.to_json(), self.config_read, &self.tables.lock(), include_eds)
     }
 
     fn init_dump(&self) -> Value {
-        match self.server_state() {
-            ServerState::Initializing | ServerState::PreInitializing => {
-                json!({ "unready_targets_dumps": [{ "name": "clusters", "target_names": [] }] })
-            }
-            ServerState::Live | ServerState::Draining => json!({}),
-        }
+        let unready = self.unready.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let dumps: Vec<_> =
+            unready.iter().map(|(name, targets)| json!({ "name": name, "target_names": targets })).collect();
+        if dumps.is_empty() { json!({}) } else { json!({ "unready_targets_dumps": dumps }) }
     }
 
     fn log_levels(&self) -> Vec<(String, String)> {
@@ -361,7 +383,13 @@ fn cluster_view(cluster: &Arc<Cluster>) -> ClusterView {
         observability_name: Arc::clone(config.alt_stat_name.as_ref().unwrap_or(&config.name)),
         thresholds: [thresholds, ThresholdsView::default()],
         added_via_api: false,
-        eds_service_name: Arc::default(),
+        // As in Envoy, only when it is not the cluster's own name.
+        eds_service_name: config
+            .eds
+            .as_ref()
+            .map(|eds| Arc::clone(&eds.service_name))
+            .filter(|name| *name != config.name)
+            .unwrap_or_default(),
         hosts: cluster.endpoints().iter().map(|endpoint| host_view(endpoint)).collect(),
     }
 }
@@ -391,32 +419,4 @@ fn host_view(endpoint: &Endpoint) -> HostView {
         priority: endpoint.priority,
         ..HostView::new(endpoint.address().0)
     }
-}
-
-/// `/config_dump` of a static configuration.
-fn config_dump(bootstrap: &Value, read: SystemTime) -> Value {
-    let now = jiff::Timestamp::try_from(read).map(|time| time.to_string()).unwrap_or_default();
-    let resources = |field: &str, kind: &str, name: &str| -> Vec<Value> {
-        let all = bootstrap["static_resources"][field].as_array();
-        let dump = |resource: &Value| {
-            let mut typed = json!({ "@type": format!("type.googleapis.com/envoy.config.{kind}") });
-            if let (Some(typed), Some(fields)) = (typed.as_object_mut(), resource.as_object()) {
-                typed.extend(fields.clone());
-            }
-            json!({ name: typed, "last_updated": now })
-        };
-        all.map(|all| all.iter().map(dump).collect()).unwrap_or_default()
-    };
-    let admin = |name: &str| format!("type.googleapis.com/envoy.admin.v3.{name}");
-    json!({ "configs": [
-        { "@type": admin("BootstrapConfigDump"), "bootstrap": bootstrap, "last_updated": now },
-        {
-            "@type": admin("ClustersConfigDump"),
-            "static_clusters": resources("clusters", "cluster.v3.Cluster", "cluster"),
-        },
-        {
-            "@type": admin("ListenersConfigDump"),
-            "static_listeners": resources("listeners", "listener.v3.Listener", "listener"),
-        },
-    ] })
 }

@@ -181,9 +181,12 @@ impl Watch {
     }
 
     /// Completes when every name was looked up once, with or without success.
-    pub async fn warmed(&self) {
-        // An error means that nothing is left that could be waited for.
-        let _ = self.unresolved.clone().wait_for(|left| *left == 0).await;
+    pub fn warmed(&self) -> impl Future<Output = ()> + use<> {
+        let mut unresolved = self.unresolved.clone();
+        async move {
+            // An error means that nothing is left that could be waited for.
+            let _ = unresolved.wait_for(|left| *left == 0).await;
+        }
     }
 }
 

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use super::access_log::AccessLog;
 use super::cluster::Cluster;
+use super::config_source::{ApiSource, ConfigSource};
 use super::listener::{Cidr, Listener};
+use super::runtime::Runtime;
 
 /// A whole static configuration, validated.
 #[derive(Clone, Debug, Default)]
@@ -20,14 +22,29 @@ pub struct Bootstrap {
     pub listeners: Vec<Arc<Listener>>,
     /// `static_resources.clusters`, in file order.
     pub clusters: Vec<Arc<Cluster>>,
+    /// `dynamic_resources`.
+    pub dynamic: DynamicResources,
+    /// What the static layers of `layered_runtime` say.
+    pub runtime: Runtime,
     /// The bootstrap extension `tidegate.bootstrap.v1.Interception`; none when it is absent.
     pub interception: Option<Interception>,
     /// `stats_flush_interval`; Envoy's default is 5 s.
     pub stats_flush_interval: Duration,
 }
 
+/// `dynamic_resources`: what comes from a control plane.
+#[derive(Clone, Debug, Default)]
+pub struct DynamicResources {
+    /// `ads_config`.
+    pub ads: Option<Arc<ApiSource>>,
+    /// `cds_config`.
+    pub cds: Option<ConfigSource>,
+    /// `lds_config`.
+    pub lds: Option<ConfigSource>,
+}
+
 /// `node` of the bootstrap; flags such as `--service-node` override it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Node {
     /// `node.id`.
     pub id: String,
@@ -35,6 +52,8 @@ pub struct Node {
     pub cluster: String,
     /// `node.locality.zone`.
     pub zone: String,
+    /// All of it, for control planes.
+    pub proto: tidegate_api::core::Node,
 }
 
 /// `admin` of the bootstrap.

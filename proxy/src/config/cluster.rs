@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::config_source::ConfigSource;
 use super::endpoint::ClusterLoadAssignment;
 use super::listener::TcpKeepalive;
 use super::tls::UpstreamTls;
+use super::transport_socket::TransportSocketMatches;
 
 /// A cluster with every default applied.
 #[derive(Clone, Debug)]
@@ -16,6 +18,8 @@ pub struct Cluster {
     pub alt_stat_name: Option<Arc<str>>,
     /// How endpoints are found.
     pub discovery: Discovery,
+    /// Where they come from (EDS); none for clusters of other types.
+    pub eds: Option<Arc<Eds>>,
     /// How one is chosen.
     pub lb_policy: LbPolicy,
     /// Per attempt. Default 5 s.
@@ -24,6 +28,8 @@ pub struct Cluster {
     pub per_connection_buffer_limit_bytes: u32,
     /// Inline endpoints (STATIC, STRICT_DNS).
     pub load_assignment: ClusterLoadAssignment,
+    /// `transport_socket_matches`: endpoints may not select encryption.
+    pub transport_sockets: TransportSocketMatches,
     /// Thresholds of priority DEFAULT.
     pub circuit_breakers: Thresholds,
     /// Below this share of healthy hosts all are used, percent 0–100; default 50. 0 turns panic mode off.
@@ -39,11 +45,22 @@ pub struct Cluster {
     pub tls: Option<Arc<UpstreamTls>>,
 }
 
+/// `eds_cluster_config`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Eds {
+    /// The name to subscribe to: `service_name`, else the cluster's.
+    pub service_name: Arc<str>,
+    /// From where.
+    pub config: ConfigSource,
+}
+
 /// How a cluster finds its endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Discovery {
     /// The endpoints are in the configuration.
     Static,
+    /// They come from a control plane.
+    Eds,
     /// Every address that DNS returns is an endpoint.
     StrictDns,
     /// One endpoint per connection: its restored original destination.

@@ -20,14 +20,15 @@
 //! | listener filters other than original_dst, tls_inspector, http_inspector, proxy_protocol | refused | they limit or change who the upstream sees |
 //! | `Listener.socket_options` with SO_BINDTODEVICE, `network_namespace_filepath` | refused | the port would be open in another place |
 //! | `Listener.filter_chain_matcher`, `fcds_config`, `api_listener`, `udp_listener_config`, `internal_listener` | refused | there is nothing sensible to serve instead |
-//! | `dynamic_resources`, EDS and LOGICAL_DNS clusters, LEDS | refused | the proxy would report ready without its configuration |
-//! | `rds`, `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
+//! | LOGICAL_DNS clusters, LEDS, ECDS, `lds_resources_locator`, `cds_resources_locator` | refused | the proxy would report ready without its configuration |
+//! | `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
 //! | RING_HASH, MAGLEV | warning, RANDOM is used | that is what Envoy's do when nothing is hashed |
 //! | health checks, outlier detection, locality weighting, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
 //! | access loggers other than file, stdout, stderr | warning, not written | |
 //! | fields that have no meaning for TCP in Envoy either (`max_retries`, circuit breakers of priority HIGH, …) | nothing | the outcome is Envoy's |
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{DefaultHasher, Hasher as _};
 use std::time::Duration;
 
 use super::error::{ConfigError, Problem, Reason};
@@ -35,17 +36,16 @@ use super::proto::{FieldPath, SourceMap};
 
 mod access_log;
 mod bootstrap;
-mod cluster;
-#[allow(dead_code, reason = "the store reads them next")]
-mod config_source;
-mod endpoint;
+pub(super) mod cluster;
+pub(super) mod config_source;
+pub(super) mod endpoint;
 mod extension;
 mod filter_chain;
-mod listener;
+pub(super) mod listener;
 mod listener_filter;
 mod net;
-mod route;
-mod runtime;
+pub(super) mod route;
+pub(super) mod runtime;
 mod tcp_proxy;
 mod tls;
 mod transport_socket;
@@ -55,10 +55,14 @@ pub(super) use bootstrap::bootstrap;
 /// What a conversion found: problems refuse the configuration, warnings don't.
 pub(super) struct Report<'a> {
     source: &'a SourceMap,
-    /// Names of all clusters, for route configurations that must not name others.
-    clusters: HashSet<String>,
     /// Names of the clusters through which the bootstrap's sources reach their servers.
     server_clusters: HashSet<String>,
+    /// Whether a cluster exists, for route configurations that must not name others.
+    is_cluster: Box<dyn Fn(&str) -> bool + 'a>,
+    /// Whether a control plane may be reached through a cluster; Envoy's rule is that it is static, and not EDS.
+    is_server: Box<dyn Fn(&str) -> bool + 'a>,
+    /// Whether there is an ADS stream.
+    has_ads: bool,
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
     /// Warnings of which one is kept: where it stands in `warnings`, and how many there were.
@@ -71,13 +75,20 @@ impl<'a> Report<'a> {
     pub(super) fn new(source: &'a SourceMap) -> Self {
         Self {
             source,
-            clusters: HashSet::new(),
             server_clusters: HashSet::new(),
+            is_cluster: Box::new(|_| false),
+            is_server: Box::new(|_| true),
+            has_ads: true,
             problems: vec![],
             warnings: vec![],
             once: HashMap::new(),
             ignored_filters: BTreeMap::new(),
         }
+    }
+
+    /// Says which clusters exist.
+    pub(super) fn set_clusters(&mut self, is_cluster: impl Fn(&str) -> bool + 'a) {
+        self.is_cluster = Box::new(is_cluster);
     }
 
     /// Refuses the configuration.
@@ -153,6 +164,13 @@ impl<'a> Report<'a> {
         }
         Ok(warnings)
     }
+}
+
+/// Tells apart versions of a message. Envoy compares 64-bit hashes too.
+fn content_hash(message: &impl prost::Message) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&message.encode_to_vec());
+    hasher.finish()
 }
 
 /// Whether a field is set: proto3 can't tell a scalar's default from absence.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::listener::Cidr;
-use super::route::HttpRouting;
+use super::route::{HttpRouting, RdsRouting};
 use super::tcp_proxy::TcpProxy;
 
 /// One filter chain: when it applies, and what it does with the connection.
@@ -15,6 +15,8 @@ pub struct FilterChain {
     pub matches: FilterChainMatch,
     /// The terminal filter. `None`: an empty filter list, which closes the connection.
     pub terminal: Option<Terminal>,
+    /// Hash of the message: a chain that has the same one after an update keeps its connections.
+    pub content: u64,
     /// Names of `istio.*` filters that were accepted and have no effect.
     pub ignored_filters: Vec<Arc<str>>,
 }
@@ -26,6 +28,8 @@ pub enum Terminal {
     TcpProxy(Arc<TcpProxy>),
     /// `http_connection_manager`, served as L4: the original destination chooses the virtual host.
     HttpAsTcp(Arc<HttpRouting>),
+    /// The same, with routes from RDS.
+    HttpFromRds(Arc<RdsRouting>),
 }
 
 /// `FilterChainMatch`; an empty list or `None` means "any".

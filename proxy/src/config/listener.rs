@@ -54,6 +54,8 @@ pub struct Listener {
     pub connection_limit: Option<u64>,
     /// `ignore_global_conn_limit`.
     pub ignore_global_conn_limit: bool,
+    /// Hash of the message without its filter chains: an update that leaves it the same is made in place.
+    pub content: u64,
 }
 
 impl Listener {

@@ -236,6 +236,11 @@ impl Encoded {
         Self { type_name: message.descriptor().full_name().to_owned(), bytes: message.encode_to_vec() }
     }
 
+    /// A message that is encoded already. `type_url` may be just its full name.
+    pub fn from_bytes(type_url: &str, bytes: &[u8]) -> Self {
+        Self { type_name: type_name(type_url).to_owned(), bytes: bytes.to_vec() }
+    }
+
     /// The message as JSON, as [`to_json()`] shows it; null if it can't be decoded.
     pub fn to_json(&self) -> serde_json::Value {
         let message = MessageSchema::named(&self.type_name)
@@ -253,6 +258,49 @@ pub fn release_descriptors() -> bool {
 /// The same, once it has been called this often without anybody needing it in between.
 pub fn release_unused_descriptors(calls: u32) -> bool {
     schema::release_unused(calls)
+}
+
+/// A message from the wire, and what is wrong with it.
+#[derive(Debug)]
+pub struct Checked<M> {
+    /// The message.
+    pub message: M,
+    /// Rules of Envoy's API that it breaks.
+    pub broken: Vec<Problem>,
+    /// Rules that messages inside its `Any`s break.
+    pub nested: Vec<Problem>,
+    /// Fields that Envoy's API does not have, inside `Any` too.
+    pub unknown_fields: Vec<Problem>,
+}
+
+/// Decodes an encoded message and checks it against the rules of Envoy's API. `name` stands where the file name would.
+///
+/// # Errors
+/// The bytes are not such a message.
+pub fn check_encoded<M: Message + Name + Default>(
+    bytes: &[u8],
+    name: &Arc<str>,
+) -> Result<Checked<M>, ConfigError> {
+    let problem = |path: String, reason| Problem { file: Arc::clone(name), at: None, path, reason };
+    let malformed = |error: prost::DecodeError| {
+        let type_name = M::full_name();
+        problem(String::new(), Reason::Invalid(format!("not a valid {type_name}: {error}")))
+    };
+    let message = M::decode(bytes).map_err(malformed)?;
+    let dynamic = DynamicMessage::decode(schema_of::<M>()?.descriptor.clone(), bytes).map_err(malformed)?;
+    let (mut broken, mut nested, mut unknown_fields) = (Vec::new(), Vec::new(), Vec::new());
+    rules::inspect(&dynamic, &FieldPath::ROOT, rules::InsideAny::Check, &mut |path, found| match found {
+        rules::Found::Broken { inside_any, reason } => {
+            let list = if inside_any { &mut nested } else { &mut broken };
+            list.push(problem(path.to_string(), reason));
+        }
+        rules::Found::UnknownField { number, message } => {
+            let reason =
+                Reason::UnknownField { field: format!("number {number}"), message, suggestion: None };
+            unknown_fields.push(problem(path.to_string(), reason));
+        }
+    });
+    Ok(Checked { message, broken, nested, unknown_fields })
 }
 
 /// A message with its descriptors, for [`to_json()`].

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use super::config_source::ConfigSource;
 use super::tcp_proxy::TcpProxy;
 
 /// `http_connection_manager` with an inline `route_config`, served as L4.
@@ -21,6 +22,17 @@ pub struct HttpRouting {
     by_ip: HashMap<IpAddr, usize>,
     /// The virtual host with the domain `*`.
     any: Option<usize>,
+}
+
+/// `http_connection_manager` with `rds`, served as L4.
+#[derive(Clone, Debug)]
+pub struct RdsRouting {
+    /// What the connection manager says of connections; the clusters are the routes'.
+    pub proxy: TcpProxy,
+    /// `route_config_name`.
+    pub route_config_name: Arc<str>,
+    /// From where.
+    pub config: ConfigSource,
 }
 
 /// A virtual host and what its `prefix: /` route does.

@@ -203,8 +203,8 @@ fn leads<'a>(chains: impl IntoIterator<Item = &'a Arc<FilterChain>>, black_hole:
                 let mut hosts = routing.virtual_hosts.iter().peekable();
                 hosts.peek().is_some() && hosts.all(|host| host.proxy.as_deref().is_some_and(refuses))
             }
-            // An empty chain closes the connection after it was accepted.
-            None => false,
+            // An empty chain closes the connection after it was accepted; routes from RDS can change.
+            None | Some(Terminal::HttpFromRds(_)) => false,
         });
     if black_hole && all_refuse { Leads::Nowhere } else { Leads::ToProxy }
 }
@@ -244,6 +244,7 @@ mod tests {
     use crate::config::listener::Cidr;
     use crate::config::route::{HttpRouting, VirtualHost};
     use crate::config::tcp_proxy::WeightedCluster;
+    use crate::config::transport_socket::TransportSocketMatches;
 
     fn cluster(name: &str, discovery: Discovery, endpoint: Option<&str>) -> Arc<Cluster> {
         let endpoints = endpoint.iter().map(|address| LbEndpoint {
@@ -257,6 +258,7 @@ mod tests {
             name: name.into(),
             alt_stat_name: None,
             discovery,
+            eds: None,
             lb_policy: LbPolicy::RoundRobin,
             connect_timeout: Duration::from_secs(5),
             per_connection_buffer_limit_bytes: 0,
@@ -264,6 +266,7 @@ mod tests {
                 localities: vec![locality],
                 overprovisioning_factor: 140,
             },
+            transport_sockets: TransportSocketMatches::default(),
             circuit_breakers: Thresholds::default(),
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,
@@ -303,7 +306,7 @@ mod tests {
     }
 
     fn chain(matches: FilterChainMatch, terminal: Option<Terminal>) -> Arc<FilterChain> {
-        Arc::new(FilterChain { name: "".into(), matches, terminal, ignored_filters: Vec::new() })
+        Arc::new(FilterChain { name: "".into(), matches, terminal, content: 0, ignored_filters: Vec::new() })
     }
 
     fn to(cluster: &str) -> Arc<FilterChain> {
@@ -338,6 +341,7 @@ mod tests {
             stat_prefix: None,
             connection_limit: None,
             ignore_global_conn_limit: false,
+            content: 0,
         }
     }
 

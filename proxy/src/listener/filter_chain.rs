@@ -316,7 +316,13 @@ mod tests {
     }
 
     fn chain(name: &str, matches: FilterChainMatch) -> Arc<FilterChain> {
-        Arc::new(FilterChain { name: name.into(), matches, terminal: None, ignored_filters: Vec::new() })
+        Arc::new(FilterChain {
+            name: name.into(),
+            matches,
+            terminal: None,
+            content: 0,
+            ignored_filters: Vec::new(),
+        })
     }
 
     fn names(list: &[&str]) -> Vec<Arc<str>> {

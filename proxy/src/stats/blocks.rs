@@ -50,7 +50,9 @@ stats_block! {
         update_attempt,
         update_empty,
         update_failure,
+        init_fetch_timeout,
         update_no_rebuild,
+        update_rejected,
         update_success,
     }
     shared_gauges {
@@ -207,6 +209,7 @@ stats_block! {
         listener_modified,
         listener_removed,
         listener_stopped,
+        lds_init_fetch_timeout = "lds.init_fetch_timeout",
         lds_update_attempt = "lds.update_attempt",
         lds_update_failure = "lds.update_failure",
         lds_update_rejected = "lds.update_rejected",
@@ -235,6 +238,7 @@ stats_block! {
         cluster_modified,
         cluster_removed,
         cluster_updated,
+        cds_init_fetch_timeout = "cds.init_fetch_timeout",
         cds_update_attempt = "cds.update_attempt",
         cds_update_failure = "cds.update_failure",
         cds_update_rejected = "cds.update_rejected",
@@ -242,6 +246,18 @@ stats_block! {
     }
     shared_gauges { active_clusters, warming_clusters, cds_version = "cds.version" }
     zero_counters { "cluster_updated_via_merge", "update_merge_cancelled", "update_out_of_merge_window" }
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `control_plane.*`
+    ControlPlaneStats: "control_plane", label "", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters { rate_limit_enforced }
+    shared_gauges { connected_state, pending_requests }
+    zero_counters {}
     zero_gauges {}
 }
 

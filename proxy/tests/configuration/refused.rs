@@ -26,7 +26,7 @@ fn all_problems_are_reported_at_once() {
         problems(&bootstrap(listeners, clusters)),
         [
             "static_resources.clusters[2].name: duplicate cluster \"d\"",
-            "static_resources.clusters[0].type: EDS needs xDS, which is not active in this version; use load_assignment",
+            "static_resources.clusters[0]: required field eds_cluster_config is missing",
             "static_resources.listeners[0].address.socket_address.address: \"localhost\" is not an IP address",
             "static_resources.listeners[1].filter_chains: no filter chains specified; add one, or a default_filter_chain",
         ]
@@ -345,11 +345,20 @@ fn what_has_no_meaning_yet_and_no_safe_substitute() {
         "SO_BINDTODEVICE is not supported in this version, and the port would be open on every interface; bind to the \
          interface's address instead",
     );
-    let dynamic = json!({"cds_config": {"path_config_source": {"path": "/x"}, "resource_api_version": "V3"}});
+    let grpc = json!({"envoy_grpc": {"cluster_name": "nobody"}});
+    let api = json!({"api_type": "GRPC", "transport_api_version": "V3", "grpc_services": [grpc]});
+    let dynamic = json!({"cds_config": {"api_config_source": api, "resource_api_version": "V3"}});
     refused(
         &with(bootstrap(vec![], vec![]), json!({"dynamic_resources": dynamic})),
-        "dynamic_resources.cds_config",
-        "xDS is not active in this version; put listeners and clusters into static_resources",
+        "dynamic_resources.cds_config.api_config_source",
+        "cluster \"nobody\" was either not defined statically or is an EDS cluster; add it to static_resources.clusters \
+         with its addresses",
+    );
+    let dynamic = json!({"cds_config": {"ads": {}, "resource_api_version": "V3"}});
+    refused(
+        &with(bootstrap(vec![], vec![]), json!({"dynamic_resources": dynamic})),
+        "dynamic_resources.cds_config.ads",
+        "ADS must be configured to support an ADS config source; add dynamic_resources.ads_config",
     );
     let source = extension("o", "envoy.extensions.filters.listener.original_src.v3.OriginalSrc", json!({}));
     refused(

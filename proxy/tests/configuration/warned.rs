@@ -239,16 +239,18 @@ fn http_denials_close_the_virtual_host() {
 }
 
 #[test]
-fn routes_from_xds_end_with_nr() {
+fn routes_from_xds_are_named_by_their_listener() {
     let base = http(vec![]);
-    let rds = json!({"route_config_name": "r", "config_source": {"ads": {}, "resource_api_version": "V3"}});
+    let file = json!({"path_config_source": {"path": "/etc/r.yaml"}, "resource_api_version": "V3"});
+    let rds = json!({"route_config_name": "r", "config_source": file});
     let config = with(base["typed_config"].clone(), json!({"route_config": null, "rds": rds}));
     let bootstrap = filters(vec![with(base, json!({"typed_config": config}))]);
-    warned(
-        &bootstrap,
-        &[&format!("{F}.rds: routes from xDS are not active in this version: connections end with flag NR")],
-    );
-    assert!(routing(&bootstrap).virtual_host("10.0.0.1:1".parse().unwrap()).is_none());
+    warned(&bootstrap, &[]);
+    let loaded = load_json(&bootstrap).unwrap_or_else(|error| panic!("{error}"));
+    let Some(Terminal::HttpFromRds(rds)) = &loaded.bootstrap.listeners[0].filter_chains[0].terminal else {
+        panic!()
+    };
+    assert_eq!(&*rds.route_config_name, "r");
 }
 
 #[test]

@@ -8,18 +8,21 @@ use std::time::Duration;
 
 use tidegate_api::bootstrap as api;
 use tidegate_api::bootstrap::bootstrap as parts;
+use tidegate_api::cluster::cluster::{ClusterDiscoveryType, DiscoveryType};
 use tidegate_api::core;
 use tidegate_api::interception as extension_api;
 
 use super::access_log::access_logs;
 use super::cluster::cluster;
-use super::config_source::server_clusters;
+use super::config_source::{ads_config, config_source, server_clusters};
 use super::extension::{Extension, unregistered};
 use super::listener::listener;
 use super::net::{cidr, socket_addr};
-use super::runtime::Runtime;
+use super::runtime::runtime;
 use super::{Report, each, enumeration, inactive, optional_duration, port};
-use crate::config::bootstrap::{Admin, Bootstrap, Exclusions, FailMode, Interception, Node};
+use crate::config::bootstrap::{
+    Admin, Bootstrap, DynamicResources, Exclusions, FailMode, Interception, Node,
+};
 use crate::config::cluster::Cluster;
 use crate::config::listener::Listener;
 use crate::config::proto::FieldPath;
@@ -83,16 +86,18 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         perf_tracing_file_path, xds_delegate_extension, xds_config_tracker_extension, listener_manager,
         application_log_config, enable_worker_cpu_affinity, stats_flush, stats_eviction);
     report.server_clusters = server_clusters;
-    check_dynamic_resources(dynamic_resources, path, report);
-    let runtime = Runtime::new(layered_runtime, path, report);
+    let runtime = runtime(layered_runtime, path, report);
     let parts::StaticResources { listeners, clusters, secrets } = static_resources.unwrap_or_default();
     let resources = path.field("static_resources");
     if !secrets.is_empty() {
         report.inactive("StaticResources", &resources, "secrets");
     }
     // Routes are checked against these names.
-    report.clusters = clusters.iter().map(|cluster| cluster.name.clone()).collect();
+    let names: HashSet<_> = clusters.iter().map(|cluster| cluster.name.clone()).collect();
+    report.set_clusters(move |name| names.contains(name));
     check_cluster_names(&clusters, &resources, report);
+    check_servers(&clusters, dynamic_resources.as_ref(), report);
+    let dynamic = dynamic(dynamic_resources, path, report);
     let clusters: Vec<Arc<Cluster>> =
         each(clusters, &resources, "clusters", |it, path| cluster(it, path, report).map(Arc::new));
     let mut known = Known::default();
@@ -106,40 +111,58 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         admin: admin.and_then(|it| self::admin(it, &path.field("admin"), report)),
         listeners,
         clusters,
+        dynamic,
+        runtime,
         interception: extensions(bootstrap_extensions, path, report),
         stats_flush_interval: optional_duration(stats_flush_interval, path, "stats_flush_interval", report)
             .unwrap_or(STATS_FLUSH_INTERVAL),
     }
 }
 
-fn check_dynamic_resources(
+fn dynamic(
     resources: Option<parts::DynamicResources>,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
-) {
-    let Some(resources) = resources else { return };
+) -> DynamicResources {
+    let Some(resources) = resources else { return DynamicResources::default() };
     let parts::DynamicResources {
         lds_config,
         lds_resources_locator,
         cds_config,
         cds_resources_locator,
-        ads_config,
+        ads_config: ads,
     } = resources;
     let path = path.field("dynamic_resources");
-    for (field, present) in [
-        ("lds_config", lds_config.is_some()),
-        ("lds_resources_locator", !lds_resources_locator.is_empty()),
-        ("cds_config", cds_config.is_some()),
-        ("cds_resources_locator", !cds_resources_locator.is_empty()),
-        ("ads_config", ads_config.is_some()),
-    ] {
-        if present {
-            report.unsupported(
-                &path.field(field),
-                "xDS is not active in this version; put listeners and clusters into static_resources",
-            );
+    for (field, locator) in
+        [("lds_resources_locator", lds_resources_locator), ("cds_resources_locator", cds_resources_locator)]
+    {
+        if !locator.is_empty() {
+            report
+                .unsupported(&path.field(field), "xdstp resource locators are not supported in this version");
         }
     }
+    let mut source = |config: Option<core::ConfigSource>, field: &str| {
+        config.and_then(|config| config_source(config, &path.field(field), report))
+    };
+    let (cds, lds) = (source(cds_config, "cds_config"), source(lds_config, "lds_config"));
+    let ads = ads.and_then(|config| ads_config(config, &path.field("ads_config"), report));
+    DynamicResources { ads, cds, lds }
+}
+
+/// What sources of configuration may refer to.
+fn check_servers(
+    clusters: &[tidegate_api::cluster::Cluster],
+    resources: Option<&parts::DynamicResources>,
+    report: &mut Report<'_>,
+) {
+    let eds = ClusterDiscoveryType::Type(DiscoveryType::Eds as i32);
+    let servers: HashSet<String> = clusters
+        .iter()
+        .filter(|cluster| cluster.cluster_discovery_type.as_ref() != Some(&eds))
+        .map(|cluster| cluster.name.clone())
+        .collect();
+    report.is_server = Box::new(move |name| servers.contains(name));
+    report.has_ads = resources.is_some_and(|resources| resources.ads_config.is_some());
 }
 
 fn check_cluster_names(
@@ -191,10 +214,11 @@ impl Known {
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
 fn node(node: core::Node, path: &FieldPath<'_>, report: &mut Report<'_>) -> Node {
+    let proto = node.clone();
     let core::Node {
         id,
         cluster,
-        // What a control plane is told; there is none yet, and Envoy overwrites the last three itself.
+        // What a control plane is told; the proxy overwrites the last ones itself, as Envoy does.
         metadata: _,
         dynamic_parameters: _,
         locality,
@@ -206,7 +230,7 @@ fn node(node: core::Node, path: &FieldPath<'_>, report: &mut Report<'_>) -> Node
     } = node;
     inactive!(report, path, "Node"; listening_addresses);
     let core::Locality { region: _, zone, sub_zone: _ } = locality.unwrap_or_default();
-    Node { id, cluster, zone }
+    Node { id, cluster, zone, proto }
 }
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]

@@ -10,13 +10,14 @@ use tidegate_api::core;
 use tidegate_api::envoy::extensions::clusters::common::dns::v3::DnsLookupFamily as TypedLookupFamily;
 use tidegate_api::envoy::extensions::clusters::dns::v3::DnsCluster;
 
+use super::config_source::config_source;
 use super::endpoint::{Of, load_assignment};
 use super::extension::{Extension, unregistered};
 use super::listener::BUFFER_LIMIT;
 use super::net::keepalive;
-use super::transport_socket::{Matches, cluster_tls};
+use super::transport_socket::{self, cluster_tls};
 use super::{Report, each, enumeration, inactive, optional_duration};
-use crate::config::cluster::{Cluster, Discovery, Dns, LbPolicy, LookupFamily, Thresholds};
+use crate::config::cluster::{Cluster, Discovery, Dns, Eds, LbPolicy, LookupFamily, Thresholds};
 use crate::config::endpoint::ClusterLoadAssignment;
 use crate::config::listener::TcpKeepalive;
 use crate::config::proto::FieldPath;
@@ -31,7 +32,7 @@ const HEALTHY_PANIC_THRESHOLD: f64 = 50.0;
 const OVERPROVISIONING_FACTOR: u32 = 140;
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
-pub(super) fn cluster(
+pub(in crate::config) fn cluster(
     cluster: api::Cluster,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
@@ -42,7 +43,7 @@ pub(super) fn cluster(
         name,
         alt_stat_name,
         stats_matcher,
-        eds_cluster_config: _, // only EDS reads it, and that is refused as such
+        eds_cluster_config,
         connect_timeout,
         per_connection_buffer_limit_bytes,
         per_connection_buffer_high_watermark_timeout,
@@ -124,13 +125,17 @@ pub(super) fn cluster(
 
     let (discovery, lb_policy) = (discovery?, lb_policy?);
     check_combination(&name, discovery, lb_policy, assignment.is_some(), path, report);
-    let sockets = Matches::new(transport_socket_matches);
+    let transport_sockets = transport_socket::matches(transport_socket_matches);
+    let eds = match discovery {
+        Discovery::Eds => Some(Arc::new(eds(eds_cluster_config, &name, path, report)?)),
+        _ => None, // only EDS reads it
+    };
     let load_assignment = match assignment {
         None => {
             ClusterLoadAssignment { localities: vec![], overprovisioning_factor: OVERPROVISIONING_FACTOR }
         }
         Some(assignment) => {
-            let of = Of { discovery, transport_sockets: &sockets };
+            let of = Of { discovery, transport_sockets: &transport_sockets };
             load_assignment(assignment, &of, &path.field("load_assignment"), report)
         }
     };
@@ -138,10 +143,12 @@ pub(super) fn cluster(
         name: Arc::from(name),
         alt_stat_name: Some(alt_stat_name).filter(|name| !name.is_empty()).map(Arc::from),
         discovery,
+        eds,
         lb_policy,
         connect_timeout: connect_timeout.unwrap_or(CONNECT_TIMEOUT),
         per_connection_buffer_limit_bytes: per_connection_buffer_limit_bytes.unwrap_or(BUFFER_LIMIT),
         load_assignment,
+        transport_sockets,
         circuit_breakers,
         healthy_panic_threshold,
         upstream_keepalive,
@@ -171,10 +178,31 @@ fn discovery(
         DiscoveryType::LogicalDns => {
             "LOGICAL_DNS is not supported in this version; STRICT_DNS is the nearest"
         }
-        DiscoveryType::Eds => "EDS needs xDS, which is not active in this version; use load_assignment",
+        DiscoveryType::Eds => return Some(Discovery::Eds),
     };
     report.unsupported(&path.field("type"), refusal);
     None
+}
+
+/// Where the endpoints of an EDS cluster come from.
+fn eds(
+    config: Option<parts::EdsClusterConfig>,
+    cluster: &str,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<Eds> {
+    let Some(parts::EdsClusterConfig { eds_config, service_name }) = config else {
+        report.missing(path, "eds_cluster_config");
+        return None;
+    };
+    let path = path.field("eds_cluster_config");
+    let Some(eds_config) = eds_config else {
+        report.missing(&path, "eds_config");
+        return None;
+    };
+    let name = if service_name.is_empty() { cluster } else { &service_name };
+    let config = config_source(eds_config, &path.field("eds_config"), report)?;
+    Some(Eds { service_name: Arc::from(name), config })
 }
 
 fn custom_type(

@@ -23,7 +23,7 @@ const FILL_RATE: f64 = 10.0;
 
 /// A source of one kind of resource.
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
-pub(super) fn config_source(
+pub(in crate::config) fn config_source(
     source: core::ConfigSource,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
@@ -40,7 +40,15 @@ pub(super) fn config_source(
             .unwrap_or(INITIAL_FETCH_TIMEOUT);
     let v3 = only_v3(resource_api_version, path, "resource_api_version", report);
     let source = match config_source_specifier {
-        Some(ConfigSourceSpecifier::Ads(core::AggregatedConfigSource {})) => Some(Source::Ads),
+        Some(ConfigSourceSpecifier::Ads(core::AggregatedConfigSource {})) => {
+            if !report.has_ads {
+                report.invalid(
+                    &path.field("ads"),
+                    "ADS must be configured to support an ADS config source; add dynamic_resources.ads_config",
+                );
+            }
+            Some(Source::Ads)
+        }
         Some(ConfigSourceSpecifier::ApiConfigSource(api)) => {
             api_source(api, false, &path.field("api_config_source"), report)
                 .map(|api| Source::Api(Arc::new(api)))
@@ -129,6 +137,13 @@ fn api_source(
     };
     let refresh_delay = if protocol == Protocol::Rest { refresh_delay? } else { Duration::ZERO };
     let Server { cluster, authority, initial_metadata } = server?;
+    if !(report.is_server)(&cluster) {
+        let message = format!(
+            "cluster {cluster:?} was either not defined statically or is an EDS cluster; add it to \
+             static_resources.clusters with its addresses"
+        );
+        report.invalid(path, message);
+    }
     Some(ApiSource {
         protocol,
         cluster,

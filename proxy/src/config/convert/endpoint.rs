@@ -9,24 +9,24 @@ use tidegate_api::endpoint::lb_endpoint::HostIdentifier;
 use tidegate_api::endpoint::locality_lb_endpoints::LbConfig;
 
 use super::net::host_and_port;
-use super::transport_socket::Matches;
 use super::{Report, each, enumeration, inactive};
 use crate::config::cluster::Discovery;
 use crate::config::endpoint::{
     ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, Locality, LocalityLbEndpoints,
 };
 use crate::config::proto::FieldPath;
+use crate::config::transport_socket::TransportSocketMatches;
 
 /// Envoy's default, in percent.
 const OVERPROVISIONING_FACTOR: u32 = 140;
 
 /// What an assignment needs to know of its cluster.
-pub(super) struct Of<'a> {
-    pub(super) discovery: Discovery,
-    pub(super) transport_sockets: &'a Matches,
+pub(in crate::config) struct Of<'a> {
+    pub(in crate::config) discovery: Discovery,
+    pub(in crate::config) transport_sockets: &'a TransportSocketMatches,
 }
 
-pub(super) fn load_assignment(
+pub(in crate::config) fn load_assignment(
     assignment: api::ClusterLoadAssignment,
     of: &Of<'_>,
     path: &FieldPath<'_>,
@@ -90,7 +90,7 @@ fn locality_lb_endpoints(
         Some(LbConfig::LedsClusterLocalityConfig(_)) => {
             report.unsupported(
                 &path.field("leds_cluster_locality_config"),
-                "LEDS needs xDS, which is not active in this version; use lb_endpoints",
+                "LEDS is not supported in this version; use lb_endpoints",
             );
             vec![]
         }
@@ -167,7 +167,7 @@ fn host(
         endpoint;
     inactive!(report, path, "Endpoint"; health_check_config, additional_addresses, observability_name);
     let address = host_and_port(address, path, "address", report)?;
-    if let (EndpointAddress::Name(name, _), Discovery::Static) = (&address, discovery) {
+    if let (EndpointAddress::Name(name, _), Discovery::Static | Discovery::Eds) = (&address, discovery) {
         let path = path.field("address");
         let path = path.field("socket_address");
         report.invalid(

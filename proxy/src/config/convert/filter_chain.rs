@@ -10,7 +10,7 @@ use tidegate_api::tcp_proxy::TcpProxy;
 
 use super::extension::{Extension, unregistered};
 use super::net::cidr;
-use super::route::http_routing;
+use super::route::http_terminal;
 use super::tcp_proxy::tcp_proxy;
 use super::transport_socket::require_raw_buffer;
 use super::{Report, each, enumeration, inactive, port};
@@ -23,6 +23,7 @@ pub(super) fn filter_chain(
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> Option<FilterChain> {
+    let content = super::content_hash(&chain);
     let api::FilterChain {
         filter_chain_match,
         filters,
@@ -40,7 +41,7 @@ pub(super) fn filter_chain(
         Some(matches) => chain_match(matches, &path.field("filter_chain_match"), report),
     };
     let (terminal, ignored_filters) = network_filters(filters, path, report);
-    Some(FilterChain { name: Arc::from(name), matches: matches?, terminal, ignored_filters })
+    Some(FilterChain { name: Arc::from(name), matches: matches?, terminal, content, ignored_filters })
 }
 
 fn chain_match(
@@ -160,7 +161,7 @@ fn network_filter(
         Some(ConfigType::ConfigDiscovery(_)) => {
             report.unsupported(
                 &path.field("config_discovery"),
-                "filter discovery needs xDS, which is not active in this version; use typed_config",
+                "filter discovery (ECDS) is not supported in this version; use typed_config",
             );
             return None;
         }
@@ -175,8 +176,8 @@ fn network_filter(
         let proxy = tcp_proxy(config.decode(&config_path, report)?, &config_path, report)?;
         Some(NetworkFilter::Terminal(Terminal::TcpProxy(Arc::new(proxy))))
     } else if config.is::<HttpConnectionManager>() {
-        let routing = http_routing(config.decode(&config_path, report)?, &config_path, report)?;
-        Some(NetworkFilter::Terminal(Terminal::HttpAsTcp(Arc::new(routing))))
+        let terminal = http_terminal(config.decode(&config_path, report)?, &config_path, report)?;
+        Some(NetworkFilter::Terminal(terminal))
     } else if is_istio_telemetry(&name, &config) {
         report.ignore_filter(path, &name);
         Some(NetworkFilter::Ignored(Arc::from(name)))

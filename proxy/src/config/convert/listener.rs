@@ -11,11 +11,11 @@ use super::access_log::access_logs;
 use super::filter_chain::filter_chain;
 use super::listener_filter::listener_filter;
 use super::net::{keepalive, socket_addr};
-use super::runtime::Runtime;
 use super::{Report, each, enumeration, inactive, optional_duration};
 use crate::config::filter_chain::FilterChain;
 use crate::config::listener::{Listener, ListenerFilter, TrafficDirection};
 use crate::config::proto::FieldPath;
+use crate::config::runtime::Runtime;
 use crate::listener::filter_chain::Matcher;
 
 /// Envoy's default of `listener_filters_timeout`.
@@ -24,23 +24,26 @@ const LISTENER_FILTERS_TIMEOUT: Duration = Duration::from_secs(15);
 pub(super) const BUFFER_LIMIT: u32 = 1024 * 1024;
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
-pub(super) fn listener(
-    listener: api::Listener,
+pub(in crate::config) fn listener(
+    mut listener: api::Listener,
     runtime: &Runtime,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> Option<Listener> {
+    let chains = std::mem::take(&mut listener.filter_chains);
+    let default_chain = listener.default_filter_chain.take();
+    let content = super::content_hash(&listener);
     let api::Listener {
         name,
         address,
         additional_addresses,
         stat_prefix,
         stats_matcher,
-        filter_chains,
+        filter_chains: _, // taken
         fcds_config,
         filter_chain_matcher,
         use_original_dst,
-        default_filter_chain,
+        default_filter_chain: _, // taken
         per_connection_buffer_limit_bytes,
         per_connection_buffer_high_watermark_timeout,
         metadata,
@@ -86,11 +89,10 @@ pub(super) fn listener(
     check_socket_options(&socket_options, path, report);
 
     let addresses = addresses(address, additional_addresses, path, report);
-    let use_proxy_proto = filter_chains.first().is_some_and(|chain| chain.use_proxy_proto == Some(true));
-    let chains: Vec<Arc<FilterChain>> = each(filter_chains, path, "filter_chains", |chain, path| {
-        filter_chain(chain, path, report).map(Arc::new)
-    });
-    let default = default_filter_chain
+    let use_proxy_proto = chains.first().is_some_and(|chain| chain.use_proxy_proto == Some(true));
+    let chains: Vec<Arc<FilterChain>> =
+        each(chains, path, "filter_chains", |chain, path| filter_chain(chain, path, report).map(Arc::new));
+    let default = default_chain
         .and_then(|chain| filter_chain(chain, &path.field("default_filter_chain"), report).map(Arc::new));
     check_chains(&chains, default.as_ref(), path, report);
 
@@ -140,6 +142,7 @@ pub(super) fn listener(
         max_connections_to_accept_per_socket_event,
         stat_prefix: Some(stat_prefix).filter(|prefix| !prefix.is_empty()).map(Arc::from),
         ignore_global_conn_limit,
+        content,
     })
 }
 

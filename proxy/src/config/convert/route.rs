@@ -14,18 +14,19 @@ use super::access_log::access_logs;
 use super::extension::{Extension, unregistered};
 use super::tcp_proxy::IDLE_TIMEOUT;
 use super::{Report, inactive, optional_duration};
+use crate::config::filter_chain::Terminal;
 use crate::config::proto::FieldPath;
-use crate::config::route::{Domain, HttpRouting, VirtualHost};
+use crate::config::route::{Domain, HttpRouting, RdsRouting, VirtualHost};
 use crate::config::tcp_proxy::{ClusterChoice, TcpProxy};
 
 mod virtual_host;
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
-pub(super) fn http_routing(
+pub(super) fn http_terminal(
     manager: api::HttpConnectionManager,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
-) -> Option<HttpRouting> {
+) -> Option<Terminal> {
     let api::HttpConnectionManager {
         codec_type: _, // bytes pass as they are
         stat_prefix,
@@ -129,19 +130,35 @@ pub(super) fn http_routing(
         proxy.access_log_flush_interval =
             optional_duration(access_log_flush_interval, &path, "access_log_flush_interval", report);
     }
-    let unserved = |field: &str, report: &mut Report<'_>| {
-        report.warn(
-            &path.field(field),
-            "routes from xDS are not active in this version: connections end with flag NR",
-        );
-        Some(HttpRouting::new(proxy.stat_prefix.clone(), Arc::from(""), vec![]))
-    };
     match route_specifier {
         Some(RouteSpecifier::RouteConfig(config)) => {
-            Some(route_config(config, &proxy, &path.field("route_config"), report))
+            let path = path.field("route_config");
+            let routing = route_config(config, vec![], Validate::Unless, &proxy, &path, report);
+            Some(Terminal::HttpAsTcp(Arc::new(routing)))
         }
-        Some(RouteSpecifier::Rds(_)) => unserved("rds", report),
-        Some(RouteSpecifier::ScopedRoutes(_)) => unserved("scoped_routes", report),
+        Some(RouteSpecifier::Rds(api::Rds { config_source, route_config_name })) => {
+            let path = path.field("rds");
+            if route_config_name.is_empty() {
+                report.missing(&path, "route_config_name");
+                return None;
+            }
+            let Some(config_source) = config_source else {
+                report.missing(&path, "config_source");
+                return None;
+            };
+            let config =
+                super::config_source::config_source(config_source, &path.field("config_source"), report)?;
+            let route_config_name = Arc::from(route_config_name);
+            Some(Terminal::HttpFromRds(Arc::new(RdsRouting { proxy, route_config_name, config })))
+        }
+        Some(RouteSpecifier::ScopedRoutes(_)) => {
+            report.warn(
+                &path.field("scoped_routes"),
+                "scopes are chosen by HTTP headers, which are not read: connections end with flag NR",
+            );
+            let routing = HttpRouting::new(proxy.stat_prefix.clone(), Arc::from(""), vec![]);
+            Some(Terminal::HttpAsTcp(Arc::new(routing)))
+        }
         None => {
             report.missing(path, "route_config");
             None
@@ -206,7 +223,7 @@ fn check_http_filters(filters: Vec<api::HttpFilter>, path: &FieldPath<'_>, repor
             Some(ConfigType::ConfigDiscovery(_)) => {
                 report.unsupported(
                     &path.field("config_discovery"),
-                    "filter discovery needs xDS, which is not active in this version; use typed_config",
+                    "filter discovery (ECDS) is not supported in this version; use typed_config",
                 );
                 continue;
             }
@@ -240,15 +257,27 @@ fn check_http_filters(filters: Vec<api::HttpFilter>, path: &FieldPath<'_>, repor
     }
 }
 
-fn route_config(
+/// `validate_clusters` where the configuration doesn't say.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::config) enum Validate {
+    /// Routes may only name clusters that exist, unless it says otherwise: Envoy's rule for inline routes.
+    Unless,
+    /// Any name will do: Envoy's rule for RDS.
+    Never,
+}
+
+/// `discovered` are virtual hosts that came by VHDS.
+pub(in crate::config) fn route_config(
     config: RouteConfiguration,
+    discovered: Vec<tidegate_api::route::VirtualHost>,
+    validate: Validate,
     proxy: &TcpProxy,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> HttpRouting {
     let RouteConfiguration {
         name,
-        virtual_hosts,
+        mut virtual_hosts,
         vhds,
         internal_only_headers,
         response_headers_to_add,
@@ -268,11 +297,20 @@ fn route_config(
         route_specifiers,
     } = config;
     inactive!(report, path, "RouteConfiguration";
-        vhds, internal_only_headers, response_headers_to_add, response_headers_to_remove, request_headers_to_add,
+        internal_only_headers, response_headers_to_add, response_headers_to_remove, request_headers_to_add,
         request_headers_to_remove, most_specific_header_mutations_wins, max_direct_response_body_size_bytes,
         cluster_specifier_plugins, request_mirror_policies, ignore_port_in_host_matching, vhost_header,
         ignore_path_parameters_in_path_matching, typed_per_filter_config, metadata, route_specifiers);
-    let of = virtual_host::Of { proxy, validate_clusters: validate_clusters.unwrap_or(true) };
+    if validate == Validate::Unless {
+        // As in Envoy, only routes that come by RDS can have hosts that come by VHDS: whoever keeps them up to date
+        // subscribes to it.
+        inactive!(report, path, "RouteConfiguration"; vhds);
+    }
+    let of = virtual_host::Of {
+        proxy,
+        validate_clusters: validate_clusters.unwrap_or(validate == Validate::Unless),
+    };
+    virtual_hosts.extend(discovered);
     let hosts = super::each(virtual_hosts, path, "virtual_hosts", |host, path| {
         Some(virtual_host::virtual_host(host, &of, path, report))
     });

@@ -4,13 +4,13 @@ use tidegate_api::cluster::cluster::TransportSocketMatch;
 use tidegate_api::core::{self, transport_socket::ConfigType};
 use tidegate_api::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
 use tidegate_api::tls::UpstreamTlsContext;
-use tidegate_api::wkt;
 
 use super::Report;
 use super::extension::Extension;
 use super::tls::upstream_tls;
 use crate::config::proto::FieldPath;
 use crate::config::tls::UpstreamTls;
+use crate::config::transport_socket::TransportSocketMatches;
 
 /// Whether it is plaintext. Without a `typed_config`, Envoy goes by the name.
 fn is_raw_buffer(socket: &core::TransportSocket) -> bool {
@@ -62,31 +62,12 @@ pub(super) fn require_raw_buffer(
     }
 }
 
-/// `transport_socket_matches`: which of them endpoints select.
-pub(super) struct Matches {
-    matches: Vec<(wkt::Struct, bool, String)>,
-}
-
-impl Matches {
-    pub(super) fn new(matches: Vec<TransportSocketMatch>) -> Self {
-        let entry = |entry| {
-            let TransportSocketMatch { name, r#match, transport_socket } = entry;
-            let raw = transport_socket.is_none_or(|socket| is_raw_buffer(&socket));
-            (r#match.unwrap_or_default(), raw, name)
-        };
-        Self { matches: matches.into_iter().map(entry).collect() }
-    }
-
-    /// The name of the match that an endpoint with this metadata selects, unless it is plaintext.
-    pub(super) fn selects_encryption(&self, metadata: Option<&core::Metadata>) -> Option<&str> {
-        let labels =
-            metadata.and_then(|metadata| metadata.filter_metadata.get("envoy.transport_socket_match"));
-        let selected = self.matches.iter().find(|(criteria, _, _)| {
-            criteria
-                .fields
-                .iter()
-                .all(|(key, value)| labels.is_some_and(|labels| labels.fields.get(key) == Some(value)))
-        });
-        selected.filter(|(_, raw, _)| !raw).map(|(_, _, name)| name.as_str())
-    }
+/// `transport_socket_matches`, with what is needed to judge endpoints.
+pub(super) fn matches(matches: Vec<TransportSocketMatch>) -> TransportSocketMatches {
+    let entry = |entry| {
+        let TransportSocketMatch { name, r#match, transport_socket } = entry;
+        let raw = transport_socket.is_none_or(|socket| is_raw_buffer(&socket));
+        (r#match.unwrap_or_default(), raw, name)
+    };
+    TransportSocketMatches::new(matches.into_iter().map(entry).collect())
 }

@@ -35,21 +35,60 @@ pub(super) fn check(
     inside_any: InsideAny,
     report: &mut dyn FnMut(&FieldPath<'_>, Reason),
 ) {
+    inspect(message, path, inside_any, &mut |path, found| {
+        if let Found::Broken { reason, .. } = found {
+            report(path, reason);
+        }
+    });
+}
+
+/// What [`inspect`] finds.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// A broken rule.
+    Broken {
+        /// In an `Any`.
+        inside_any: bool,
+        reason: Reason,
+    },
+    /// A field that the API does not have here.
+    UnknownField {
+        number: u32,
+        /// Full name.
+        message: String,
+    },
+}
+
+/// Like [`check`], and finds unknown fields too.
+pub(super) fn inspect(
+    message: &DynamicMessage,
+    path: &FieldPath<'_>,
+    inside_any: InsideAny,
+    report: &mut dyn FnMut(&FieldPath<'_>, Found),
+) {
     Checker { inside_any, any_depth: 0, report }.message(message, path);
 }
 
 struct Checker<'r> {
     inside_any: InsideAny,
     any_depth: u32,
-    report: &'r mut dyn FnMut(&FieldPath<'_>, Reason),
+    report: &'r mut dyn FnMut(&FieldPath<'_>, Found),
 }
 
 impl Checker<'_> {
+    fn broken(&mut self, path: &FieldPath<'_>, reason: Reason) {
+        (self.report)(path, Found::Broken { inside_any: self.any_depth > 0, reason });
+    }
+
     fn message(&mut self, message: &DynamicMessage, path: &FieldPath<'_>) {
+        for unknown in message.unknown_fields() {
+            let message = message.descriptor().full_name().to_owned();
+            (self.report)(path, Found::UnknownField { number: unknown.number(), message });
+        }
         let schema = MessageSchema::of(&message.descriptor());
         for oneof in &schema.required_oneofs {
             if !oneof.members.iter().any(|number| message.has_field_by_number(*number)) {
-                (self.report)(path, Reason::Missing(oneof.description.clone()));
+                self.broken(path, Reason::Missing(oneof.description.clone()));
             }
         }
         for field in &schema.fields {
@@ -70,7 +109,7 @@ impl Checker<'_> {
             && !descriptor.is_map()
         {
             if rules.is_some_and(is_required) {
-                (self.report)(path, Reason::Missing(descriptor.name().to_owned()));
+                self.broken(path, Reason::Missing(descriptor.name().to_owned()));
             }
             return;
         }
@@ -94,7 +133,7 @@ impl Checker<'_> {
                 return;
             }
             if let Some(reason) = list_size(items, rules) {
-                (self.report)(path, reason);
+                self.broken(path, reason);
             }
         }
         let item_rules = rules.and_then(|rules| rules.items.as_deref());
@@ -122,7 +161,7 @@ impl Checker<'_> {
                 return;
             }
             if let Some(reason) = map_size(entries.len(), rules) {
-                (self.report)(path, reason);
+                self.broken(path, reason);
             }
         }
         let Kind::Message(entry) = kind else { return };
@@ -147,7 +186,7 @@ impl Checker<'_> {
             if let Some(reason) =
                 rule.and_then(|rule| broken(value, rule).or_else(|| undefined(value, kind, rule)))
             {
-                (self.report)(path, reason);
+                self.broken(path, reason);
             }
             return;
         };
@@ -162,14 +201,14 @@ impl Checker<'_> {
             WellKnown::Wrapper => {
                 let inner = message.get_field_by_number(1);
                 if let Some(reason) = inner.zip(rule).and_then(|(inner, rule)| broken(&inner, rule)) {
-                    (self.report)(path, reason);
+                    self.broken(path, reason);
                 }
             }
             WellKnown::Duration => {
                 if let Some(Type::Duration(rules)) = rule
                     && let Some(reason) = duration(message, rules)
                 {
-                    (self.report)(path, reason);
+                    self.broken(path, reason);
                 }
             }
             // No rule of the vendored files is about these (a test holds that).
@@ -185,10 +224,10 @@ impl Checker<'_> {
         let (type_url, bytes) = any::parts(message);
         if let Some(Type::Any(rules)) = rule {
             if !rules.r#in.is_empty() && !rules.r#in.contains(&type_url) {
-                (self.report)(path, constraint(format!("@type must be one of {:?}", rules.r#in)));
+                self.broken(path, constraint(format!("@type must be one of {:?}", rules.r#in)));
             }
             if rules.not_in.contains(&type_url) {
-                (self.report)(path, constraint(format!("@type must not be {}", quoted(&type_url))));
+                self.broken(path, constraint(format!("@type must not be {}", quoted(&type_url))));
             }
         }
         if matches!(self.inside_any, InsideAny::Skip) || self.any_depth >= MAX_ANY_DEPTH {
@@ -201,7 +240,10 @@ impl Checker<'_> {
                     self.message(&inner, path);
                     self.any_depth -= 1;
                 }
-                Err(error) => (self.report)(path, Reason::Invalid(format!("not a {type_url}: {error}"))),
+                Err(error) => {
+                    let reason = Reason::Invalid(format!("not a {type_url}: {error}"));
+                    (self.report)(path, Found::Broken { inside_any: true, reason });
+                }
             }
         }
     }

@@ -21,6 +21,11 @@ struct Layer {
 }
 
 impl SourceMap {
+    /// The map of a message that did not come as text; `name` stands where the file name would.
+    pub fn unplaced(name: Arc<str>) -> Self {
+        Self::new(name, Tree::default())
+    }
+
     /// The map of one text.
     pub(super) fn new(file: Arc<str>, tree: Tree) -> Self {
         Self { layers: vec![Layer { file, tree }] }

@@ -35,6 +35,7 @@ fn listener(filters: Vec<ListenerFilter>) -> Listener {
         stat_prefix: None,
         connection_limit: None,
         ignore_global_conn_limit: false,
+        content: 0,
     }
 }
 

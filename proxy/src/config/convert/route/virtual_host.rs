@@ -293,7 +293,7 @@ fn route_action(
 }
 
 fn check_cluster(name: &str, of: &Of<'_>, path: &FieldPath<'_>, report: &mut Report<'_>) {
-    if of.validate_clusters && !report.clusters.contains(name) {
+    if of.validate_clusters && !(report.is_cluster)(name) {
         report.invalid(
             path,
             format!("route: unknown cluster {name:?}; define it, or set validate_clusters of the route_config to false"),

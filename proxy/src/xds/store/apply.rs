@@ -1,0 +1,381 @@
+//! Responses of control planes.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use tidegate_api::{
+    cluster as cluster_api, endpoint as endpoint_api, listener as listener_api, route as route_api,
+};
+
+use super::clusters::{self, Origin};
+use super::response::{self, Checked, Rejections};
+use super::{Deadline, Fetch, Store, listeners};
+use crate::config::config_source::Source;
+use crate::config::dynamic::{self, Surroundings, Valid};
+use crate::xds::tables::Held;
+use crate::xds::{Change, Key, Kind, Resource, Unreadable, Update, Verdict, Wanted};
+
+impl Store {
+    pub(super) fn update(&mut self, update: Update) {
+        let Update { key, change, verdict } = update;
+        let answer = match change {
+            Change::Expired(names) => {
+                self.expired(&key, &names);
+                Verdict::Accept
+            }
+            Change::State { version, resources, unchanged, unreadable } => {
+                let all = key.kind.lists_everything();
+                self.apply(&key, &version, resources, unreadable, Absent::State { all, unchanged })
+            }
+            Change::Delta { version, resources, removed } => {
+                self.apply(&key, &version, resources, Vec::new(), Absent::Removed(removed))
+            }
+        };
+        self.count_update(&key, &answer);
+        if let Verdict::Reject { message, .. } = &answer {
+            tracing::warn!("{} update rejected: {message}", key.kind.service());
+        }
+        // The client gives up on answers when its stream ends.
+        let _ = verdict.send(answer);
+    }
+
+    pub(super) fn apply(
+        &mut self,
+        key: &Key,
+        version: &str,
+        resources: Vec<Resource>,
+        unreadable: Vec<Unreadable>,
+        absent: Absent,
+    ) -> Verdict {
+        let kind = key.kind;
+        let rejections = match kind {
+            Kind::Cluster => self.with(kind, version, resources, unreadable, |store, checked, rejections| {
+                store.cds = Fetch::Done;
+                store.apply_clusters(checked, rejections, absent);
+            }),
+            Kind::Listener => {
+                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
+                    store.lds = Fetch::Done;
+                    store.apply_listeners(checked, rejections, absent);
+                })
+            }
+            Kind::ClusterLoadAssignment => {
+                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
+                    store.apply_assignments(&key.source, checked, rejections);
+                })
+            }
+            Kind::RouteConfiguration => {
+                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
+                    store.apply_routes(&key.source, checked, rejections);
+                })
+            }
+            Kind::VirtualHost => {
+                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
+                    store.apply_hosts(checked, rejections, absent);
+                })
+            }
+            Kind::Secret => Rejections::default(),
+        };
+        if rejections.is_empty() {
+            version.clone_into(&mut self.tables.lock().kind_mut(kind).version);
+        }
+        rejections.verdict(kind)
+    }
+
+    pub(super) fn with<M: response::Named>(
+        &mut self,
+        kind: Kind,
+        version: &str,
+        resources: Vec<Resource>,
+        unreadable: Vec<Unreadable>,
+        apply: impl FnOnce(&mut Self, Vec<Checked<M>>, &mut Rejections),
+    ) -> Rejections {
+        match response::check::<M>(kind, version, resources, unreadable) {
+            Err(rejections) => rejections,
+            Ok((checked, mut rejections)) => {
+                self.note_unknown_fields(&checked);
+                apply(self, checked, &mut rejections);
+                rejections
+            }
+        }
+    }
+
+    pub(super) fn note_unknown_fields<M>(&self, checked: &[Checked<M>]) {
+        for resource in checked {
+            for problem in &resource.valid.unknown_fields {
+                tracing::warn!(target: "tidegate::config", "{problem}; the field is ignored");
+            }
+            for problem in &resource.unknown_fields {
+                tracing::warn!(target: "tidegate::config", "{problem}");
+            }
+            let count = resource.valid.unknown_fields.len() + resource.unknown_fields.len();
+            self.stats.server().dynamic_unknown_fields().add(count as u64);
+        }
+    }
+
+    pub(super) fn apply_clusters(
+        &mut self,
+        checked: Vec<Checked<cluster_api::Cluster>>,
+        rejections: &mut Rejections,
+        absent: Absent,
+    ) {
+        let gone = absent.gone(&checked, rejections, self.clusters.dynamic());
+        for resource in checked {
+            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            let content = content(&held);
+            let label = response::label(Kind::Cluster, &name);
+            match dynamic::cluster(valid, &label) {
+                Ok(converted) => {
+                    let added = self.add_cluster(converted.value, content, Origin::Dynamic);
+                    let stats = self.stats.cluster_manager();
+                    match added {
+                        clusters::Added::New => stats.cluster_added().inc(),
+                        clusters::Added::Modified => stats.cluster_modified().inc(),
+                        clusters::Added::Unchanged | clusters::Added::Blocked => continue,
+                    }
+                    response::log_warnings(&name, &converted.warnings);
+                    self.tables.lock().kind_mut(Kind::Cluster).accept(&name, held);
+                }
+                Err(error) => {
+                    self.refuse(Kind::Cluster, &name, wrapper_name, &held, &error.to_string(), rejections);
+                }
+            }
+        }
+        for name in gone {
+            let Some(eds) = self.clusters.remove(&name, &mut self.changes) else { continue };
+            self.stats.cluster_manager().cluster_removed().inc();
+            self.tables.lock().kind_mut(Kind::Cluster).remove(&name);
+            for eds in eds {
+                self.drop_endpoints(&name, &eds);
+            }
+        }
+    }
+
+    pub(super) fn apply_listeners(
+        &mut self,
+        checked: Vec<Checked<listener_api::Listener>>,
+        rejections: &mut Rejections,
+        absent: Absent,
+    ) {
+        // First what goes: its addresses may be wanted.
+        for name in absent.gone(&checked, rejections, self.listeners.dynamic()) {
+            if self.listeners.remove(&name, &mut self.changes).is_some() {
+                self.stats.listener_manager().listener_removed().inc();
+                self.tables.lock().kind_mut(Kind::Listener).remove(&name);
+            }
+        }
+        for resource in checked {
+            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            if let Err(error) = self.add_listener(&name, valid, &held) {
+                self.stats.listener_manager().listener_create_failure().inc();
+                self.refuse(Kind::Listener, &name, wrapper_name, &held, &format!("{error:#}"), rejections);
+            }
+        }
+        self.forget_routes();
+    }
+
+    pub(super) fn add_listener(
+        &mut self,
+        name: &Arc<str>,
+        valid: Valid<listener_api::Listener>,
+        held: &Held,
+    ) -> anyhow::Result<()> {
+        let label = response::label(Kind::Listener, name);
+        let clusters = &self.clusters;
+        let around = Surroundings { is_cluster: &|name| clusters.contains(name), runtime: &self.runtime };
+        let converted = dynamic::listener(valid, &label, &around)?;
+        let config = Arc::new(converted.value);
+        let added = self.listeners.add(&config, content(held), Origin::Dynamic)?;
+        let stats = self.stats.listener_manager();
+        let listener = match added {
+            listeners::Added::Unchanged | listeners::Added::Blocked => return Ok(()),
+            listeners::Added::New(listener) => {
+                stats.listener_added().inc();
+                listener
+            }
+            listeners::Added::Modified(listener) => {
+                stats.listener_modified().inc();
+                listener
+            }
+        };
+        response::log_warnings(&config.name, &converted.warnings);
+        self.stats.config().ignored_filters().add(converted.ignored_filters as u64);
+        self.tables.lock().kind_mut(Kind::Listener).accept(&config.name, held.clone());
+        for (source, route) in self.routes.add(&listener) {
+            let key = Key { source: source.source.clone(), kind: Kind::RouteConfiguration };
+            self.client.add(&key, Arc::clone(&route));
+            self.expire_after(source.initial_fetch_timeout, Deadline::Routes(source.source, route));
+        }
+        Ok(())
+    }
+
+    pub(super) fn apply_assignments(
+        &mut self,
+        source: &Source,
+        checked: Vec<Checked<endpoint_api::ClusterLoadAssignment>>,
+        rejections: &mut Rejections,
+    ) {
+        for resource in checked {
+            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            let id = (source.clone(), Arc::clone(&name));
+            let Some(assignment) = self.assignments.get_mut(&id) else { continue }; // nobody asked for it
+            let before = assignment.valid.replace(valid.clone());
+            let users = assignment.users.clone();
+            let failed = users.iter().find_map(|user| self.apply_assignment(user, &valid).err());
+            if let Some(error) = failed {
+                if let Some(assignment) = self.assignments.get_mut(&id) {
+                    assignment.valid = before;
+                }
+                self.refuse(Kind::ClusterLoadAssignment, &name, wrapper_name, &held, &error, rejections);
+                continue;
+            }
+            let mut tables = self.tables.lock();
+            let table = tables.kind_mut(Kind::ClusterLoadAssignment);
+            table.accept(&name, held);
+            table.activate(&name);
+        }
+    }
+
+    pub(super) fn apply_routes(
+        &mut self,
+        source: &Source,
+        checked: Vec<Checked<route_api::RouteConfiguration>>,
+        rejections: &mut Rejections,
+    ) {
+        for resource in checked {
+            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            if !self.routes.wants(source, &name) {
+                continue;
+            }
+            let label = response::label(Kind::RouteConfiguration, &name);
+            let vhds = valid.message.vhds.as_ref().and_then(|vhds| vhds.config_source.clone());
+            let updated = vhds
+                .map(|vhds| dynamic::config_source(vhds, &label))
+                .transpose()
+                .map_err(anyhow::Error::from)
+                .and_then(|vhds| self.routes.update(source, &name, valid).map(|_| vhds));
+            match updated {
+                Ok(vhds) => {
+                    let mut tables = self.tables.lock();
+                    let table = tables.kind_mut(Kind::RouteConfiguration);
+                    table.accept(&name, held);
+                    table.activate(&name);
+                    drop(tables);
+                    if let Some(vhds) = vhds {
+                        let key = Key { source: vhds.source, kind: Kind::VirtualHost };
+                        self.client.want(&key, Wanted { wildcard: true, ..Wanted::default() });
+                        let deadline = Deadline::Routes(source.clone(), name);
+                        self.expire_after(vhds.initial_fetch_timeout, deadline);
+                    }
+                }
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    self.refuse(Kind::RouteConfiguration, &name, wrapper_name, &held, &error, rejections);
+                }
+            }
+        }
+    }
+
+    pub(super) fn apply_hosts(
+        &mut self,
+        checked: Vec<Checked<route_api::VirtualHost>>,
+        rejections: &mut Rejections,
+        absent: Absent,
+    ) {
+        let removed = match absent {
+            Absent::Removed(names) => names,
+            Absent::State { .. } => Vec::new(),
+        };
+        let mut tables = self.tables.lock();
+        let table = tables.kind_mut(Kind::VirtualHost);
+        let mut added = Vec::new();
+        for resource in checked {
+            let name = resource.wrapper_name.unwrap_or(resource.name);
+            table.accept(&name, resource.held);
+            table.activate(&name);
+            added.push((name, resource.valid.message));
+        }
+        for name in &removed {
+            table.remove(name);
+        }
+        drop(tables);
+        for (name, error) in self.routes.update_hosts(&added, &removed) {
+            rejections.refuse(name, error);
+        }
+    }
+
+    /// Drops the subscriptions of routes that no listener names any more.
+    pub(super) fn forget_routes(&mut self) {
+        let in_use: HashSet<_> = self
+            .listeners
+            .versions()
+            .flat_map(|listener| listener.rds_chains().map(|(chain, _)| chain.id).collect::<Vec<_>>())
+            .collect();
+        for (source, name) in self.routes.forget(&in_use) {
+            self.tables.lock().kind_mut(Kind::RouteConfiguration).remove(&name);
+            self.client.remove(&Key { source, kind: Kind::RouteConfiguration }, name);
+        }
+    }
+
+    /// TTLs ran out: as if the server had removed these.
+    pub(super) fn expired(&mut self, key: &Key, names: &[Arc<str>]) {
+        tracing::warn!("{} of {} ran out without a refresh", names.join(", "), key.kind.service());
+        let mut rejections = Rejections::default();
+        let absent = Absent::Removed(names.to_vec());
+        match key.kind {
+            Kind::Cluster => self.apply_clusters(Vec::new(), &mut rejections, absent),
+            Kind::Listener => self.apply_listeners(Vec::new(), &mut rejections, absent),
+            Kind::VirtualHost => self.apply_hosts(Vec::new(), &mut rejections, absent),
+            // As in Envoy, endpoints, routes and secrets stay until there are others.
+            Kind::ClusterLoadAssignment | Kind::RouteConfiguration | Kind::Secret => {}
+        }
+    }
+
+    pub(super) fn refuse(
+        &self,
+        kind: Kind,
+        name: &Arc<str>,
+        wrapper_name: Option<Arc<str>>,
+        held: &Held,
+        error: &str,
+        rejections: &mut Rejections,
+    ) {
+        let refused = response::refused(&held.version, error, &held.body);
+        self.tables.lock().kind_mut(kind).refuse(name, refused);
+        rejections.refuse(wrapper_name.unwrap_or_else(|| Arc::clone(name)), error);
+    }
+}
+
+/// What becomes of resources that a response does not have.
+pub(super) enum Absent {
+    /// State of the world: `all` says that they are gone.
+    State { all: bool, unchanged: Vec<Arc<str>> },
+    /// These are gone.
+    Removed(Vec<Arc<str>>),
+}
+
+impl Absent {
+    /// Those of the known ones that are gone.
+    fn gone<M>(self, checked: &[Checked<M>], rejections: &Rejections, known: Vec<Arc<str>>) -> Vec<Arc<str>> {
+        match self {
+            Self::Removed(names) => names,
+            Self::State { all: false, .. } => Vec::new(),
+            Self::State { all: true, unchanged } => {
+                let present: HashSet<&str> = checked
+                    .iter()
+                    .map(|resource| &*resource.name)
+                    .chain(unchanged.iter().map(|name| &**name))
+                    .chain(rejections.refused().map(|(name, _)| &**name))
+                    .collect();
+                known.into_iter().filter(|name| !present.contains(&**name)).collect()
+            }
+        }
+    }
+}
+
+fn content(held: &Held) -> u64 {
+    use std::hash::{DefaultHasher, Hasher as _};
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&held.body);
+    hasher.finish()
+}

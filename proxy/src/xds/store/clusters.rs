@@ -1,0 +1,221 @@
+//! Clusters: those in force, and those that wait for their endpoints.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::changes::Changes;
+use crate::cluster::{Cluster, ClusterId, dns};
+use crate::config;
+use crate::config::cluster::{Discovery, Eds};
+use crate::stats::Stats;
+
+/// Where a resource comes from, which decides who may change it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// The bootstrap: nobody.
+    Static,
+    /// A control plane.
+    Dynamic,
+}
+
+/// All clusters of the process.
+#[derive(Debug)]
+pub(super) struct Clusters {
+    stats: Arc<Stats>,
+    entries: HashMap<Arc<str>, Entry>,
+    /// How many entries have something warming.
+    warming: usize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    origin: Origin,
+    active: Option<Version>,
+    warming: Option<Warming>,
+}
+
+/// One version of a cluster.
+#[derive(Debug)]
+struct Version {
+    cluster: Arc<Cluster>,
+    /// Of the message it was built from.
+    content: u64,
+    /// STRICT_DNS: keeps its endpoints up to date.
+    watch: Option<dns::Watch>,
+}
+
+#[derive(Debug)]
+struct Warming {
+    version: Version,
+    /// Its endpoints came, or won't come in time.
+    ready: bool,
+}
+
+/// What became of a cluster that was added.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Added {
+    /// It is the one that is there already.
+    Unchanged,
+    /// The bootstrap has one of this name, which stays.
+    Blocked,
+    /// A new name.
+    New,
+    /// It replaces another.
+    Modified,
+}
+
+impl Clusters {
+    pub(super) fn new(stats: &Arc<Stats>) -> Self {
+        Self { stats: Arc::clone(stats), entries: HashMap::new(), warming: 0 }
+    }
+
+    /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't, and is in force from the
+    /// [`Clusters::settle`] after that.
+    pub(super) fn add(
+        &mut self,
+        config: config::cluster::Cluster,
+        content: u64,
+        origin: Origin,
+        resolver: impl FnOnce() -> Option<Arc<dns::Resolver>>,
+    ) -> Added {
+        let name = Arc::clone(&config.name);
+        let entry = self.entries.entry(Arc::clone(&name));
+        let is_new = matches!(entry, std::collections::hash_map::Entry::Vacant(_));
+        let entry = entry.or_insert(Entry { origin, active: None, warming: None });
+        if !is_new {
+            if entry.origin == Origin::Static {
+                return Added::Blocked;
+            }
+            let latest = entry.warming.as_ref().map(|warming| &warming.version).or(entry.active.as_ref());
+            if latest.is_some_and(|latest| latest.content == content) {
+                return Added::Unchanged;
+            }
+        }
+        let previous = entry.warming.as_ref().map(|warming| &warming.version).or(entry.active.as_ref());
+        let discovery = config.discovery;
+        let cluster = Cluster::build_warming(
+            Arc::new(config),
+            &self.stats,
+            previous.map(|previous| &*previous.cluster),
+        );
+        let watch = match discovery {
+            Discovery::StrictDns => resolver().map(|resolver| {
+                dns::Watch::start(&cluster, &resolver, previous.and_then(|previous| previous.watch.as_ref()))
+            }),
+            _ => None,
+        };
+        let ready = match discovery {
+            Discovery::Static | Discovery::OriginalDst => true,
+            Discovery::StrictDns => watch.is_none(),
+            Discovery::Eds => false,
+        };
+        cluster.stats().warming_state().set(1);
+        self.warming += usize::from(entry.warming.is_none());
+        entry.warming = Some(Warming { version: Version { cluster, content, watch }, ready });
+        if is_new { Added::New } else { Added::Modified }
+    }
+
+    /// Drops a cluster. Returns where it was subscribed for endpoints, or none if it can't be dropped.
+    pub(super) fn remove(&mut self, name: &str, changes: &mut Changes) -> Option<Vec<Arc<Eds>>> {
+        if self.entries.get(name)?.origin == Origin::Static {
+            return None;
+        }
+        let entry = self.entries.remove(name)?;
+        self.warming -= usize::from(entry.warming.is_some());
+        changes.clusters |= entry.active.is_some();
+        changes.clusters_gone |= entry.active.is_some();
+        let versions = entry.active.into_iter().chain(entry.warming.map(|warming| warming.version));
+        Some(versions.filter_map(|version| version.cluster.config().eds.clone()).collect())
+    }
+
+    /// Puts every cluster in force that is ready. Returns their names, and where those that they replace had their
+    /// endpoints from.
+    pub(super) fn settle(&mut self, changes: &mut Changes) -> Vec<(Arc<str>, Option<Arc<Eds>>)> {
+        let mut activated = Vec::new();
+        if self.warming == 0 {
+            return activated;
+        }
+        for (name, entry) in &mut self.entries {
+            let Some(warming) = entry.warming.take_if(|warming| warming.ready) else { continue };
+            self.warming -= 1;
+            warming.version.cluster.announce();
+            warming.version.cluster.stats().warming_state().set(0);
+            let replaced = entry.active.replace(warming.version);
+            changes.clusters = true;
+            changes.clusters_gone |= replaced.is_some();
+            let former = replaced.and_then(|replaced| replaced.cluster.config().eds.clone());
+            activated.push((Arc::clone(name), former));
+        }
+        activated
+    }
+
+    /// A cluster's endpoints came (or it waits no longer for them).
+    pub(super) fn ready(&mut self, id: ClusterId) {
+        for entry in self.entries.values_mut() {
+            if let Some(warming) = &mut entry.warming
+                && warming.version.cluster.id() == id
+            {
+                warming.ready = true;
+            }
+        }
+    }
+
+    /// The same by name: whatever version is warming.
+    pub(super) fn ready_by_name(&mut self, name: &str) {
+        if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut()) {
+            warming.ready = true;
+        }
+    }
+
+    /// The versions of a cluster: in force, then warming.
+    pub(super) fn versions(&self, name: &str) -> impl Iterator<Item = &Arc<Cluster>> {
+        let entry = self.entries.get(name);
+        let active = entry.and_then(|entry| entry.active.as_ref());
+        let warming = entry.and_then(|entry| entry.warming.as_ref()).map(|warming| &warming.version);
+        active.into_iter().chain(warming).map(|version| &version.cluster)
+    }
+
+    /// Completes a look-up of names for the cluster that is warming under this name, if that is what it waits for.
+    pub(super) fn unresolved(&self, name: &str) -> Option<(ClusterId, impl Future<Output = ()> + use<>)> {
+        let warming = self.entries.get(name)?.warming.as_ref().filter(|warming| !warming.ready)?;
+        let watch = warming.version.watch.as_ref()?;
+        Some((warming.version.cluster.id(), watch.warmed()))
+    }
+
+    /// Whether there is a cluster of this name, warm or not.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// Whether a listener that names this cluster should wait for it: it is known, but has no endpoints yet.
+    pub(super) fn is_coming(&self, name: &str) -> bool {
+        self.warming > 0
+            && self.entries.get(name).is_some_and(|entry| entry.active.is_none() && entry.warming.is_some())
+    }
+
+    /// Names of the clusters that came from a control plane.
+    pub(super) fn dynamic(&self) -> Vec<Arc<str>> {
+        let dynamic = self.entries.iter().filter(|(_, entry)| entry.origin == Origin::Dynamic);
+        dynamic.map(|(name, _)| Arc::clone(name)).collect()
+    }
+
+    /// Clusters in force.
+    pub(super) fn active(&self) -> impl Iterator<Item = &Arc<Cluster>> {
+        self.entries.values().filter_map(|entry| entry.active.as_ref()).map(|version| &version.cluster)
+    }
+
+    /// Names of those that warm.
+    pub(super) fn warming(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.entries.iter().filter(|(_, entry)| entry.warming.is_some()).map(|(name, _)| name)
+    }
+
+    /// How many warm.
+    pub(super) fn warming_len(&self) -> usize {
+        self.warming
+    }
+
+    /// How many are in force.
+    pub(super) fn active_len(&self) -> usize {
+        self.entries.values().filter(|entry| entry.active.is_some()).count()
+    }
+}

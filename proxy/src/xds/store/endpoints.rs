@@ -1,0 +1,150 @@
+//! Clusters and their endpoints.
+
+use std::sync::Arc;
+
+use tidegate_api::endpoint as endpoint_api;
+
+use super::clusters::{self, Origin};
+use super::{Deadline, Internal, Phase, Store, response};
+use crate::cluster::dns;
+use crate::config::cluster::{Cluster, Eds};
+use crate::config::config_source::Source;
+use crate::config::dynamic::{self, Valid};
+use crate::xds::{Key, Kind};
+
+impl Store {
+    pub(super) fn add_cluster(&mut self, config: Cluster, content: u64, origin: Origin) -> clusters::Added {
+        let (name, eds) = (Arc::clone(&config.name), config.eds.clone());
+        let before = self.eds_of(&name);
+        let resolver = &mut self.resolver;
+        let added = self.clusters.add(config, content, origin, || {
+            if resolver.is_none() {
+                match dns::Resolver::from_system() {
+                    Ok(system) => *resolver = Some(Arc::new(system)),
+                    Err(error) => tracing::error!(cluster = %name, "{error}"),
+                }
+            }
+            resolver.clone()
+        });
+        if matches!(added, clusters::Added::New | clusters::Added::Modified) {
+            if let Some((id, resolved)) = self.clusters.unresolved(&name) {
+                let internal = self.internal.0.clone();
+                tokio::task::spawn_local(async move {
+                    resolved.await;
+                    let _ = internal.send(Internal::Resolved(id));
+                });
+            }
+            if let Some(eds) = &eds {
+                self.want_endpoints(&name, eds);
+            }
+            for former in before {
+                if Some(&former) != eds.as_ref() {
+                    self.drop_endpoints(&name, &former);
+                }
+            }
+        }
+        added
+    }
+
+    pub(super) fn eds_of(&self, name: &str) -> Vec<Arc<Eds>> {
+        self.clusters.versions(name).filter_map(|cluster| cluster.config().eds.clone()).collect()
+    }
+
+    /// A cluster wants endpoints. Those that are known already hold for it at once.
+    pub(super) fn want_endpoints(&mut self, cluster: &Arc<str>, eds: &Eds) {
+        let id = (eds.config.source.clone(), Arc::clone(&eds.service_name));
+        let assignment = self.assignments.entry(id).or_default();
+        let first = assignment.users.is_empty();
+        if !assignment.users.contains(cluster) {
+            assignment.users.push(Arc::clone(cluster));
+        }
+        if let Some(valid) = assignment.valid.clone() {
+            let _ = self.apply_assignment(cluster, &valid);
+            return;
+        }
+        if self.phase == Phase::Primary {
+            return; // wanted when the clusters are there through which it comes
+        }
+        self.subscribe_endpoints(eds, first);
+    }
+
+    pub(super) fn subscribe_endpoints(&mut self, eds: &Eds, first: bool) {
+        if first {
+            let key = Key { source: eds.config.source.clone(), kind: Kind::ClusterLoadAssignment };
+            self.client.add(&key, Arc::clone(&eds.service_name));
+        }
+        let deadline = Deadline::Endpoints(eds.config.source.clone(), Arc::clone(&eds.service_name));
+        self.expire_after(eds.config.initial_fetch_timeout, deadline);
+    }
+
+    pub(super) fn subscribe_static_endpoints(&mut self) {
+        let mut wanted: Vec<Arc<Eds>> = Vec::new();
+        for name in self.clusters.warming() {
+            for eds in self.clusters.versions(name).filter_map(|cluster| cluster.config().eds.clone()) {
+                if !wanted.contains(&eds) {
+                    wanted.push(eds);
+                }
+            }
+        }
+        for eds in wanted {
+            self.subscribe_endpoints(&eds, true);
+        }
+    }
+
+    pub(super) fn drop_endpoints(&mut self, cluster: &str, eds: &Eds) {
+        // A version that is still in force may use it.
+        if self.eds_of(cluster).iter().any(|used| **used == *eds) {
+            return;
+        }
+        let id = (eds.config.source.clone(), Arc::clone(&eds.service_name));
+        let Some(assignment) = self.assignments.get_mut(&id) else { return };
+        assignment.users.retain(|user| **user != *cluster);
+        if assignment.users.is_empty() {
+            self.assignments.remove(&id);
+            self.tables.lock().kind_mut(Kind::ClusterLoadAssignment).remove(&eds.service_name);
+            let key = Key { source: id.0, kind: Kind::ClusterLoadAssignment };
+            self.client.remove(&key, id.1);
+        }
+    }
+
+    /// Every version of a cluster gets these endpoints.
+    pub(super) fn apply_assignment(
+        &mut self,
+        cluster: &Arc<str>,
+        valid: &Valid<endpoint_api::ClusterLoadAssignment>,
+    ) -> Result<(), String> {
+        let label = response::label(Kind::ClusterLoadAssignment, cluster);
+        let versions: Vec<_> = self.clusters.versions(cluster).cloned().collect();
+        for version in versions.iter().filter(|version| version.config().eds.is_some()) {
+            match dynamic::load_assignment(valid.clone(), version.config(), &label) {
+                Ok(converted) => {
+                    response::log_warnings(cluster, &converted.warnings);
+                    if !version.set_assignment(&converted.value) {
+                        version.stats().update_no_rebuild().inc();
+                    }
+                    version.stats().update_success().inc();
+                }
+                Err(error) => {
+                    version.stats().update_rejected().inc();
+                    return Err(error.to_string());
+                }
+            }
+        }
+        self.clusters.ready_by_name(cluster);
+        Ok(())
+    }
+
+    pub(super) fn give_up_endpoints(&mut self, source: &Source, service: &Arc<str>) {
+        let Some(assignment) = self.assignments.get(&(source.clone(), Arc::clone(service))) else { return };
+        if assignment.valid.is_some() {
+            return;
+        }
+        for cluster in assignment.users.clone() {
+            for version in self.clusters.versions(&cluster) {
+                version.stats().init_fetch_timeout().inc();
+            }
+            tracing::warn!(%cluster, "no endpoints came within initial_fetch_timeout");
+            self.clusters.ready_by_name(&cluster);
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What the operator sees of control planes: counters and log lines.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::Store;
+use crate::listener::Listener;
+use crate::xds::{Key, Kind, Verdict};
+
+impl Store {
+    pub(super) fn failed(&mut self, keys: &[Key], reason: &str) {
+        tracing::warn!("{}: {reason}; what was accepted holds", services(keys));
+        self.stats.control_plane().connected_state().set(0);
+        for key in keys {
+            match key.kind {
+                Kind::Cluster => self.stats.cluster_manager().cds_update_failure().inc(),
+                Kind::Listener => self.stats.listener_manager().lds_update_failure().inc(),
+                Kind::ClusterLoadAssignment => {
+                    for ((source, _), assignment) in &self.assignments {
+                        if *source == key.source {
+                            for user in &assignment.users {
+                                for cluster in self.clusters.versions(user) {
+                                    cluster.stats().update_failure().inc();
+                                }
+                            }
+                        }
+                    }
+                }
+                Kind::RouteConfiguration | Kind::VirtualHost | Kind::Secret => {}
+            }
+        }
+    }
+
+    /// The client threw a response away.
+    pub(super) fn rejected(&mut self, key: &Key, reason: &str) {
+        tracing::warn!("{} update rejected: {reason}", key.kind.service());
+        match key.kind {
+            Kind::Cluster => self.stats.cluster_manager().cds_update_rejected().inc(),
+            Kind::Listener => self.stats.listener_manager().lds_update_rejected().inc(),
+            _ => {}
+        }
+    }
+
+    pub(super) fn connected(&mut self, keys: &[Key], identifier: Option<&str>) {
+        self.stats.control_plane().connected_state().set(1);
+        let server = identifier.unwrap_or("(without identifier)");
+        tracing::info!("{}: connected to control plane {server}", services(keys));
+    }
+
+    pub(super) fn attempt(&self, kind: Kind) {
+        match kind {
+            Kind::Cluster => self.stats.cluster_manager().cds_update_attempt().inc(),
+            Kind::Listener => self.stats.listener_manager().lds_update_attempt().inc(),
+            _ => {}
+        }
+    }
+
+    pub(super) fn count_update(&self, key: &Key, verdict: &Verdict) {
+        let accepted = matches!(verdict, Verdict::Accept);
+        let version = |text: &str| crate::stats::version_hash(text);
+        let tables = self.tables.lock();
+        let text = tables.kind(key.kind).map_or("", |table| table.version.as_str());
+        match key.kind {
+            Kind::Cluster => {
+                let stats = self.stats.cluster_manager();
+                stats.cds_update_attempt().inc();
+                if accepted {
+                    stats.cds_update_success().inc();
+                    stats.cds_version().set(version(text));
+                } else {
+                    stats.cds_update_rejected().inc();
+                }
+            }
+            Kind::Listener => {
+                let stats = self.stats.listener_manager();
+                stats.lds_update_attempt().inc();
+                if accepted {
+                    stats.lds_update_success().inc();
+                    stats.lds_version().set(version(text));
+                } else {
+                    stats.lds_update_rejected().inc();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn count(&self) {
+        let count = |items: usize| items as u64;
+        let clusters = self.stats.cluster_manager();
+        clusters.active_clusters().set(count(self.clusters.active_len()));
+        clusters.warming_clusters().set(count(self.clusters.warming_len()));
+        let listeners = self.stats.listener_manager();
+        listeners.total_listeners_active().set(count(self.listeners.active_len()));
+        listeners.total_listeners_warming().set(count(self.listeners.warming_len()));
+    }
+
+    /// Addresses of bound listeners in force, for the log.
+    pub fn bound_addresses(&self) -> Vec<(Arc<str>, SocketAddr)> {
+        let listeners = self.listeners.active().into_iter().filter(|listener| listener.config.bind_to_port);
+        let addresses = |listener: Arc<Listener>| {
+            let name = Arc::clone(&listener.config.name);
+            listener.config.addresses.clone().into_iter().map(move |address| (Arc::clone(&name), address))
+        };
+        listeners.flat_map(addresses).collect()
+    }
+}
+
+fn services(keys: &[Key]) -> String {
+    keys.iter().map(|key| key.kind.service()).collect::<Vec<_>>().join(", ")
+}

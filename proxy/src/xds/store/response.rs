@@ -1,0 +1,183 @@
+//! A response as a whole: what is in it, and what its sender is told.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use prost::{Message, Name};
+use tidegate_api::{cluster, endpoint, listener, route};
+
+use crate::config::dynamic::{self, Valid};
+use crate::config::error::Problem;
+use crate::xds::tables::{Held, Refused};
+use crate::xds::{Kind, MAX_ERROR_DETAIL, Resource, Unreadable, Verdict};
+
+/// Messages that are resources.
+pub(super) trait Named: Message + Name + Default {
+    /// What they call themselves.
+    fn name(&self) -> &str;
+}
+
+macro_rules! named {
+    ($($message:ty: $field:ident;)+) => {
+        $(impl Named for $message {
+            fn name(&self) -> &str {
+                &self.$field
+            }
+        })+
+    };
+}
+named! {
+    cluster::Cluster: name;
+    endpoint::ClusterLoadAssignment: cluster_name;
+    listener::Listener: name;
+    route::RouteConfiguration: name;
+    route::VirtualHost: name;
+}
+
+/// A resource that follows the rules of the API.
+pub(super) struct Checked<M> {
+    pub(super) name: Arc<str>,
+    /// The name in the wrapper, by which delta servers know it.
+    pub(super) wrapper_name: Option<Arc<str>>,
+    pub(super) valid: Valid<M>,
+    pub(super) held: Held,
+    /// Of JSON and YAML.
+    pub(super) unknown_fields: Vec<String>,
+}
+
+/// What is wrong with a response.
+#[derive(Debug, Default)]
+pub(super) struct Rejections {
+    /// Wrapper name (or name) and reason.
+    refused: Vec<(Arc<str>, String)>,
+    nothing_applied: bool,
+}
+
+impl Rejections {
+    /// Refuses one resource.
+    pub(super) fn refuse(&mut self, name: Arc<str>, reason: impl Into<String>) {
+        self.refused.push((name, reason.into()));
+    }
+
+    /// Refuses everything.
+    fn all(mut self) -> Self {
+        self.nothing_applied = true;
+        self
+    }
+
+    /// What goes back. The words are Envoy's.
+    pub(super) fn verdict(self, kind: Kind) -> Verdict {
+        if self.refused.is_empty() {
+            return Verdict::Accept;
+        }
+        let lines: Vec<_> = self.refused.iter().map(|(name, reason)| format!("{name}: {reason}")).collect();
+        let mut message = match kind {
+            Kind::Listener => format!("Error adding/updating listener(s) {}", lines.join("\n")),
+            Kind::Cluster => format!("Error adding/updating cluster(s) {}", lines.join("\n")),
+            _ => lines.join("\n"),
+        };
+        if message.len() > MAX_ERROR_DETAIL {
+            let end = (0..=MAX_ERROR_DETAIL - 3).rev().find(|at| message.is_char_boundary(*at)).unwrap_or(0);
+            message.truncate(end);
+            message.push_str("...");
+        }
+        let rejected = if self.nothing_applied {
+            Vec::new()
+        } else {
+            self.refused.into_iter().map(|(name, _)| name).collect()
+        };
+        Verdict::Reject { message, rejected, nothing_applied: self.nothing_applied }
+    }
+
+    /// Those that were refused, with what to show.
+    pub(super) fn refused(&self) -> impl Iterator<Item = (&Arc<str>, &str)> {
+        self.refused.iter().map(|(name, reason)| (name, reason.as_str()))
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.refused.is_empty()
+    }
+}
+
+/// Checks the resources of a response by the rules of the API. One that breaks them, or is there twice, spoils them
+/// all, as in Envoy. Those that could not be read from text only spoil themselves.
+pub(super) fn check<M: Named>(
+    kind: Kind,
+    version: &str,
+    resources: Vec<Resource>,
+    unreadable: Vec<Unreadable>,
+) -> Result<(Vec<Checked<M>>, Rejections), Rejections> {
+    let mut rejections = Rejections::default();
+    for Unreadable { name, error } in unreadable {
+        rejections.refuse(name.unwrap_or_else(|| "?".into()), error);
+    }
+    let (mut seen, mut checked) = (HashSet::new(), Vec::with_capacity(resources.len()));
+    let mut spoilt = Rejections::default();
+    for resource in resources {
+        let Resource { name: wrapper_name, version: own, body, unknown_fields } = resource;
+        let label = label(kind, wrapper_name.as_deref().unwrap_or("(unnamed)"));
+        let valid = match dynamic::check::<M>(&body, &label) {
+            Ok(valid) => valid,
+            Err(error) => {
+                spoilt.refuse(wrapper_name.unwrap_or_else(|| name_of::<M>(&body.value)), error.to_string());
+                continue;
+            }
+        };
+        let name: Arc<str> = match valid.message.name() {
+            // Listeners may go without a name; their address is it then.
+            "" => wrapper_name.clone().unwrap_or_default(),
+            name => name.into(),
+        };
+        // A delta server would otherwise remove one name and we keep another for ever.
+        if let Some(wrapper) = &wrapper_name
+            && !wrapper.is_empty()
+            && kind != Kind::VirtualHost
+            && **wrapper != *name
+        {
+            spoilt.refuse(Arc::clone(wrapper), format!("the resource inside is named {name:?}"));
+            continue;
+        }
+        let unique = if kind == Kind::VirtualHost {
+            wrapper_name.clone().unwrap_or_default()
+        } else {
+            Arc::clone(&name)
+        };
+        if !unique.is_empty() && !seen.insert(unique) {
+            spoilt.refuse(Arc::clone(&name), "duplicate resource: the name is there twice in one response");
+            continue;
+        }
+        let version = if own.is_empty() { version } else { &own };
+        let held =
+            Held { version: version.into(), body: body.value.into(), at: SystemTime::now(), stale: false };
+        checked.push(Checked { name, wrapper_name, valid, held, unknown_fields });
+    }
+    if spoilt.is_empty() { Ok((checked, rejections)) } else { Err(spoilt.all()) }
+}
+
+/// What stands where a file's name would in messages about a resource.
+pub(super) fn label(kind: Kind, name: &str) -> Arc<str> {
+    format!("{} {name}", kind.service()).into()
+}
+
+/// The name of a resource that may break rules, as far as it can be decoded.
+fn name_of<M: Named>(body: &[u8]) -> Arc<str> {
+    M::decode(body).map_or_else(|_| "(undecodable)".into(), |message| message.name().into())
+}
+
+/// For `/config_dump`.
+pub(super) fn refused(version: &Arc<str>, details: &str, body: &Arc<[u8]>) -> Refused {
+    Refused {
+        version: Arc::clone(version),
+        details: details.to_owned(),
+        body: Arc::clone(body),
+        at: SystemTime::now(),
+    }
+}
+
+/// Says what was accepted but is not acted on.
+pub(super) fn log_warnings(name: &str, warnings: &[Problem]) {
+    for warning in warnings {
+        tracing::warn!(target: "tidegate::config", resource = name, "{warning}");
+    }
+}

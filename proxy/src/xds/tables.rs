@@ -1,0 +1,112 @@
+//! What was accepted and what was refused, resource by resource, for `/config_dump` and the cache on disk. The store
+//! writes it; the admin server reads it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use super::Kind;
+
+/// Shared by the store and the admin server.
+#[derive(Clone, Debug, Default)]
+pub struct Tables(Arc<Mutex<All>>);
+
+/// All kinds.
+#[derive(Debug, Default)]
+pub struct All {
+    kinds: BTreeMap<Kind, Table>,
+}
+
+/// One kind of resource.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// `version_info` of the last accepted response, or `system_version_info`.
+    pub version: String,
+    /// By name.
+    pub records: BTreeMap<Arc<str>, Record>,
+}
+
+/// One resource.
+#[derive(Debug, Default)]
+pub struct Record {
+    /// In force.
+    pub active: Option<Held>,
+    /// Accepted, and waiting for what it needs.
+    pub warming: Option<Held>,
+    /// Why the last update of it was refused.
+    pub error: Option<Refused>,
+}
+
+/// An accepted resource.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// Its own version, or that of its response.
+    pub version: Arc<str>,
+    /// The encoded message.
+    pub body: Arc<[u8]>,
+    /// When it came.
+    pub at: SystemTime,
+    /// From the cache on disk: the control plane has not confirmed it.
+    pub stale: bool,
+}
+
+/// A refused resource.
+#[derive(Clone, Debug)]
+pub struct Refused {
+    /// Its version.
+    pub version: Arc<str>,
+    /// What the control plane was told.
+    pub details: String,
+    /// The encoded message; empty when it could not be read.
+    pub body: Arc<[u8]>,
+    /// When it came.
+    pub at: SystemTime,
+}
+
+impl Tables {
+    /// Locks everything. Hold it for moments only: the main thread writes here.
+    pub fn lock(&self) -> MutexGuard<'_, All> {
+        // Consistent after every statement, so a panic while it was locked spoils nothing.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl All {
+    /// One kind, if there ever was a resource of it.
+    pub fn kind(&self, kind: Kind) -> Option<&Table> {
+        self.kinds.get(&kind)
+    }
+
+    /// One kind.
+    pub fn kind_mut(&mut self, kind: Kind) -> &mut Table {
+        self.kinds.entry(kind).or_default()
+    }
+}
+
+impl Table {
+    /// A resource was accepted; it warms until [`Table::activate`].
+    pub fn accept(&mut self, name: &Arc<str>, held: Held) {
+        let record = self.records.entry(Arc::clone(name)).or_default();
+        record.warming = Some(held);
+        record.error = None;
+    }
+
+    /// What was warming is in force.
+    pub fn activate(&mut self, name: &str) {
+        if let Some(record) = self.records.get_mut(name)
+            && let Some(held) = record.warming.take()
+        {
+            record.active = Some(held);
+        }
+    }
+
+    /// An update was refused.
+    pub fn refuse(&mut self, name: &Arc<str>, refused: Refused) {
+        self.records.entry(Arc::clone(name)).or_default().error = Some(refused);
+    }
+
+    /// A resource is gone.
+    pub fn remove(&mut self, name: &str) {
+        self.records.remove(name);
+    }
+}
