@@ -149,7 +149,9 @@ impl Client {
                 if let Err(mpsc::error::SendError(ask)) = task.get().send((key.kind, ask))
                     && !ask.1.is_nothing()
                 {
-                    task.insert(self.shared.start(key)).send(ask).ok();
+                    let successor = self.shared.start(key);
+                    successor.send(ask).ok();
+                    task.insert(successor);
                 }
             }
             Entry::Vacant(_) if ask.is_nothing() => {}
@@ -300,3 +302,6 @@ pub enum DialError {
         reason: String,
     },
 }
+
+#[cfg(test)]
+mod tests;

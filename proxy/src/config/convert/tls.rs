@@ -325,3 +325,135 @@ fn data_source(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::cluster::Cluster;
+    use crate::config::proto::{Options, Source, parse_bootstrap};
+
+    /// Converts a cluster with this `UpstreamTlsContext` (flow style): its TLS and the warnings, or the problems.
+    fn convert(context: &str, is_server: bool) -> Result<(Cluster, String), String> {
+        let yaml = format!(
+            "static_resources: {{clusters: [{{name: xds, transport_socket: {{name: tls, typed_config: \
+             {{\"@type\": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext, \
+             {context}}}}}}}]}}"
+        );
+        let parsed = parse_bootstrap(&Source::yaml("t", yaml), &[], &Options::default())
+            .map_err(|error| error.to_string())?;
+        let mut report = Report::new(&parsed.source_map);
+        if is_server {
+            report.server_clusters.insert("xds".into());
+        }
+        let root = FieldPath::ROOT;
+        let message = parsed.message.static_resources.unwrap().clusters.remove(0);
+        let converted = super::super::cluster::cluster(message, &root.field("cluster"), &mut report);
+        let warnings = report.finish().map_err(|error| error.to_string())?;
+        let warnings: Vec<_> = warnings.iter().map(ToString::to_string).collect();
+        Ok((converted.unwrap(), warnings.join("\n")))
+    }
+
+    const CA: &str = "trusted_ca: {filename: /ca.pem}";
+
+    #[test]
+    fn everything_that_is_supported() {
+        let (cluster, warnings) = convert(
+            "sni: istiod, common_tls_context: {alpn_protocols: [h2], \
+             tls_params: {tls_minimum_protocol_version: TLSv1_3}, \
+             tls_certificates: [{certificate_chain: {filename: /chain.pem}, private_key: {inline_string: secret}}], \
+             validation_context: {trusted_ca: {inline_string: pem}, match_typed_subject_alt_names: \
+             [{san_type: URI, matcher: {exact: 'spiffe://a'}}, {san_type: DNS, matcher: {suffix: .svc, ignore_case: true}}]}}",
+            true,
+        )
+        .unwrap();
+        assert_eq!(warnings, "");
+        let tls = cluster.tls.unwrap();
+        let inline = |text: &str| DataSource::Inline(text.as_bytes().into());
+        let expected = UpstreamTls {
+            trusted_ca: inline("pem"),
+            sni: Some("istiod".into()),
+            server_names: ServerNames::Match(vec![
+                SubjectAltName {
+                    san_type: SanType::Uri,
+                    pattern: StringMatch::Exact("spiffe://a".into()),
+                    ignore_case: false,
+                },
+                SubjectAltName {
+                    san_type: SanType::Dns,
+                    pattern: StringMatch::Suffix(".svc".into()),
+                    ignore_case: true,
+                },
+            ]),
+            certificate: Some(Certificate {
+                chain: DataSource::File("/chain.pem".into()),
+                private_key: inline("secret"),
+            }),
+            alpn_protocols: vec!["h2".into()],
+            tls12: false,
+            tls13: true,
+        };
+        assert_eq!(*tls, expected);
+        assert!(!format!("{tls:?}").contains("secret"), "keys are not printed");
+    }
+
+    #[test]
+    fn names_are_checked_as_envoy_does_with_a_warning_when_they_are_not() {
+        let (cluster, warnings) =
+            convert(&format!("sni: a, common_tls_context: {{validation_context: {{{CA}}}}}"), true).unwrap();
+        assert_eq!(cluster.tls.unwrap().server_names, ServerNames::Any);
+        assert!(warnings.contains("any certificate of the trusted CA is accepted"), "{warnings}");
+        let (cluster, warnings) = convert(
+            &format!(
+                "sni: a, auto_sni_san_validation: true, common_tls_context: {{validation_context: {{{CA}}}}}"
+            ),
+            true,
+        )
+        .unwrap();
+        assert_eq!((&cluster.tls.unwrap().server_names, &*warnings), (&ServerNames::Sni, ""));
+    }
+
+    #[test]
+    fn what_would_weaken_it_is_refused() {
+        let validation =
+            |fields: &str| format!("sni: a, common_tls_context: {{validation_context: {{{CA}, {fields}}}}}");
+        let common =
+            |fields: &str| format!("sni: a, common_tls_context: {{{fields}, validation_context: {{{CA}}}}}");
+        for (context, expected) in [
+            (String::new(), "required field trusted_ca (without it anybody could be the server) is missing"),
+            (validation("trust_chain_verification: ACCEPT_UNTRUSTED"), "nobody vouches for"),
+            (validation("crl: {filename: /crl.pem}"), "validation_context.crl: not supported"),
+            (validation("allow_expired_certificate: true"), "allow_expired_certificate: not supported"),
+            (
+                validation("match_typed_subject_alt_names: [{san_type: DNS, matcher: {safe_regex: {regex: a}}}]"),
+                "use exact, prefix, suffix or contains",
+            ),
+            (
+                validation("match_typed_subject_alt_names: [{san_type: EMAIL, matcher: {exact: a}}]"),
+                "use DNS, URI or IP_ADDRESS",
+            ),
+            (common("tls_params: {tls_maximum_protocol_version: TLSv1_1}"), "only TLS 1.2 and 1.3 are spoken"),
+            (
+                common("tls_certificate_sds_secret_configs: [{name: a, sds_config: {ads: {}}}]"),
+                "tls_certificate_sds_secret_configs: not supported",
+            ),
+            (
+                "common_tls_context: {validation_context_sds_secret_config: {name: a, sds_config: {ads: {}}}}".into(),
+                "can't come from SDS",
+            ),
+            (
+                format!("auto_sni_san_validation: true, common_tls_context: {{validation_context: {{{CA}}}}}"),
+                "there is no sni to validate",
+            ),
+        ] {
+            let refused = convert(&context, true).expect_err(&context);
+            assert!(refused.contains(expected), "{context}\n{refused}");
+        }
+    }
+
+    #[test]
+    fn clusters_of_clients_have_no_tls() {
+        let context = format!("sni: a, common_tls_context: {{validation_context: {{{CA}}}}}");
+        let refused = convert(&context, false).unwrap_err();
+        assert!(refused.contains("sending to upstreams in plaintext instead would be unsafe"), "{refused}");
+    }
+}

@@ -415,7 +415,7 @@ impl<P: Protocol> Call<P> {
 }
 
 /// `UNAVAILABLE: text`
-fn describe(status: &Status) -> String {
+pub(super) fn describe(status: &Status) -> String {
     let code = format!("{:?}", status.code());
     let cause = std::error::Error::source(status).map(chain).unwrap_or_default();
     let text = if status.message().is_empty() { &cause } else { status.message() };
@@ -445,7 +445,7 @@ impl GrpcService<Body> for Channel {
 
 /// Runs HTTP/2's own tasks on the main thread.
 #[derive(Clone, Copy)]
-struct LocalExecutor;
+pub(super) struct LocalExecutor;
 
 impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor
 where
