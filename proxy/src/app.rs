@@ -150,6 +150,8 @@ struct Proxy {
     sockets: u64,
     /// Says that this process serves; none when it doesn't intercept.
     record: Option<takeover::Record>,
+    /// Nothing is intercepted before a kubelet has made its cgroup.
+    awaits_kubepods: bool,
 }
 
 async fn serve(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<()> {
@@ -224,6 +226,7 @@ impl Proxy {
             accepting: false,
             sockets: 0,
             record: None,
+            awaits_kubepods: false,
         };
         proxy.count_configuration();
         Ok(proxy)
@@ -368,7 +371,8 @@ impl Proxy {
         }
         let wanted = wanted(&self.args, self.loaded.bootstrap.interception.as_ref());
         let paths = StatePaths::from(self.args.state.clone());
-        let asked_for = self.args.require_interception || !wanted.cgroups.is_empty();
+        let named = !wanted.cgroups.is_empty() || !wanted.host_cgroups.is_empty();
+        let asked_for = self.args.require_interception || named;
         let settings = intercept::Settings { wanted, workers: self.workers.len(), debug: self.args.ebpf_log };
         let started = Starting::claim(&paths.state_dir)
             .map_err(anyhow::Error::from)
@@ -387,10 +391,14 @@ impl Proxy {
             Err(error) if asked_for => {
                 return Err(error).context("interception was asked for, but can't be set up");
             }
-            Err(error) if matches!(error.downcast_ref(), Some(InterceptError::NoCgroup)) => tracing::info!(
-                "nothing is intercepted: there is no kubepods cgroup here, and none was given (--pod-cgroup, \
-                 --intercept-cgroup); bound listeners, iptables REDIRECT and TPROXY are served"
-            ),
+            Err(error) if matches!(error.downcast_ref(), Some(InterceptError::NoCgroup)) => {
+                self.awaits_kubepods = true;
+                tracing::info!(
+                    "nothing is intercepted: there is no kubepods cgroup here (pods will be intercepted when one \
+                     appears), and none was given (--pod-cgroup, --intercept-cgroup); bound listeners, iptables \
+                     REDIRECT and TPROXY are served"
+                );
+            }
             Err(error) => {
                 tracing::warn!(
                     "{error:#}; bound listeners, iptables REDIRECT and TPROXY are served without interception"
@@ -398,6 +406,18 @@ impl Proxy {
             }
         }
         Ok(())
+    }
+
+    /// Begins to intercept as soon as there is a kubepods cgroup.
+    fn look_for_kubepods(&mut self) {
+        if !self.awaits_kubepods || !intercept::has_kubepods() {
+            return;
+        }
+        self.awaits_kubepods = false;
+        match self.intercept() {
+            Ok(()) => self.announce_interception(),
+            Err(error) => tracing::error!("{error:#}; pods are not intercepted"),
+        }
     }
 
     fn destinations(&self) -> Destinations {
@@ -429,17 +449,7 @@ impl Proxy {
         for (listener, address) in self.store.bound_addresses() {
             tracing::info!("listening on {address} for listener '{listener}'");
         }
-        if let Some(interception) = &self.interception {
-            for attach_point in interception.attach_points() {
-                tracing::info!("intercepting connects from cgroup {}", attach_point.display());
-            }
-            for line in self.destinations().to_string().lines() {
-                tracing::info!("{line}");
-            }
-            for pod in interception.status().map(|status| status.pods).unwrap_or_default() {
-                tracing::info!("pod {}: {:?}", pod.name, pod.state);
-            }
-        }
+        self.announce_interception();
         match admin {
             Some(address) => tracing::info!("admin server: http://{address}/"),
             None => tracing::info!("no admin server: the configuration has no `admin`"),
@@ -451,6 +461,20 @@ impl Proxy {
             self.node.id,
             self.node.cluster
         );
+    }
+
+    /// Says what is intercepted.
+    fn announce_interception(&self) {
+        let Some(interception) = &self.interception else { return };
+        for attach_point in interception.attach_points() {
+            tracing::info!("intercepting connects from cgroup {}", attach_point.display());
+        }
+        for line in self.destinations().to_string().lines() {
+            tracing::info!("{line}");
+        }
+        for pod in interception.status().map(|status| status.pods).unwrap_or_default() {
+            tracing::info!("pod {}: {:?}", pod.name, pod.state);
+        }
     }
 
     /// The main loop, until it is time to stop.
@@ -471,6 +495,7 @@ impl Proxy {
                     state.tick();
                     let not_served = self.shared.not_served.load(Ordering::Relaxed);
                     self.stats.set_intercept_counter("not_served_reset", not_served);
+                    self.look_for_kubepods();
                     if let Some(interception) = &self.interception
                         && audit.look(interception, &self.stats) == Health::Superseded
                     {
@@ -550,9 +575,11 @@ async fn print_ebpf_log(mut log: EbpfLog) {
 /// What to intercept: the configuration, overridden by the command line.
 fn wanted(args: &ServeArgs, configured: Option<&Wanted>) -> Wanted {
     let mut wanted = configured.cloned().unwrap_or_default();
-    if !args.pod_cgroup.is_empty() || !args.intercept_cgroup.is_empty() {
-        wanted.cgroups = args.pod_cgroup.iter().chain(&args.intercept_cgroup).cloned().collect();
-        wanted.host_namespace = !args.intercept_cgroup.is_empty();
+    if !args.pod_cgroup.is_empty() {
+        wanted.cgroups.clone_from(&args.pod_cgroup);
+    }
+    if !args.intercept_cgroup.is_empty() {
+        wanted.host_cgroups.clone_from(&args.intercept_cgroup);
     }
     match args.fail_mode {
         Some(FailModeArg::Open) => wanted.fail_mode = FailMode::Open,

@@ -185,10 +185,11 @@ pub struct ServeArgs {
     #[arg(long)]
     pub ignore_unknown_dynamic_fields: bool,
 
-    /// Intercept processes in this cgroup v2 directory, those of the host's network namespace included; repeatable
+    /// Intercept processes in this cgroup v2 directory, those of the host's network namespace included; absolute, or
+    /// below the cgroup2 mount; repeatable
     #[arg(long, value_name = "DIR")]
     pub intercept_cgroup: Vec<PathBuf>,
-    /// Intercept pods in this cgroup v2 subtree; repeatable [default: the kubepods subtree, if there is one]
+    /// Intercept pods in this cgroup v2 subtree, host-network pods left out; repeatable [default: the kubepods subtree, if there is one]
     #[arg(long, value_name = "DIR")]
     pub pod_cgroup: Vec<PathBuf>,
     /// Don't intercept at all: serve bound listeners, iptables REDIRECT and TPROXY

@@ -91,7 +91,10 @@ impl Interception {
     /// with what the kernel or the machine lacks. The proxy can go on without interception then.
     pub fn start(settings: &Settings, on_pod: OnPod) -> Result<Self, InterceptError> {
         let wanted = &settings.wanted;
-        let mut options = programs::Options::new(cgroups_of(wanted)?)?;
+        let Places { pods, host, discover } = Places::of(wanted)?;
+        let host_namespace = !host.is_empty();
+        let mut options = programs::Options::new(pods)?;
+        options.host_cgroups = host;
         options.debug = settings.debug;
         options.fail_mode = match wanted.fail_mode {
             bootstrap::FailMode::Open => tidegate_common::FailMode::Open,
@@ -100,9 +103,10 @@ impl Interception {
         if let Some(pin_dir) = &wanted.pin_path {
             options.pin_dir.clone_from(pin_dir);
         }
-        if let Some(capacity) = wanted.in_flight_capacity {
-            options.sizes.in_flight = capacity;
-        }
+        let sizes = &mut options.sizes;
+        sizes.in_flight = wanted.in_flight_capacity.unwrap_or(sizes.in_flight);
+        sizes.destinations = wanted.destination_capacity.unwrap_or(sizes.destinations);
+        sizes.namespaces = wanted.namespace_capacity.unwrap_or(sizes.namespaces);
         let mut interceptor = programs::Interceptor::load(&options)?;
         let events = interceptor.take_events();
         let own_sockets =
@@ -111,7 +115,8 @@ impl Interception {
         let interceptor = Arc::new(Mutex::new(interceptor));
         let pod_settings = pods::PodSettings {
             cgroups: attach_points.clone(),
-            host_namespace: wanted.host_namespace,
+            discover,
+            host_namespace,
             capture_port: wanted.capture_port.unwrap_or(CAPTURE_PORT),
             sockets_per_pod: settings.workers.max(1),
             walk_interval: pods::WALK_INTERVAL,
@@ -228,16 +233,41 @@ impl fmt::Debug for programs::Interceptor {
     }
 }
 
-/// The configured directories, or the kubepods subtrees.
-fn cgroups_of(wanted: &bootstrap::Interception) -> Result<Vec<PathBuf>, InterceptError> {
-    if !wanted.cgroups.is_empty() {
-        return Ok(wanted.cgroups.clone());
+/// Whether this machine has a kubepods subtree by now: for a proxy that found none at its start.
+pub fn has_kubepods() -> bool {
+    mounts::cgroup2()
+        .ok()
+        .flatten()
+        .is_some_and(|mount| cgroups::kubepods(&mount).is_ok_and(|found| !found.is_empty()))
+}
+
+/// Where to attach.
+struct Places {
+    pods: Vec<PathBuf>,
+    host: Vec<PathBuf>,
+    /// The kubepods subtrees: more may appear.
+    discover: bool,
+}
+
+impl Places {
+    /// The configured directories (relative ones are below the cgroup2 mount), or the kubepods subtrees.
+    fn of(wanted: &bootstrap::Interception) -> Result<Self, InterceptError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| InterceptError::Cgroup { path, source }
+        };
+        let mount = mounts::cgroup2()
+            .map_err(failed(Path::new("/proc/self/mounts")))?
+            .ok_or(InterceptError::NoCgroup)?;
+        let below = |paths: &[PathBuf]| paths.iter().map(|path| mount.join(path)).collect::<Vec<_>>();
+        let (mut pods, mut host) = (below(&wanted.cgroups), below(&wanted.host_cgroups));
+        let discover = pods.is_empty() && host.is_empty();
+        if discover {
+            pods = cgroups::kubepods(&mount).map_err(failed(&mount))?;
+        }
+        if wanted.host_namespace {
+            host.append(&mut pods);
+        }
+        Ok(Self { pods, host, discover })
     }
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| InterceptError::Cgroup { path, source }
-    };
-    let mount =
-        mounts::cgroup2().map_err(failed(Path::new("/proc/self/mounts")))?.ok_or(InterceptError::NoCgroup)?;
-    cgroups::kubepods(&mount).map_err(failed(&mount))
 }

@@ -29,7 +29,12 @@ const GATEWAY_V6: &str = "fe80::1";
 impl Network {
     /// An empty network with a cgroup of its own.
     pub fn new() -> Result<Self> {
-        Self::with_pods(Arc::new(Cgroup::new("pods")?))
+        Self::below(Cgroup::new("pods")?)
+    }
+
+    /// An empty network whose pods live in this cgroup.
+    pub fn below(pods: Cgroup) -> Result<Self> {
+        Self::with_pods(Arc::new(pods))
     }
 
     /// A second network whose pods live in the same cgroup subtree: two tenants that may reuse addresses.

@@ -38,6 +38,7 @@ pub struct Setup {
     concurrency: u32,
     netns: Option<Netns>,
     cgroups: Vec<(&'static str, PathBuf)>,
+    discover: bool,
     wrapper: Vec<String>,
     cgroup: Option<PathBuf>,
     pins: Option<PathBuf>,
@@ -59,6 +60,7 @@ impl Setup {
             concurrency: 2,
             netns: None,
             cgroups: Vec::new(),
+            discover: false,
             wrapper: Vec::new(),
             cgroup: None,
             pins: None,
@@ -105,6 +107,13 @@ impl Setup {
     #[must_use]
     pub fn processes(mut self, cgroup: &Path) -> Self {
         self.cgroups.push(("--intercept-cgroup", cgroup.to_path_buf()));
+        self
+    }
+
+    /// Intercept the kubepods subtrees of the machine, when there are any.
+    #[must_use]
+    pub fn kubepods(mut self) -> Self {
+        self.discover = true;
         self
     }
 
@@ -163,7 +172,11 @@ impl Setup {
                 command.arg(program::built("tidegate")?);
                 // A test that could not intercept must fail, not pass by luck.
                 let intercepts = !self.cgroups.is_empty();
-                command.arg(if intercepts { "--require-interception" } else { "--no-interception" });
+                if intercepts {
+                    command.arg("--require-interception");
+                } else if !self.discover {
+                    command.arg("--no-interception");
+                }
                 for (flag, cgroup) in &self.cgroups {
                     command.arg(flag).arg(cgroup);
                 }

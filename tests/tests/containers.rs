@@ -123,6 +123,13 @@ fn wait_pods(proxy: &Proxy, count: u64) -> Result<()> {
     proxy.wait_stat("tidegate.intercept.pods_enrolled", |pods| pods == count).map(|_| ())
 }
 
+/// What the proxy counted and said, for a connection that did not go through it.
+fn describe(proxy: &Proxy) -> String {
+    let stats = proxy.admin().read("/stats").map(|response| response.body).unwrap_or_default();
+    let counters: Vec<_> = stats.lines().filter(|line| line.starts_with("tidegate.intercept.")).collect();
+    format!("{}\n{}", counters.join("\n"), proxy.log())
+}
+
 #[test]
 fn containers_are_captured_without_being_configured() -> Result<()> {
     run::prepare()?;
@@ -141,7 +148,7 @@ fn containers_are_captured_without_being_configured() -> Result<()> {
 
     let late = Container::start(&node, &image, "10.9.0.10")?;
     wait_pods(&proxy, 3)?;
-    let said = late.talk(SERVICE)?;
+    let said = late.talk(SERVICE).with_context(|| describe(&proxy))?;
     assert!(said.starts_with("foo\nhello -- peer 172.16.0.1:50001, local 10.9.0.10:"), "{said}");
     proxy.lines("access.log", "clu=foo", 2)?;
 

@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::json;
+use tidegate_tests::cgroup::Cgroup;
 use tidegate_tests::client::{self, Outcome};
 use tidegate_tests::config::{Config, tcp_proxy};
 use tidegate_tests::netns::Netns;
+use tidegate_tests::network::Network;
 use tidegate_tests::node::Node;
 use tidegate_tests::pod::Pod;
 use tidegate_tests::program;
@@ -408,7 +410,7 @@ fn processes_of_the_host_are_captured_when_asked() -> Result<()> {
     // The router's namespace stands for the host's: it has routes to the pods.
     let config = Config::new().service(SERVICE, "foo").cluster("foo", &[ENDPOINT], json!({}));
     let host = node.network.router();
-    let cgroup = tidegate_tests::cgroup::Cgroup::new("host")?;
+    let cgroup = Cgroup::new("host")?;
     let proxy = Setup::new(&config.to_string()).netns(host).processes(cgroup.path()).start()?;
     let workload = || -> Result<Command> {
         let mut command = host.command("sh");
@@ -416,15 +418,31 @@ fn processes_of_the_host_are_captured_when_asked() -> Result<()> {
         command.arg(program::built("workload")?);
         Ok(command)
     };
-    // The namespace is enrolled when its first process is seen.
-    let mut first = workload()?.arg("hold").spawn()?;
-    wait_pods(&proxy, 1)?;
+    // The first process that the cgroup ever has, connecting at once.
     let output = workload()?.args(["talk", SERVICE, "hello"]).output()?;
-    first.kill()?;
-    first.wait()?;
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.starts_with("foo\nhello -- peer 172.16.0.1:50001"), "{output:?}");
     proxy.lines("access.log", "clu=foo", 1)?;
+    Ok(())
+}
+
+#[test]
+fn a_kubelet_may_start_after_the_proxy() -> Result<()> {
+    let config = Config::new().service(SERVICE, "foo").cluster("foo", &[ENDPOINT], json!({}));
+    let node = Netns::new("node")?;
+    let proxy = Setup::new(&config.to_string()).netns(&node).kubepods().start()?;
+    // One kubelet, then another one (kind, k3d).
+    let mut networks = Vec::new();
+    for name in ["kubepods", "kubelet-kubepods"] {
+        let network = Network::below(Cgroup::new(name)?)?;
+        let client = network.pod("client", &["10.9.0.9"])?;
+        let server = network.pod("server", &["10.9.0.1"])?;
+        let upstream = Upstream::identify(Some(server.netns()), ENDPOINT, "foo")?;
+        let is_captured = || served(&client).is_ok();
+        eventually("the client to be captured", is_captured).with_context(|| proxy.log_tail())?;
+        networks.push((client, server, upstream, network));
+    }
+    proxy.lines("access.log", "clu=foo", 2)?;
     Ok(())
 }
 

@@ -3,6 +3,8 @@
 mod agent;
 
 use std::io;
+use std::net::Ipv4Addr;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -140,25 +142,113 @@ fn a_pod_with_a_user_namespace_of_its_own() -> Result<()> {
     agent.wait_for_enrolled(0)
 }
 
-/// Nothing but the connect itself says that there is a new namespace: no cgroup changes, and no walk is due.
-#[test]
-fn a_namespace_is_found_by_its_first_connect() -> Result<()> {
-    let network = Network::new()?;
-    let pins = pin_dir();
-    let mut options = programs::Options::new(vec![network.cgroup().path().to_owned()])?;
+/// Finds pods without ever walking again: what is found later was heard of.
+fn without_walks(
+    cgroup: &Path,
+    discover: bool,
+    pins: &Path,
+) -> Result<(Pods, Arc<Mutex<programs::Interceptor>>)> {
+    let mut options = programs::Options::new(vec![cgroup.to_owned()])?;
     options.pin_dir = pins.to_path_buf();
     let mut interceptor = programs::Interceptor::load(&options)?;
     interceptor.set_default_verdict(Verdict::Capture)?;
     let events = interceptor.take_events();
     let settings = PodSettings {
         cgroups: interceptor.attach_points().to_vec(),
+        discover,
         host_namespace: false,
         capture_port: 15001,
         sockets_per_pod: 1,
         walk_interval: Duration::from_hours(1),
     };
     let interceptor = Arc::new(Mutex::new(interceptor));
-    let pods = Pods::start(settings, Arc::clone(&interceptor), events, Box::new(|_| {}))?;
+    let held = Mutex::new(Vec::new());
+    let on_pod = move |event| held.lock().unwrap().push(event);
+    Ok((Pods::start(settings, Arc::clone(&interceptor), events, Box::new(on_pod))?, interceptor))
+}
+
+fn source(pods: &Pods) -> Option<Ipv4Addr> {
+    pods.status().iter().find_map(|pod| match pod.state {
+        PodState::Enrolled { v4, .. } => v4,
+        _ => None,
+    })
+}
+
+#[test]
+fn a_new_address_is_seen_at_once() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let pod = network.pod("pod", &["10.9.0.1"])?;
+    let (pods, interceptor) = without_walks(network.cgroup().path(), false, &pins)?;
+    assert_eq!(source(&pods), Some(Ipv4Addr::new(10, 9, 0, 1)));
+    for number in [7, 8] {
+        let address = Ipv4Addr::new(10, 9, 0, number);
+        pod.netns().ip(&format!(
+            "addr flush dev eth0\naddr add {address}/32 dev eth0\nroute replace default via 169.254.1.1 dev eth0 onlink"
+        ))?;
+        wait("the address", || source(&pods) == Some(address))?;
+    }
+    let enrolments = interceptor.lock().unwrap().enrolments()?;
+    assert!(enrolments.values().any(|enrolment| enrolment.source_v4.to_ip() == Ipv4Addr::new(10, 9, 0, 8)));
+    Ok(())
+}
+
+/// A process in a namespace of its own that connects to nowhere all the time.
+const CONNECTS: &str = r#"echo 0 > "$0"; exec unshare --net bash -c 'ip link set lo up
+    while :; do true < /dev/tcp/198.51.100.1/9; sleep 0.1; done' 2> /dev/null"#;
+
+#[test]
+fn a_configured_cgroup_that_is_made_again_is_attached_to() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let outer = network.cgroup().child("outer")?;
+    let mut inner = outer.child("inner")?;
+    let (pods, interceptor) = without_walks(inner.path(), false, &pins)?;
+    let captured = || interceptor.lock().unwrap().counters().unwrap()[Reason::Captured as usize].1;
+    let enrolled =
+        || pods.status().iter().filter(|pod| matches!(pod.state, PodState::Enrolled { .. })).count();
+    for _ in 0..3 {
+        drop(inner);
+        inner = outer.child("inner")?;
+        let before = captured();
+        let process = start(CONNECTS, &inner)?;
+        wait("the pod", || enrolled() == 1)?;
+        wait("a captured connect", || captured() > before)?;
+        drop(process);
+        wait("its end", || enrolled() == 0)?;
+    }
+    assert!(interceptor.lock().unwrap().is_current());
+    Ok(())
+}
+
+#[test]
+fn a_kubepods_subtree_that_appears_is_attached_to() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let (pods, interceptor) = without_walks(network.cgroup().path(), true, &pins)?;
+    let kubepods = Cgroup::new("kubepods")?;
+    let pod = kubepods.child("pod")?;
+    let _process = start(CONNECTS, &pod)?;
+    let ours = || {
+        pods.status()
+            .iter()
+            .any(|status| &*status.name == "pod" && matches!(status.state, PodState::Enrolled { .. }))
+    };
+    wait("the pod", ours)?;
+    wait("a captured connect", || {
+        interceptor.lock().unwrap().counters().unwrap()[Reason::Captured as usize].1 > 0
+    })?;
+    let attached = interceptor.lock().unwrap().attach_points().to_vec();
+    assert!(attached.contains(&kubepods.path().to_owned()), "{attached:?}");
+    Ok(())
+}
+
+/// Nothing but the connect itself says that there is a new namespace: no cgroup changes, and no walk is due.
+#[test]
+fn a_namespace_is_found_by_its_first_connect() -> Result<()> {
+    let network = Network::new()?;
+    let pins = pin_dir();
+    let (pods, interceptor) = without_walks(network.cgroup().path(), false, &pins)?;
     let cgroup = network.cgroup().child("late")?;
     // Later than the cgroup is looked at again for settling.
     let script = r#"echo 0 > "$0"; sleep 3; exec unshare --net bash -c 'ip link set lo up; sleep 1
@@ -230,7 +320,7 @@ fn the_host_s_own_namespace_when_it_is_asked_for() -> Result<()> {
         let pins = pin_dir();
         let wanted = bootstrap::Interception { host_namespace: true, ..wanted(network.cgroup(), &pins) };
         let agent = Agent::start_with(wanted)?;
-        agent.wait_for_enrolled(1)?;
+        assert!(matches!(agent.pods()[..], [PodStatus { state: PodState::Enrolled { .. }, .. }]));
         let capture = agent.expect_captured(host.connect(SERVICE), SERVICE, "10.9.0.1")?;
         assert!(capture.pod.is_host() && capture.pod.socket_namespace().is_none());
         // A process of the same namespace outside the cgroup is left alone.
@@ -238,6 +328,47 @@ fn the_host_s_own_namespace_when_it_is_asked_for() -> Result<()> {
         let connect = Connect::to("10.9.0.1:9");
         assert_eq!(connect.open().unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         assert_eq!(agent.count(Reason::Captured), before);
+        Ok(())
+    })
+}
+
+#[test]
+fn host_network_pods_pass_beside_a_cgroup_of_the_host() -> Result<()> {
+    let network = Network::new()?;
+    let host = network.pod("host", &["10.9.0.1"])?;
+    with_host(host.netns(), || {
+        let pins = pin_dir();
+        let scope = Cgroup::new("scope")?;
+        let wanted = bootstrap::Interception {
+            host_cgroups: vec![scope.path().to_owned()],
+            ..wanted(network.cgroup(), &pins)
+        };
+        let agent = Agent::start_with(wanted)?;
+        agent.apply(&["10.9.0.1:9"])?;
+        // The very first connect from the host's cgroup: nobody has seen a process there before.
+        let process = host.workload_under(&[])?;
+        adopt(scope.path(), process.pid())?;
+        let connected = process.connect(&Connect::to("10.9.0.1:9"));
+        agent.expect_captured(connected, "10.9.0.1:9", "10.9.0.1")?;
+        assert_eq!(agent.count(Reason::NotEnrolledPassed), 0);
+        // The same namespace, from a pod's cgroup.
+        assert_eq!(host.connect("10.9.0.1:9").unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(agent.count(Reason::PassedExcluded), 1);
+        // One that has come and gone leaves the host enrolled.
+        drop(process);
+        std::thread::sleep(Duration::from_millis(300));
+        let process = host.workload_under(&[])?;
+        adopt(scope.path(), process.pid())?;
+        agent.expect_captured(process.connect(&Connect::to("10.9.0.1:9")), "10.9.0.1:9", "10.9.0.1")?;
+        drop(process);
+        // A cgroup of the host below one of pods can't work, and is refused.
+        let below = network.cgroup().child("below")?;
+        let wanted = bootstrap::Interception {
+            host_cgroups: vec![below.path().to_owned()],
+            ..agent::wanted(network.cgroup(), &pins)
+        };
+        let error = Agent::start_with(wanted).err().context("it starts")?.to_string();
+        assert!(error.contains(&below.path().display().to_string()), "{error}");
         Ok(())
     })
 }

@@ -62,8 +62,9 @@ impl Audit {
             Health::Good => {}
             Health::Superseded => tracing::info!("another tidegate process has taken over the interception"),
             Health::Broken => tracing::error!(
-                "interception is broken: a link was detached or its cgroup was removed; pods may by-pass the proxy. \
-                 Restart tidegate to attach again (`bpftool cgroup tree` shows what is attached)"
+                "interception is broken: a configured cgroup was removed (it is attached to again when it is made \
+                 again), or somebody detached a link, and pods may by-pass the proxy: then restart tidegate \
+                 (`bpftool cgroup tree` shows what is attached)"
             ),
         }
         self.last = Some(health);

@@ -7,11 +7,15 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 
+use tidegate_common::Place;
+
 use super::error::InterceptError;
 
 /// An open cgroup v2 directory.
 #[derive(Debug)]
 pub(super) struct Cgroup {
+    /// Whose processes are there.
+    pub(super) place: Place,
     /// Resolved path.
     pub(super) path: PathBuf,
     /// The kernel's id of it: the inode number.
@@ -22,25 +26,25 @@ pub(super) struct Cgroup {
 
 impl Cgroup {
     /// Opens `path`, which must be in a cgroup v2 hierarchy.
-    pub(super) fn open(path: &Path) -> Result<Self, InterceptError> {
-        Self::try_open(path).map_err(|source| InterceptError::Cgroup { path: path.into(), source })
+    pub(super) fn open(path: &Path, place: Place) -> Result<Self, InterceptError> {
+        Self::try_open(path, place).map_err(|source| InterceptError::Cgroup { path: path.into(), source })
     }
 
-    fn try_open(path: &Path) -> io::Result<Self> {
+    fn try_open(path: &Path, place: Place) -> io::Result<Self> {
         let path = path.canonicalize()?;
         let dir = File::open(&path)?;
         if fstatfs(&dir)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not on a cgroup2 mount"));
         }
         let id = dir.metadata()?.ino();
-        Ok(Self { path, id, dir })
+        Ok(Self { place, path, id, dir })
     }
 }
 
 /// Drops directories that lie below another one (or are named twice): a program runs once for each ancestor that it
-/// is attached to, and must run only once per call.
+/// is attached to, and must run only once per call. Of one directory that is named as both, the host's stays.
 pub(super) fn outermost(mut cgroups: Vec<Cgroup>) -> Vec<Cgroup> {
-    cgroups.sort_by(|a, b| a.path.cmp(&b.path));
+    cgroups.sort_by(|a, b| a.path.cmp(&b.path).then((a.place == Place::Pods).cmp(&(b.place == Place::Pods))));
     let mut kept: Vec<Cgroup> = Vec::new();
     for cgroup in cgroups {
         if !covers(&kept, &cgroup.path) {
@@ -48,6 +52,20 @@ pub(super) fn outermost(mut cgroups: Vec<Cgroup>) -> Vec<Cgroup> {
         }
     }
     kept
+}
+
+/// Refuses a cgroup of the host below one of pods: the programs of the outer one would run there, too, and leave the
+/// host's own connections alone. (Pods below a cgroup of the host are fine: it captures both.)
+pub(super) fn check_places(cgroups: &[Cgroup]) -> Result<(), InterceptError> {
+    let of = |place| cgroups.iter().filter(move |cgroup| cgroup.place == place);
+    for host in of(Place::Host) {
+        if let Some(pods) =
+            of(Place::Pods).find(|pods| host.path != pods.path && host.path.starts_with(&pods.path))
+        {
+            return Err(InterceptError::HostBelowPods { host: host.path.clone(), pods: pods.path.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// Whether `path` is one of `cgroups` or below one.
@@ -101,7 +119,7 @@ mod tests {
 
     fn cgroups(paths: &[&str]) -> Vec<Cgroup> {
         let dir = || File::open("/").unwrap();
-        paths.iter().map(|path| Cgroup { path: path.into(), id: 0, dir: dir() }).collect()
+        paths.iter().map(|path| Cgroup { place: Place::Pods, path: path.into(), id: 0, dir: dir() }).collect()
     }
 
     #[test]
@@ -120,6 +138,20 @@ mod tests {
     }
 
     #[test]
+    fn a_host_cgroup_may_hold_pods_and_not_the_other_way_round() {
+        let named = |list: &[(&str, Place)]| {
+            list.iter()
+                .map(|(path, place)| Cgroup { place: *place, ..cgroups(&[*path]).remove(0) })
+                .collect::<Vec<_>>()
+        };
+        let both = [("/c/a", Place::Pods), ("/c/a", Place::Host), ("/c", Place::Host), ("/d", Place::Pods)];
+        check_places(&named(&both)).unwrap();
+        assert_eq!(outermost(named(&both[..2]))[0].place, Place::Host);
+        let error = check_places(&named(&[("/c/a", Place::Host), ("/c", Place::Pods)])).unwrap_err();
+        assert!(error.to_string().contains("/c/a"), "{error}");
+    }
+
+    #[test]
     fn mount_paths_are_unescaped() {
         assert_eq!(unescape(r"/a\040b\134c"), r"/a b\c");
         assert_eq!(unescape(r"/a\"), r"/a\");
@@ -127,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_directory_elsewhere_is_refused() {
-        let error = Cgroup::open(Path::new("/proc")).unwrap_err();
+        let error = Cgroup::open(Path::new("/proc"), Place::Pods).unwrap_err();
         assert!(error.to_string().contains("/proc is not a cgroup v2 directory"), "{error}");
     }
 }

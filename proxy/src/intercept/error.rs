@@ -45,6 +45,17 @@ pub enum InterceptError {
         /// Why not.
         source: io::Error,
     },
+    /// A cgroup of the host inside one of pods.
+    #[error(
+        "the host's processes in {} can't be captured while {} around it is for pods; name a smaller --pod-cgroup, or \
+         name both as --intercept-cgroup", host.display(), pods.display()
+    )]
+    HostBelowPods {
+        /// The inner one.
+        host: PathBuf,
+        /// The outer one.
+        pods: PathBuf,
+    },
     /// No attach point was given.
     #[error("no cgroup to intercept; name at least one cgroup v2 directory")]
     NoCgroup,
@@ -110,7 +121,7 @@ impl InterceptError {
         match self {
             Self::BpfFs { .. } | Self::NotBpfFs(_) => "bpffs",
             Self::Pin { .. } => "pin",
-            Self::Cgroup { .. } | Self::NoCgroup => "cgroup",
+            Self::Cgroup { .. } | Self::HostBelowPods { .. } | Self::NoCgroup => "cgroup",
             Self::Load(_) | Self::NotInObject(_) => "load",
             Self::Program { .. } => "program",
             Self::Attach { .. } => "attach",

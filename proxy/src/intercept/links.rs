@@ -9,18 +9,31 @@ use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SockOps};
 
+use tidegate_common::Place;
+
 use super::bpf;
 use super::bpffs::{PinDir, entries, name};
 use super::cgroup::Cgroup;
 use super::error::InterceptError;
 
-/// The programs that decide about connects; attached where pods are.
-pub(super) const CONNECT_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
+/// The programs that decide about connects: name of the link, and which program it runs at an attach point for pods and
+/// at one for the host.
+const CONNECTS: [(&str, &str, &str); 4] = [
+    ("connect4", "connect4", "connect4_host"),
+    ("connect6", "connect6", "connect6_host"),
+    ("getpeername4", "getpeername4", "getpeername4"),
+    ("getpeername6", "getpeername6", "getpeername6"),
+];
+/// Every program there is.
+pub(super) const PROGRAMS: [&str; 7] =
+    ["connect4", "connect6", "connect4_host", "connect6_host", "getpeername4", "getpeername6", TCP_EVENTS];
 /// The program that carries the original destination; attached where pods are and where the agent is.
 pub(super) const TCP_EVENTS: &str = "tcp_events";
 
 /// A link of ours.
 struct Link {
+    /// Of its attach point.
+    cgroup: PathBuf,
     pin: PathBuf,
     program_id: u32,
     fd: OwnedFd,
@@ -53,17 +66,12 @@ impl Links {
         connect: &[Cgroup],
         tcp_events: &[Cgroup],
     ) -> Result<Self, InterceptError> {
-        for program in CONNECT_PROGRAMS.into_iter().chain([TCP_EVENTS]) {
+        for program in PROGRAMS {
             load(ebpf, program)?;
         }
-        let connects = CONNECT_PROGRAMS
-            .into_iter()
-            .flat_map(|program| connect.iter().map(move |cgroup| (program, cgroup)));
-        // First: what is captured without it would be reset.
-        let wanted = tcp_events.iter().map(|cgroup| (TCP_EVENTS, cgroup)).chain(connects);
         let mut links = Vec::new();
-        for (program, cgroup) in wanted {
-            links.push(Link::establish(ebpf, &dir.links(), program, cgroup)?);
+        for (name, program, cgroup) in wanted(connect, tcp_events) {
+            links.push(Link::establish(ebpf, &dir.links(), name, program, cgroup)?);
         }
         let this = Self { links };
         for pin in entries(&dir.links())? {
@@ -80,12 +88,34 @@ impl Links {
         Ok(this)
     }
 
+    /// Attaches where a link is missing: at a cgroup that has appeared, or was removed and made again (its link died with
+    /// it). Whether there was any. Call it with the pin directory locked.
+    pub(super) fn complete(
+        &mut self,
+        ebpf: &mut Ebpf,
+        dir: &PinDir,
+        connect: &[Cgroup],
+        tcp_events: &[Cgroup],
+    ) -> Result<bool, InterceptError> {
+        let mut any = false;
+        for (name, program, cgroup) in wanted(connect, tcp_events) {
+            let pin = dir.links().join(pin_name(name, cgroup));
+            if self.links.iter().any(|link| link.pin == pin && link.is_attached()) {
+                continue;
+            }
+            any = true;
+            let of_former = |link: &Link| link.cgroup == cgroup.path && name_of_pin(&link.pin) == Some(name);
+            for link in self.links.extract_if(.., |link| of_former(link)) {
+                detach_pin(&link.pin)?;
+            }
+            self.links.push(Link::establish(ebpf, &dir.links(), name, program, cgroup)?);
+        }
+        Ok(any)
+    }
+
     /// Whether all links still run this process's programs and are still attached.
     pub(super) fn are_current(&self) -> bool {
-        self.links.iter().all(|link| {
-            bpf::link_info(link.fd.as_fd())
-                .is_ok_and(|info| info.program_id == link.program_id && info.cgroup_id != 0)
-        })
+        self.links.iter().all(Link::is_attached)
     }
 
     /// Whether another process's program runs on any of them.
@@ -100,11 +130,12 @@ impl Link {
     fn establish(
         ebpf: &mut Ebpf,
         dir: &Path,
+        name: &'static str,
         program: &'static str,
         cgroup: &Cgroup,
     ) -> Result<Self, InterceptError> {
         let refused = |source| InterceptError::Attach { program, cgroup: cgroup.path.clone(), source };
-        let pin = dir.join(format!("{program}-{:x}", cgroup.id));
+        let pin = dir.join(pin_name(name, cgroup));
         let program_fd = fd_of(ebpf, program)?;
         if pin.exists() {
             // The id in the name is not enough: the cgroup of that link may have died, and its id with it.
@@ -112,7 +143,7 @@ impl Link {
             let alive = bpf::link_info(fd.as_fd()).is_ok_and(|info| info.cgroup_id == cgroup.id);
             if alive && bpf::link_update(fd.as_fd(), program_fd.as_fd()).is_ok() {
                 let program_id = bpf::link_info(fd.as_fd()).map_err(refused)?.program_id;
-                return Ok(Self { pin, program_id, fd });
+                return Ok(Self { cgroup: cgroup.path.clone(), pin, program_id, fd });
             }
             detach_pin(&pin)?;
         }
@@ -121,8 +152,37 @@ impl Link {
             .map_err(|error| InterceptError::pin("pinning", &pin)(io::Error::other(error)))?;
         let fd = bpf::open_pinned(&pin).map_err(InterceptError::pin("opening", &pin))?;
         let program_id = bpf::link_info(fd.as_fd()).map_err(refused)?.program_id;
-        Ok(Self { pin, program_id, fd })
+        Ok(Self { cgroup: cgroup.path.clone(), pin, program_id, fd })
     }
+
+    fn is_attached(&self) -> bool {
+        bpf::link_info(self.fd.as_fd())
+            .is_ok_and(|info| info.program_id == self.program_id && info.cgroup_id != 0)
+    }
+}
+
+/// Every link that these attach points need: its name, its program, its cgroup. tcp_events first: what is captured
+/// without it would be reset.
+fn wanted<'a>(
+    connect: &'a [Cgroup],
+    tcp_events: &'a [Cgroup],
+) -> impl Iterator<Item = (&'static str, &'static str, &'a Cgroup)> {
+    let events = tcp_events.iter().map(|cgroup| (TCP_EVENTS, TCP_EVENTS, cgroup));
+    events.chain(CONNECTS.into_iter().flat_map(move |(name, pods, host)| {
+        connect
+            .iter()
+            .map(move |cgroup| (name, if cgroup.place == Place::Host { host } else { pods }, cgroup))
+    }))
+}
+
+/// Both kinds of an attach point have the same name, so that a successor that sees it as the other kind changes the
+/// program in place.
+fn pin_name(name: &str, cgroup: &Cgroup) -> String {
+    format!("{name}-{:x}", cgroup.id)
+}
+
+fn name_of_pin(pin: &Path) -> Option<&str> {
+    name(pin).rsplit_once('-').map(|(name, _)| name)
 }
 
 /// Whether the pin is of a tcp_events link whose cgroup shares no socket with those of `cgroups`.

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage};
 use tidegate_common::{
-    Destination, Enrolment, FlowKey, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled,
-    OriginalDst, Reason, Settings, map,
+    Destination, EVENTS_BYTES, Enrolment, FlowKey, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES,
+    NotEnrolled, OriginalDst, Reason, Settings, map,
 };
 
 use super::error::InterceptError;
@@ -24,11 +24,19 @@ pub struct MapSizes {
     pub namespaces: u32,
     /// Destinations with a rule. Default 65,536.
     pub destinations: u32,
+    /// Announcements that wait to be read, bytes: a power of two and a multiple of the page size; 32 bytes each.
+    /// Default 65,536.
+    pub events: u32,
 }
 
 impl Default for MapSizes {
     fn default() -> Self {
-        Self { in_flight: MAX_IN_FLIGHT, namespaces: MAX_NAMESPACES, destinations: MAX_DESTINATIONS }
+        Self {
+            in_flight: MAX_IN_FLIGHT,
+            namespaces: MAX_NAMESPACES,
+            destinations: MAX_DESTINATIONS,
+            events: EVENTS_BYTES,
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! enrolment first, then the listeners, then the last descriptor of the namespace, so that it can die.
 //!
 //! It sleeps until inotify reports a cgroup, the eBPF programs report a connect from a namespace that is not
-//! enrolled, or a timer of its own is due. A full walk is the safety net, so rarely that it costs at most half a
+//! enrolled, a namespace reports that its addresses have changed, or a timer of its own is due. A full walk is the safety net, so rarely that it costs at most half a
 //! percent of one CPU.
 
 use std::fmt;
@@ -27,8 +27,10 @@ use super::programs::Interceptor;
 use crate::sys::netns::{NetNs, NetNsId};
 
 mod actor;
+mod changes;
 mod enrol;
 mod listen;
+mod roots;
 mod table;
 mod watch;
 
@@ -105,10 +107,12 @@ pub type OnPod = Box<dyn FnMut(PodEvent) + Send>;
 /// What to watch.
 #[derive(Clone, Debug)]
 pub struct PodSettings {
-    /// cgroup v2 directories; everything below belongs to them.
+    /// cgroup v2 directories; everything below belongs to them. The programs are attached to them already.
     pub cgroups: Vec<PathBuf>,
-    /// Whether processes of our own network namespace in these cgroups are captured. Otherwise that namespace is
-    /// enrolled as excluded, and connects from it are counted as such.
+    /// Whether kubepods subtrees that appear later belong to them, too.
+    pub discover: bool,
+    /// Whether some of these cgroups are of the host, so that our own network namespace is enrolled from the start.
+    /// Otherwise it is enrolled as excluded, and connects from it are counted as such.
     pub host_namespace: bool,
     /// Wanted port of the capture listeners.
     pub capture_port: u16,

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,12 +11,12 @@ use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
-use tidegate_common::{Destination, Enrolment, FailMode, Reason, Settings, Verdict, global, map};
+use tidegate_common::{Destination, Enrolment, FailMode, Place, Reason, Settings, Verdict, global, map};
 
 use super::bpffs::{PinDir, default_pin_dir, remove_dir_with_files};
-use super::cgroup::{self, Cgroup, covers, outermost};
+use super::cgroup::{self, Cgroup, check_places, covers, outermost};
 use super::error::InterceptError;
-use super::links::{self, CONNECT_PROGRAMS, Links, TCP_EVENTS, detach_all};
+use super::links::{self, Links, PROGRAMS, detach_all};
 use super::maps::{self, Events, MapSizes, Maps};
 use super::original_dst::{OriginalDstReader, OwnSocketMarker};
 
@@ -30,9 +31,11 @@ pub type EbpfLog = EbpfLogger<&'static dyn ::log::Log>;
 pub struct Options {
     /// Directory of pins, below a bpffs. Created when missing; the bpffs is mounted when it is missing.
     pub pin_dir: PathBuf,
-    /// cgroup v2 directories whose processes (with everything below) are intercepted. One that lies below another is
-    /// dropped.
+    /// cgroup v2 directories whose processes (with everything below) are intercepted, those of the agent's own network
+    /// namespace left out. One that lies below another is dropped.
     pub cgroups: Vec<PathBuf>,
+    /// The same with those of the agent's own network namespace. None may lie below one of `cgroups`.
+    pub host_cgroups: Vec<PathBuf>,
     /// The cgroup of this process, to which its accepted sockets belong; [`cgroup::own`] knows it.
     pub agent_cgroup: PathBuf,
     /// Sizes of the maps.
@@ -51,6 +54,7 @@ impl Options {
         Ok(Self {
             pin_dir: default_pin_dir(),
             cgroups,
+            host_cgroups: Vec::new(),
             agent_cgroup,
             sizes: MapSizes::default(),
             fail_mode: FailMode::default(),
@@ -93,6 +97,9 @@ pub struct Interceptor {
     settings: Settings,
     /// What the destinations map holds.
     destinations: HashMap<Destination, u32>,
+    /// Wanted attach points. One that was removed stays here, to be attached to when it is made again.
+    places: Vec<(PathBuf, Place)>,
+    agent_cgroup: PathBuf,
     attach_points: Vec<PathBuf>,
     covers_own_cgroup: bool,
     /// "In use", until the process ends.
@@ -103,16 +110,14 @@ impl Interceptor {
     /// Loads the programs, reuses the maps that a former process pinned (rules, enrolments and handshakes in flight
     /// stay), and attaches, replacing that process's programs one by one without a gap.
     pub fn load(options: &Options) -> Result<Self, InterceptError> {
+        let of =
+            |paths: &[PathBuf], place| paths.iter().map(|path| (path.clone(), place)).collect::<Vec<_>>();
+        let mut places = of(&options.cgroups, Place::Pods);
+        places.extend(of(&options.host_cgroups, Place::Host));
         let connect =
-            outermost(options.cgroups.iter().map(|path| Cgroup::open(path)).collect::<Result<_, _>>()?);
-        if connect.is_empty() {
-            return Err(InterceptError::NoCgroup);
-        }
-        let agent = Cgroup::open(&options.agent_cgroup)?;
-        let covers_own_cgroup = covers(&connect, &agent.path);
-        // Accepted sockets are the agent's: its cgroup needs tcp_events as well.
-        let again = connect.iter().map(|cgroup| Cgroup::open(&cgroup.path)).collect::<Result<Vec<_>, _>>()?;
-        let tcp_events = outermost(again.into_iter().chain([agent]).collect());
+            places.iter().map(|(path, place)| Cgroup::open(path, *place)).collect::<Result<_, _>>()?;
+        let AttachPoints { connect, tcp_events, covers_own_cgroup } =
+            AttachPoints::of(connect, &options.agent_cgroup)?;
 
         let dir = PinDir::create(&options.pin_dir)?;
         let lock = dir.lock()?;
@@ -134,8 +139,10 @@ impl Interceptor {
             }
         }
         drop(lock);
-        let attach_points = connect.into_iter().map(|cgroup| cgroup.path).collect();
+        let attach_points: Vec<_> = connect.iter().map(|cgroup| cgroup.path.clone()).collect();
         Ok(Self {
+            places: connect.into_iter().map(|cgroup| (cgroup.path, cgroup.place)).collect(),
+            agent_cgroup: options.agent_cgroup.clone(),
             ebpf,
             maps,
             links,
@@ -148,6 +155,31 @@ impl Interceptor {
             covers_own_cgroup,
             _held: held,
         })
+    }
+
+    /// Attaches to what has appeared: wanted cgroups that were removed and made again, and those of `more` (for pods)
+    /// that are new. Whether there was any. What is not there is not waited for, and no error.
+    pub fn attach_to_new(&mut self, more: &[PathBuf]) -> Result<bool, InterceptError> {
+        let _lock = self.lock_current()?;
+        for path in more {
+            if !self.attach_points.iter().any(|root| path.starts_with(root)) {
+                self.places.push((path.clone(), Place::Pods));
+                self.attach_points.push(path.clone());
+            }
+        }
+        let mut present = Vec::new();
+        for (path, place) in &self.places {
+            match Cgroup::open(path, *place) {
+                Ok(cgroup) => present.push(cgroup),
+                Err(InterceptError::Cgroup { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if present.is_empty() {
+            return Ok(false);
+        }
+        let AttachPoints { connect, tcp_events, .. } = AttachPoints::of(present, &self.agent_cgroup)?;
+        self.links.complete(&mut self.ebpf, &self.dir, &connect, &tcp_events)
     }
 
     /// Makes the rules exactly `wanted`; what is right already is not touched. Rules are added before others are
@@ -290,6 +322,30 @@ impl Interceptor {
     }
 }
 
+/// Where which programs go.
+struct AttachPoints {
+    connect: Vec<Cgroup>,
+    tcp_events: Vec<Cgroup>,
+    covers_own_cgroup: bool,
+}
+
+impl AttachPoints {
+    /// Fails when there is none.
+    fn of(wanted: Vec<Cgroup>, agent_cgroup: &Path) -> Result<Self, InterceptError> {
+        check_places(&wanted)?;
+        let connect = outermost(wanted);
+        if connect.is_empty() {
+            return Err(InterceptError::NoCgroup);
+        }
+        let agent = Cgroup::open(agent_cgroup, Place::Pods)?;
+        let covers_own_cgroup = covers(&connect, &agent.path);
+        // Accepted sockets are the agent's: its cgroup needs tcp_events as well.
+        let again = connect.iter().map(|cgroup| Cgroup::open(&cgroup.path, cgroup.place));
+        let tcp_events = outermost(again.chain([Ok(agent)]).collect::<Result<_, _>>()?);
+        Ok(Self { connect, tcp_events, covers_own_cgroup })
+    }
+}
+
 /// Removes what a killed process left behind. Refuses while a process is at work there, unless `force`. Fine when
 /// there is nothing.
 pub fn cleanup(pin_dir: &Path, force: bool) -> Result<Cleaned, InterceptError> {
@@ -310,9 +366,9 @@ pub fn cleanup(pin_dir: &Path, force: bool) -> Result<Cleaned, InterceptError> {
 /// Loads the programs and throws them away again: whether this kernel takes them from this process. Nothing is
 /// attached or pinned.
 pub fn trial() -> Result<(), InterceptError> {
-    let smallest = MapSizes { in_flight: 1, namespaces: 1, destinations: 1 };
+    let smallest = MapSizes { in_flight: 1, namespaces: 1, destinations: 1, ..MapSizes::default() };
     let mut ebpf = loader(smallest, &has_set_retval(), &0).load(OBJECT).map_err(InterceptError::load)?;
-    CONNECT_PROGRAMS.into_iter().chain([TCP_EVENTS]).try_for_each(|program| links::load(&mut ebpf, program))
+    PROGRAMS.into_iter().try_for_each(|program| links::load(&mut ebpf, program))
 }
 
 fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), InterceptError> {
@@ -336,7 +392,8 @@ fn loader<'a>(sizes: MapSizes, has_set_retval: &'a u8, log_level: &'a u8) -> Ebp
         .override_global(aya_log::LEVEL, log_level, true)
         .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
         .map_max_entries(map::NAMESPACES, sizes.namespaces)
-        .map_max_entries(map::DESTINATIONS, sizes.destinations);
+        .map_max_entries(map::DESTINATIONS, sizes.destinations)
+        .map_max_entries(map::EVENTS, sizes.events);
     loader
 }
 

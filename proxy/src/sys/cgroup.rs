@@ -68,7 +68,8 @@ pub fn kubepods(mount: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn is_kubepods(path: &Path) -> bool {
+/// Whether a directory has the name of a kubepods subtree.
+pub fn is_kubepods(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let name = name.strip_suffix(".slice").unwrap_or(name);
     name == "kubepods" || name.ends_with("-kubepods")

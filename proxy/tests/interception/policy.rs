@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 
-use socket2::{Domain, SockAddr, Socket};
+use socket2::{Domain, SockAddr, SockFilter, Socket};
 use tidegate::intercept::error::InterceptError;
 use tidegate::intercept::programs::Interceptor;
 use tidegate_common::{Destination, Enrolment, FailMode, Reason, Verdict};
@@ -177,6 +177,103 @@ fn without_a_capture_listener_the_fail_mode_decides_at_once() {
         // A socket that was passed on is captured when it connects again, as soon as somebody is there.
         let listener = pod.capture_listener(&interceptor, CAPTURE_PORT, 16);
         captured(&interceptor, &listener);
+    }
+}
+
+#[test]
+fn announcements_are_lost_while_nobody_reads_them_and_made_again() {
+    let lab = Lab::new();
+    let mut options = lab.options();
+    // Room for 128.
+    options.sizes.events = 4_096;
+    let mut interceptor = Interceptor::load(&options).unwrap();
+    let mut events = interceptor.take_events().unwrap();
+    interceptor.set_default_verdict(Verdict::Capture).unwrap();
+    let pods: Vec<_> = (0..6).map(|_| lab.pod()).collect();
+    let connect_all =
+        || pods.iter().for_each(|pod| assert_eq!(pod.connect("172.16.0.1:80").unwrap_err(), PASSED));
+    let deadline = std::time::Instant::now() + LONG;
+    while count(&interceptor, Reason::AnnouncementLost) == 0 {
+        assert!(std::time::Instant::now() < deadline, "{:?}", counts(&interceptor));
+        connect_all();
+    }
+    let waiting = std::iter::from_fn(|| events.pop()).count() as u64;
+    assert_eq!(waiting, count(&interceptor, Reason::Announced));
+    // What was lost is not held back as if it had been said.
+    std::thread::sleep(std::time::Duration::from_nanos(tidegate_common::ANNOUNCE_INTERVAL_NS));
+    connect_all();
+    let said: std::collections::HashSet<_> =
+        std::iter::from_fn(|| events.pop()).map(|event| event.netns_cookie).collect();
+    assert_eq!(said, pods.iter().map(|pod| pod.cookie).collect());
+}
+
+#[test]
+fn sockets_that_have_no_room_for_storage() {
+    for (mode, errno, reason) in [
+        (FailMode::Open, PASSED, Reason::StorageFailedPassed),
+        (FailMode::Closed, libc::ENOBUFS, Reason::StorageFailedRefused),
+    ] {
+        let lab = Lab::new();
+        let mut options = lab.options();
+        options.fail_mode = mode;
+        let mut interceptor = Interceptor::load(&options).unwrap();
+        let pod = lab.pod();
+        let listener = pod.capture(&mut interceptor);
+        // As the real ones have: it is charged to each accepted socket, which so has less room than the client's.
+        let take_all = |_| SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, u32::MAX);
+        listener.attach_filter(&std::array::from_fn::<_, 4, _>(take_all)).unwrap();
+        interceptor.set_destinations(&rules(&[("172.16.0.1:80", Verdict::Capture)])).unwrap();
+        // What a socket of the pod may hold beside its buffers, from nothing to enough for both ends.
+        let mut failed = 0;
+        for limit in (0..8_192).step_by(16) {
+            pod.run(&format!("echo {limit} > /proc/sys/net/core/optmem_max"));
+            match pod.connect("172.16.0.1:80") {
+                Err(error) => {
+                    assert_eq!(error, errno, "at {limit}");
+                    failed += 1;
+                    assert_eq!(count(&interceptor, reason), failed);
+                }
+                Ok(_client) => {
+                    let found = original_dst(&interceptor, &accept(&listener));
+                    if found.is_some() {
+                        break;
+                    }
+                    assert!(count(&interceptor, Reason::AcceptedStorageFailed) > 0);
+                }
+            }
+        }
+        settled(&interceptor);
+        assert!(count(&interceptor, reason) > 0);
+        assert!(count(&interceptor, Reason::AcceptedStorageFailed) > 0, "{:?}", counts(&interceptor));
+        assert_eq!(count(&interceptor, Reason::HandedOver), 1, "{:?}", counts(&interceptor));
+    }
+}
+
+#[test]
+fn a_process_of_the_host_is_captured_in_a_cgroup_of_the_host_only() {
+    let lab = Lab::new();
+    let pod = lab.pod();
+    for (host, captured) in [(false, false), (true, true)] {
+        let mut options = lab.options();
+        if host {
+            options.host_cgroups = std::mem::take(&mut options.cgroups);
+        }
+        let mut interceptor = Interceptor::load(&options).unwrap();
+        let listener = pod.capture_listener(&interceptor, CAPTURE_PORT, 16);
+        interceptor.enrol(pod.cookie, enrolment().of_host()).unwrap();
+        for service in ["172.16.0.1:80", "[fd99::1]:80"] {
+            interceptor.set_destinations(&rules(&[(service, Verdict::Capture)])).unwrap();
+            match pod.connect(service) {
+                Ok(_client) => {
+                    assert!(captured && original_dst(&interceptor, &accept(&listener)).is_some());
+                }
+                Err(error) => assert!(!captured && error == PASSED, "{error}"),
+            }
+        }
+        let excluded = if captured { 0 } else { 2 };
+        assert_eq!(count(&interceptor, Reason::PassedExcluded), excluded, "{:?}", counts(&interceptor));
+        listener.shutdown(std::net::Shutdown::Both).unwrap();
+        interceptor.detach().unwrap();
     }
 }
 

@@ -140,6 +140,33 @@ fn a_link_of_a_dead_cgroup_is_replaced() {
 }
 
 #[test]
+fn what_is_made_again_or_new_is_attached_to() {
+    let lab = Lab::new();
+    let mut interceptor = lab.load();
+    assert!(!interceptor.attach_to_new(&[]).unwrap(), "nothing is missing");
+    std::fs::remove_dir(&lab.pods).unwrap();
+    assert!(!interceptor.attach_to_new(&[]).unwrap(), "there is nothing to attach to");
+    std::fs::create_dir(&lab.pods).unwrap();
+    assert!(interceptor.attach_to_new(&[]).unwrap());
+    assert!(interceptor.is_current());
+    let links = || std::fs::read_dir(lab.pin_dir.join("links")).unwrap().count();
+    assert_eq!(links(), 6, "those of the dead cgroup are gone");
+    let pod = lab.pod();
+    let listener = pod.capture(&mut interceptor);
+    capture_service(&mut interceptor);
+    assert_captured(&interceptor, &pod, &listener);
+    // One more, and one that is covered already.
+    let more = [lab.agent.join("more"), lab.pods.join("below")];
+    more.iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
+    assert!(interceptor.attach_to_new(&more).unwrap());
+    assert_eq!(interceptor.attach_points(), [lab.pods.clone(), more[0].clone()]);
+    assert_eq!(links(), 10, "tcp_events is there already, by the agent's");
+    assert!(interceptor.is_current());
+    drop(interceptor);
+    more.iter().for_each(|dir| std::fs::remove_dir(dir).unwrap());
+}
+
+#[test]
 fn a_dead_attach_point_is_noticed() {
     let lab = Lab::new();
     let interceptor = lab.load();

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tidegate_common::{Enrolment, NotEnrolled};
 
+use super::changes::Changes;
 use super::listen::SourceAddresses;
+use super::roots::Roots;
 use super::table::Table;
 use super::watch::Watch;
 use super::{Board, Capture, OnPod, PodSettings, PodState, name_of};
@@ -36,6 +38,11 @@ const SETTLING: [Duration; 5] = [
     Duration::from_millis(320),
     Duration::from_millis(1280),
 ];
+
+/// So long after the first sign of a change in a namespace it is looked at: configuring an interface takes several steps.
+/// A namespace whose routes change all the time is looked at no more often than after the second time.
+const CHANGE_SETTLES: Duration = Duration::from_millis(2);
+const CHANGE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Bounds of the time until something that failed in one namespace is tried again; it doubles in between.
 pub(super) const RETRY_FIRST: Duration = Duration::from_millis(20);
@@ -75,7 +82,9 @@ pub(super) struct Actor {
     pub(super) mount: PathBuf,
     /// The namespace that we run in.
     pub(super) own: NetNsId,
+    pub(super) roots: Roots,
     pub(super) watch: Watch,
+    pub(super) changes: Changes,
     pub(super) table: Table<NetNsId>,
     /// Every namespace that is known, kept open so that its id stays its own.
     pub(super) known: HashMap<NetNsId, Known>,
@@ -93,6 +102,12 @@ pub(super) struct Known {
     pub(super) name: Arc<str>,
     pub(super) cgroup: PathBuf,
     pub(super) state: State,
+    /// A [`Timer::Retry`] is set: never two at a time.
+    pub(super) retrying: bool,
+    /// When it was looked at for a change, or will be.
+    pub(super) look_at: Option<Instant>,
+    /// Since when it has no process.
+    pub(super) empty_since: Option<Instant>,
 }
 
 pub(super) enum State {
@@ -110,6 +125,8 @@ pub(super) enum Timer {
     Look(PathBuf, usize),
     /// Enrol a namespace, or complete its addresses.
     Retry(NetNsId),
+    /// Something has changed in a namespace.
+    Change(NetNsId),
     /// Forget a namespace unless it has processes again.
     Forget(NetNsId),
 }
@@ -120,7 +137,10 @@ impl Actor {
         let mount = mounts::cgroup2().map_err(failed)?.ok_or(InterceptError::NoCgroup)?;
         let own = Arc::new(NetNs::current().map_err(failed)?);
         let now = Instant::now();
+        let discover_below = parts.settings.discover.then(|| mount.clone());
         let mut actor = Self {
+            roots: Roots::new(&parts.settings.cgroups, discover_below),
+            changes: Changes::default(),
             parts,
             mount,
             own: own.id(),
@@ -133,21 +153,36 @@ impl Actor {
             superseded: false,
             said_denied: false,
         };
-        actor.exclude_host_namespaces(own)?;
+        actor.meet_the_host(own)?;
         Ok(actor)
     }
 
-    /// Our own namespace, unless it is to be captured, and that of process 1, which is the host's when we run in a
-    /// pod of our own.
-    fn exclude_host_namespaces(&mut self, own: Arc<NetNs>) -> Result<(), InterceptError> {
+    /// Our own namespace is captured from the start if processes of the host are wanted: the first connect of a process
+    /// that nobody has seen must not pass. Otherwise it is excluded, and so is that of process 1, which is the host's
+    /// when we run in a pod of our own.
+    fn meet_the_host(&mut self, own: Arc<NetNs>) -> Result<(), InterceptError> {
         let init = NetNs::of_process(1).map(Arc::new).ok().filter(|init| init.id() != own.id());
-        let own = (!self.parts.settings.host_namespace).then_some(own);
-        for netns in own.into_iter().chain(init) {
-            self.interceptor().enrol(netns.cookie(), Enrolment::excluded())?;
-            let known =
-                Known { name: "host".into(), cgroup: self.mount.clone(), netns, state: State::Excluded };
-            self.show(&known, PodState::Excluded);
-            self.known.insert(known.netns.id(), known);
+        let captured = self.parts.settings.host_namespace;
+        for (netns, captured) in [(own, captured)].into_iter().chain(init.map(|init| (init, false))) {
+            let id = netns.id();
+            let state = if captured { State::Waiting { attempts: 0 } } else { State::Excluded };
+            let known = Known {
+                name: "host".into(),
+                cgroup: self.mount.clone(),
+                netns,
+                state,
+                retrying: false,
+                look_at: None,
+                empty_since: None,
+            };
+            if !captured {
+                self.interceptor().enrol(known.netns.cookie(), Enrolment::excluded())?;
+                self.show(&known, PodState::Excluded);
+            }
+            self.known.insert(id, known);
+            if captured {
+                self.enrol(id);
+            }
         }
         Ok(())
     }
@@ -174,6 +209,7 @@ impl Actor {
             }
             self.hear_inotify();
             self.hear_connects();
+            self.hear_changes();
             self.fire_timers();
             if Instant::now() >= self.next_walk {
                 self.walk();
@@ -191,6 +227,7 @@ impl Actor {
             PollFd::new(self.watch.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.parts.events.iter().map(|events| PollFd::new(events.as_fd(), PollFlags::POLLIN)));
+        fds.extend(self.changes.descriptors().map(|socket| PollFd::new(socket, PollFlags::POLLIN)));
         if let Err(errno) = poll(&mut fds, PollTimeout::from(millis))
             && errno != nix::Error::EINTR
         {
@@ -204,6 +241,12 @@ impl Actor {
         for cgroup in &happened.removed {
             self.watch.remove(cgroup);
             self.set_namespaces(cgroup, HashSet::new());
+        }
+        let concerns_roots = |path: &PathBuf| self.roots.concerns(path);
+        if happened.above.iter().any(concerns_roots) || happened.removed.iter().any(concerns_roots) {
+            for root in self.check_roots() {
+                self.look_below(&root, &mut HashSet::new());
+            }
         }
         for cgroup in happened.changed {
             self.look_below(&cgroup, &mut HashSet::new());
@@ -236,6 +279,21 @@ impl Actor {
         }
     }
 
+    /// An address, an interface or a route of a pod has changed.
+    fn hear_changes(&mut self) {
+        let now = Instant::now();
+        for id in self.changes.drain() {
+            let Some(known) = self.known.get_mut(&id) else { continue };
+            if known.look_at.is_some_and(|at| at > now) {
+                continue;
+            }
+            let earliest = known.look_at.map_or(now, |last| last + CHANGE_INTERVAL);
+            let at = earliest.max(now + CHANGE_SETTLES);
+            known.look_at = Some(at);
+            self.timers.push(Reverse((at, Timer::Change(id))));
+        }
+    }
+
     fn fire_timers(&mut self) {
         while let Some(Reverse((at, _))) = self.timers.peek()
             && *at <= Instant::now()
@@ -243,10 +301,20 @@ impl Actor {
             match self.timers.pop() {
                 Some(Reverse((_, Timer::Look(cgroup, step)))) => self.look(&cgroup, step),
                 Some(Reverse((_, Timer::Retry(id)))) => self.retry(id),
-                Some(Reverse((_, Timer::Forget(id)))) if !self.table.is_present(id) => self.forget(id),
+                Some(Reverse((_, Timer::Change(id)))) => self.look_inside(id),
+                // The host stays, whether or not one of its processes is there at the moment.
+                Some(Reverse((_, Timer::Forget(id)))) if id != self.own && self.is_empty_for_long(id) => {
+                    self.forget(id);
+                }
                 _ => {}
             }
         }
+    }
+
+    /// A namespace whose processes come and go has several timers: those of earlier ends don't count.
+    fn is_empty_for_long(&self, id: NetNsId) -> bool {
+        let since = self.known.get(&id).and_then(|known| known.empty_since);
+        !self.table.is_present(id) && since.is_some_and(|since| since.elapsed() >= FORGET_AFTER)
     }
 
     pub(super) fn after(&mut self, wait: Duration, timer: Timer) {
@@ -257,8 +325,9 @@ impl Actor {
     fn walk(&mut self) {
         let begin = Instant::now();
         self.refresh_sources();
+        self.check_roots();
         let mut walked = HashSet::new();
-        for root in self.parts.settings.cgroups.clone() {
+        for root in self.roots.paths() {
             self.look_below(&root, &mut walked);
         }
         for removed in self.table.others(&walked) {
@@ -272,7 +341,7 @@ impl Actor {
     }
 
     fn is_ours(&self, cgroup: &Path) -> bool {
-        self.parts.settings.cgroups.iter().any(|root| cgroup.starts_with(root))
+        self.roots.covers(cgroup)
     }
 
     /// Looks at a cgroup and everything below it.
@@ -310,7 +379,7 @@ impl Actor {
                 Err(error) => self.process_is_unreadable(pid, &error),
             }
         }
-        let unsettled = !self.parts.settings.host_namespace && namespaces.contains(&self.own);
+        let unsettled = namespaces.contains(&self.own);
         self.set_namespaces(cgroup, namespaces);
         if unsettled && let Some(wait) = SETTLING.get(step) {
             self.after(*wait, Timer::Look(cgroup.to_owned(), step + 1));
@@ -329,9 +398,12 @@ impl Actor {
         let id = netns.id();
         self.known.entry(id).or_insert_with(|| Known {
             netns,
-            name: if id == self.own { "host".into() } else { name_of(cgroup, &self.parts.settings.cgroups) },
+            name: name_of(cgroup, &self.roots.paths()),
             cgroup: cgroup.to_owned(),
             state: State::Waiting { attempts: 0 },
+            retrying: false,
+            look_at: None,
+            empty_since: None,
         });
         Some(id)
     }
@@ -358,6 +430,9 @@ impl Actor {
             }
         }
         for id in change.vanished {
+            if let Some(known) = self.known.get_mut(&id) {
+                known.empty_since = Some(Instant::now());
+            }
             self.after(FORGET_AFTER, Timer::Forget(id));
         }
     }

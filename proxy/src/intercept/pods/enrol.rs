@@ -37,8 +37,28 @@ impl Actor {
         self.parts.interceptor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A timer of this namespace is due.
+    /// Something has changed in this namespace.
+    pub(super) fn look_inside(&mut self, id: NetNsId) {
+        match self.known.get(&id).map(|known| &known.state) {
+            Some(State::Waiting { .. }) => self.enrol(id),
+            Some(State::Enrolled { .. }) => self.refresh_source(id),
+            _ => {}
+        }
+    }
+
+    /// Sets the retry timer of a namespace, unless it is set.
+    fn retry_after(&mut self, wait: Duration, id: NetNsId) {
+        if let Some(known) = self.known.get_mut(&id)
+            && !std::mem::replace(&mut known.retrying, true)
+        {
+            self.after(wait, Timer::Retry(id));
+        }
+    }
+
+    /// The retry timer of this namespace is due.
     pub(super) fn retry(&mut self, id: NetNsId) {
+        let Some(known) = self.known.get_mut(&id) else { return };
+        known.retrying = false;
         match self.known.get(&id).map(|known| &known.state) {
             Some(State::Waiting { .. }) => self.enrol(id),
             Some(State::Enrolled { source, .. }) if source.is_empty() => self.refresh_source(id),
@@ -59,7 +79,7 @@ impl Actor {
                 let lacks_address = matches!(&state, State::Enrolled { source, .. } if source.is_empty());
                 self.set_state(id, state);
                 if lacks_address {
-                    self.after(RETRY_FIRST, Timer::Retry(id));
+                    self.retry_after(RETRY_FIRST, id);
                 }
             }
             Err(EnrolError::Kernel(InterceptError::Superseded(_))) => self.be_superseded(),
@@ -71,7 +91,7 @@ impl Actor {
                 if let Some(known) = self.known.get(&id) {
                     self.show(known, PodState::Waiting { reason: error.to_string() });
                 }
-                self.after(backoff(attempts), Timer::Retry(id));
+                self.retry_after(backoff(attempts), id);
             }
         }
     }
@@ -80,6 +100,10 @@ impl Actor {
         let Some(known) = self.known.get(&id) else { return Ok(State::Waiting { attempts: 0 }) };
         let (wanted, count) = (self.parts.settings.capture_port, self.parts.settings.sockets_per_pod);
         let inside = known.netns.enter().map_err(EnrolError::io("entering its network namespace"))?;
+        // Before the look, so that what changes after it is heard.
+        if let Err(error) = self.changes.listen_here(id) {
+            tracing::warn!(%error, pod = %known.name, "can't hear of changes in a pod: a new address is seen late");
+        }
         let found = listen::interfaces().map_err(EnrolError::io("listing its interfaces"))?;
         if !found.loopback_up {
             return Err(EnrolError::LoopbackDown);
@@ -116,11 +140,12 @@ impl Actor {
 
     fn write_record(&self, pod: &Pod, source: SourceAddresses) -> Result<(), InterceptError> {
         let record = Enrolment::captured(pod.capture_port, source.v4, source.v6);
+        let record = if pod.host { record.of_host() } else { record };
         self.interceptor().enrol(pod.netns.cookie(), record)
     }
 
     /// Another process enrols now. What was handed to our workers stays with them until the process has drained.
-    fn be_superseded(&mut self) {
+    pub(super) fn be_superseded(&mut self) {
         if !self.superseded {
             self.superseded = true;
             tracing::info!("another tidegate process has taken over the pods");
@@ -158,14 +183,14 @@ impl Actor {
                 Err(InterceptError::Superseded(_)) => return self.be_superseded(),
                 Err(error) => {
                     tracing::warn!(%error, pod = %known.name, "can't update a pod's record; trying again");
-                    return self.after(backoff(attempts), Timer::Retry(id));
+                    return self.retry_after(backoff(attempts), id);
                 }
             }
         }
         let missing = now.is_empty();
         self.set_state(id, State::Enrolled { capture, source: now, attempts: attempts + u32::from(missing) });
         if missing {
-            self.after(backoff(attempts), Timer::Retry(id));
+            self.retry_after(backoff(attempts), id);
         }
     }
 
@@ -176,6 +201,7 @@ impl Actor {
         }
         let Some(known) = self.known.remove(&id) else { return };
         self.parts.board.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.changes.forget(id);
         let State::Enrolled { capture, .. } = known.state else { return };
         let forgotten = self.interceptor().forget(known.netns.cookie());
         match forgotten {

@@ -16,6 +16,8 @@ pub(super) struct Watch {
     inotify: Inotify,
     paths: HashMap<WatchDescriptor, PathBuf>,
     of_cgroup: BTreeMap<PathBuf, Watched>,
+    /// Directories outside the watched subtrees, in which one may appear.
+    above: HashMap<WatchDescriptor, PathBuf>,
     buffer: Vec<u8>,
     /// Said once.
     exhausted: bool,
@@ -34,6 +36,8 @@ pub(super) struct Happened {
     pub(super) changed: HashSet<PathBuf>,
     /// Cgroups that are gone: to be forgotten first. One may be in `changed` too, made again by the same name.
     pub(super) removed: HashSet<PathBuf>,
+    /// Directories that were made or removed in those above the watched subtrees.
+    pub(super) above: HashSet<PathBuf>,
     /// Events were lost: look at everything.
     pub(super) overflow: bool,
 }
@@ -44,6 +48,7 @@ impl Watch {
             inotify: Inotify::init()?,
             paths: HashMap::new(),
             of_cgroup: BTreeMap::new(),
+            above: HashMap::new(),
             buffer: vec![0; 16 * 1024],
             exhausted: false,
         })
@@ -68,6 +73,20 @@ impl Watch {
         let Some(directory) = self.add_watch(cgroup, mask, cgroup) else { return };
         let events = self.add_watch(&cgroup.join("cgroup.events"), WatchMask::MODIFY, cgroup);
         self.of_cgroup.insert(cgroup.to_owned(), Watched { directory, events });
+    }
+
+    /// Reports what is made and removed in a directory that belongs to no watched cgroup. Call it again when the
+    /// directory may have been removed and made again.
+    pub(super) fn add_above(&mut self, directory: &Path) {
+        let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::ONLYDIR;
+        // Whatever the error is, roots are looked at by every walk, too.
+        let Ok(descriptor) = self.inotify.watches().add(directory, mask) else { return };
+        // Another descriptor by the same name is of a directory that was removed.
+        let stale = self.above.extract_if(|other, path| path == directory && *other != descriptor);
+        for (stale, _) in stale {
+            let _ = self.inotify.watches().remove(stale);
+        }
+        self.above.insert(descriptor, directory.to_owned());
     }
 
     fn add_watch(&mut self, path: &Path, mask: WatchMask, cgroup: &Path) -> Option<WatchDescriptor> {
@@ -125,6 +144,18 @@ impl Watch {
                 if event.mask.contains(EventMask::Q_OVERFLOW) {
                     happened.overflow = true;
                 }
+                if let Some(directory) = self.above.get(&event.wd) {
+                    let child = event.name.map(|name| directory.join(name));
+                    // A cgroup that is removed says nothing itself; the directory that it was in does.
+                    if event.mask.contains(EventMask::DELETE) {
+                        happened.removed.extend(child.clone());
+                    }
+                    happened.above.extend(child);
+                    if event.mask.contains(EventMask::IGNORED) {
+                        self.above.remove(&event.wd);
+                    }
+                    continue;
+                }
                 let Some(cgroup) = self.paths.get(&event.wd) else { continue };
                 let child = event
                     .name
@@ -174,6 +205,7 @@ mod tests {
             let more = watch.drain();
             all.changed.extend(more.changed);
             all.removed.extend(more.removed);
+            all.above.extend(more.above);
             all.overflow |= more.overflow;
             if done(&all) {
                 break;
@@ -219,6 +251,28 @@ mod tests {
         assert_eq!(watch.paths.len(), 4);
         watch.remove(&cgroup.0);
         assert_eq!((watch.of_cgroup.len(), watch.paths.len()), (0, 0));
+    }
+
+    #[test]
+    fn what_appears_above_is_reported() {
+        let cgroup = TestCgroup::new("above");
+        let mut watch = Watch::new().unwrap();
+        watch.add_above(&cgroup.0);
+        watch.add_above(&cgroup.0);
+        assert_eq!(watch.above.len(), 1);
+        let child = cgroup.child("child");
+        let seen = drain_until(&mut watch, |seen| seen.above.contains(&child));
+        assert!(seen.above.contains(&child) && seen.changed.is_empty(), "{seen:?}");
+        std::fs::remove_dir(&child).unwrap();
+        let seen = drain_until(&mut watch, |seen| seen.removed.contains(&child));
+        assert!(seen.removed.contains(&child), "{seen:?}");
+        std::fs::remove_dir(&cgroup.0).unwrap();
+        std::fs::create_dir(&cgroup.0).unwrap();
+        watch.add_above(&cgroup.0);
+        assert_eq!(watch.above.len(), 1);
+        let child = cgroup.child("again");
+        let seen = drain_until(&mut watch, |seen| seen.above.contains(&child));
+        assert!(seen.above.contains(&child), "{seen:?}");
     }
 
     #[test]
