@@ -157,13 +157,17 @@ fn what_is_made_again_or_new_is_attached_to() {
     assert_captured(&interceptor, &pod, &listener);
     // One more, and one that is covered already.
     let more = [lab.agent.join("more"), lab.pods.join("below")];
-    more.iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
+    for dir in &more {
+        std::fs::create_dir(dir).unwrap();
+    }
     assert!(interceptor.attach_to_new(&more).unwrap());
     assert_eq!(interceptor.attach_points(), [lab.pods.clone(), more[0].clone()]);
     assert_eq!(links(), 10, "tcp_events is there already, by the agent's");
     assert!(interceptor.is_current());
     drop(interceptor);
-    more.iter().for_each(|dir| std::fs::remove_dir(dir).unwrap());
+    for dir in &more {
+        std::fs::remove_dir(dir).unwrap();
+    }
 }
 
 #[test]

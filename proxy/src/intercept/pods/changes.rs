@@ -58,10 +58,9 @@ fn has_news(socket: &OwnedFd) -> bool {
     loop {
         // A message that is longer is cut off.
         match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_TRUNC) {
-            Ok(_) => any = true,
+            // ENOBUFS: messages were lost.
+            Ok(_) | Err(nix::Error::ENOBUFS) => any = true,
             Err(nix::Error::EINTR) => {}
-            // Messages were lost.
-            Err(nix::Error::ENOBUFS) => any = true,
             Err(_) => return any,
         }
     }

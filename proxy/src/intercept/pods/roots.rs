@@ -111,8 +111,9 @@ impl Actor {
             tracing::info!("intercepting connects from cgroup {}, which is new", path.display());
         }
         for (path, id) in changed {
-            let root = self.roots.roots.iter_mut().find(|root| root.path == path);
-            root.into_iter().for_each(|root| root.id = Some(id));
+            if let Some(root) = self.roots.roots.iter_mut().find(|root| root.path == path) {
+                root.id = Some(id);
+            }
         }
         let found = new.into_iter().map(|path| Root { id: cgroup::id(&path).ok(), path });
         self.roots.roots.extend(found);
@@ -154,7 +155,7 @@ mod tests {
         let kubepods = dir.path().join("kubepods.slice");
         assert!(roots.concerns(&kubepods));
         std::fs::create_dir(&kubepods).unwrap();
-        assert_eq!(roots.undiscovered().unwrap(), [kubepods.clone()]);
+        assert_eq!(roots.undiscovered().unwrap(), std::slice::from_ref(&kubepods));
         roots.roots.push(Root { id: cgroup::id(&kubepods).ok(), path: kubepods });
         assert!(roots.undiscovered().unwrap().is_empty() && roots.changed().is_empty());
     }
