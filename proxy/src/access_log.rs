@@ -13,11 +13,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use hyper::{HeaderMap, Method, Uri, Version};
+
 use crate::config::access_log as config;
 use crate::connection::record::{LogType, Record};
 
 use file::LogFile;
 use filter::Matcher;
+use format::Entry;
 use operator::Operator;
 
 pub use file::{FlushSettings, Registry, flush_worker};
@@ -57,7 +60,7 @@ pub fn validate(log: &config::AccessLog) -> Result<(), AccessLogError> {
 }
 
 /// The access logs of a listener or of a `tcp_proxy` filter. Cheap to clone; shared by all workers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct AccessLogs {
     loggers: Arc<[Logger]>,
     wants_retransmitted: bool,
@@ -68,6 +71,30 @@ struct Logger {
     filter: Option<Matcher>,
     formatter: Formatter,
     file: Arc<LogFile>,
+}
+
+/// A request and its response, as the admin server logs them.
+#[derive(Debug)]
+pub struct HttpExchange {
+    /// `:method`.
+    pub method: Method,
+    /// `:path`, with its query.
+    pub uri: Uri,
+    /// Of the request.
+    pub version: Version,
+    /// Headers of the request.
+    pub request: HeaderMap,
+    /// `%RESPONSE_CODE%`.
+    pub status: u16,
+    /// Headers of the response.
+    pub response: HeaderMap,
+}
+
+impl HttpExchange {
+    /// `%PROTOCOL%`.
+    pub fn protocol(&self) -> &'static str {
+        if self.version == Version::HTTP_10 { "HTTP/1.0" } else { "HTTP/1.1" }
+    }
 }
 
 /// The moment an entry is written.
@@ -113,13 +140,22 @@ impl AccessLogs {
 
     /// Writes an entry to every log whose filter lets it pass. Never blocks.
     pub fn write(&self, record: &Record, log_type: LogType) {
+        self.write_entry(record, log_type, None);
+    }
+
+    /// The same for a request of the admin server.
+    pub fn write_http(&self, record: &Record, http: &HttpExchange) {
+        self.write_entry(record, LogType::NotSet, Some(http));
+    }
+
+    fn write_entry(&self, record: &Record, log_type: LogType, http: Option<&HttpExchange>) {
         if self.is_empty() {
             return;
         }
         let now = Now::read();
         for log in &*self.loggers {
             if log.filter.as_ref().is_none_or(|filter| filter.passes(record, log_type, now)) {
-                log.file.append(|out| log.formatter.format(record, log_type, now, out));
+                log.file.append(|out| log.formatter.print(Entry { record, log_type, http, now }, out));
             }
         }
     }

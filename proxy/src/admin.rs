@@ -4,6 +4,7 @@
 //! can hold the process up: requests are bounded, a reader that stalls is dropped, and long answers are produced
 //! on a thread of their own, no faster than they are read.
 
+mod access;
 mod command_line;
 mod config_dump;
 mod io;
@@ -24,6 +25,7 @@ use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::access_log::AccessLogs;
 use crate::stats::{AdminListenerStats, HttpStats, Stats};
 
 pub use command_line::command_line_options;
@@ -140,6 +142,7 @@ pub trait State: Send + Sync + 'static {
 pub struct Admin {
     listener: TcpListener,
     address: SocketAddr,
+    access_log: AccessLogs,
 }
 
 impl Admin {
@@ -148,7 +151,13 @@ impl Admin {
         let error = |source| AdminError::Bind { address, source };
         let listener = TcpListener::bind(address).await.map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
-        Ok(Self { listener, address })
+        Ok(Self { listener, address, access_log: AccessLogs::default() })
+    }
+
+    /// Logs requests there.
+    #[must_use]
+    pub fn access_log(self, access_log: AccessLogs) -> Self {
+        Self { access_log, ..self }
     }
 
     /// Where it listens.
@@ -165,12 +174,14 @@ impl Admin {
             // The semaphore is never closed, so this is Some.
             let permit = Arc::clone(&connections).acquire_owned().await.ok();
             match self.listener.accept().await {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     let connection = serve_connection(
                         stream,
                         Arc::clone(&server),
                         admin_stats.clone(),
                         listener_stats.clone(),
+                        self.access_log.clone(),
+                        peer,
                         permit,
                     );
                     tokio::spawn(connection);
@@ -190,6 +201,8 @@ async fn serve_connection(
     server: Arc<route::Server>,
     stats: HttpStats,
     listener: AdminListenerStats,
+    access_log: AccessLogs,
+    peer: SocketAddr,
     _permit: Option<OwnedSemaphorePermit>,
 ) {
     stats.downstream_cx_total().inc();
@@ -200,9 +213,18 @@ async fn serve_connection(
     let _active_on_main = listener.main_thread_downstream_cx_active().guard();
     let began = Instant::now();
     let _ = stream.set_nodelay(true);
+    let local = stream.local_addr().unwrap_or(peer);
     let service = service_fn(|request| {
         let server = Arc::clone(&server);
-        async move { Ok::<_, Infallible>(server.answer(&request)) }
+        let entry =
+            (!access_log.is_empty()).then(|| access::Entry::begin(&access_log, &request, peer, local));
+        async move {
+            let response = server.answer(&request);
+            Ok::<_, Infallible>(match entry {
+                Some(entry) => entry.until_sent(response),
+                None => response,
+            })
+        }
     });
     let result = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -8,7 +8,7 @@ use crate::config::access_log::Format;
 use crate::connection::record::{LogType, Record};
 
 use super::operator::{Operator, Syntax, Value};
-use super::{AccessLogError, Now};
+use super::{AccessLogError, HttpExchange, Now};
 
 /// Envoy's default text format.
 const DEFAULT: &str = concat!(
@@ -59,6 +59,8 @@ enum Node {
 pub(super) struct Entry<'a> {
     pub(super) record: &'a Record,
     pub(super) log_type: LogType,
+    /// What a request of the admin server adds; none for connections.
+    pub(super) http: Option<&'a HttpExchange>,
     pub(super) now: Now,
 }
 
@@ -86,7 +88,11 @@ impl Formatter {
 
     /// Appends an entry. JSON ends with a line break; text has what its format has.
     pub fn format(&self, record: &Record, log_type: LogType, now: Now, out: &mut Vec<u8>) {
-        let entry = Entry { record, log_type, now };
+        self.print(Entry { record, log_type, http: None, now }, out);
+    }
+
+    /// The same for what may be more than a connection.
+    pub(super) fn print(&self, entry: Entry<'_>, out: &mut Vec<u8>) {
         match &self.body {
             Body::Text(parts) => write_parts(parts, entry, self.omit_empty, out),
             Body::Json(node) => {
@@ -416,7 +422,8 @@ mod tests {
         #[test]
         fn any_string_is_parsed_or_refused(format in "(%|%%|[A-Z_]{1,9}|START_TIME|REQ|BYTES_SENT|[(){}:?é ]|[0-9]|\\PC){0,24}") {
             if let Ok(parts) = parse(&format) {
-                let entry = Entry { record: &record(), log_type: LogType::NotSet, now: Now::read() };
+                let entry =
+                    Entry { record: &record(), log_type: LogType::NotSet, http: None, now: Now::read() };
                 write_parts(&parts, entry, false, &mut Vec::new());
             }
         }

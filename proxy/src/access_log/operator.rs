@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use crate::connection::record::{CloseType, Record, Upstream};
 use crate::response_flag::ResponseFlags;
 
+use super::HttpExchange;
 use super::format::{Entry, quote_from};
 use super::time::TimeFormat;
 
@@ -199,6 +200,43 @@ pub(super) enum Operator {
     Retransmitted {
         packets: bool,
     },
+    Status,
+    Protocol,
+    Header(Header),
+}
+
+/// A header of an HTTP request or response, or another one when it is not there.
+#[derive(Debug)]
+pub(super) struct Header {
+    of_response: bool,
+    names: Vec<Box<str>>,
+    max_length: usize,
+}
+
+impl Header {
+    /// `%REQ(NAME?OTHER):LENGTH%`.
+    fn build(syntax: &Syntax<'_>) -> Result<Operator, String> {
+        let names: Vec<Box<str>> =
+            required(syntax)?.split('?').map(|name| name.to_ascii_lowercase().into()).collect();
+        if names.len() > 2 {
+            return Err(format!("%{}({})%: more than one alternative", syntax.name, names.join("?")));
+        }
+        let of_response = syntax.name.starts_with("RESP");
+        Ok(Operator::Header(Self { of_response, names, max_length: syntax.max_length.unwrap_or(usize::MAX) }))
+    }
+
+    fn value<'a>(&self, http: &'a HttpExchange) -> Value<'a> {
+        let named = |name: &str| match name {
+            _ if self.of_response => http.response.get(name)?.to_str().ok(),
+            ":method" => Some(http.method.as_str()),
+            ":path" => Some(http.uri.path_and_query()?.as_str()),
+            ":scheme" => Some("http"),
+            ":authority" => http.request.get("host")?.to_str().ok(),
+            name => http.request.get(name)?.to_str().ok(),
+        };
+        let found = self.names.iter().find_map(|name| named(name));
+        found.map_or(Value::Unset, |text| Value::Text(&text[..text.floor_char_boundary(self.max_length)]))
+    }
 }
 
 impl Operator {
@@ -284,10 +322,12 @@ impl Operator {
             "HOSTNAME" => plain(Self::Text(hostname())),
             "ENVIRONMENT" => environment(syntax),
             // HTTP's sizes and texts, which Envoy prints as 0 and empty for TCP.
-            "RESPONSE_CODE"
-            | "REQUEST_HEADERS_BYTES"
-            | "RESPONSE_HEADERS_BYTES"
-            | "RESPONSE_TRAILERS_BYTES" => plain(Self::Number(0)),
+            "RESPONSE_CODE" => plain(Self::Status),
+            "PROTOCOL" => plain(Self::Protocol),
+            "REQ" | "REQUEST_HEADER" | "RESP" | "RESPONSE_HEADER" => Header::build(syntax),
+            "REQUEST_HEADERS_BYTES" | "RESPONSE_HEADERS_BYTES" | "RESPONSE_TRAILERS_BYTES" => {
+                plain(Self::Number(0))
+            }
             _ if name.ends_with("_HEADER_BYTES_SENT") || name.ends_with("_HEADER_BYTES_RECEIVED") => {
                 let side = name.strip_prefix("UPSTREAM_").or(name.strip_prefix("DOWNSTREAM_"));
                 match side.map(|side| side.strip_prefix("DECOMPRESSED_").unwrap_or(side)) {
@@ -310,7 +350,7 @@ impl Operator {
 
     /// Its value in an entry.
     pub(super) fn value<'a>(&'a self, entry: Entry<'a>) -> Value<'a> {
-        let Entry { record, log_type, now } = entry;
+        let Entry { record, log_type, http, now } = entry;
         let text = |text: Option<&'a str>| text.map_or(Value::Unset, Value::Text);
         match self {
             Self::Never => Value::Unset,
@@ -338,7 +378,11 @@ impl Operator {
             Self::ServerName => {
                 record.requested_server_name.as_deref().map_or(Value::Unset, Value::ServerName)
             }
+            Self::LogType if http.is_some() => Value::Text("DownstreamEnd"),
             Self::LogType => Value::Text(log_type.name()),
+            Self::Status => Value::Number(http.map_or(0, |http| http.status.into())),
+            Self::Protocol => http.map_or(Value::Unset, |http| Value::Text(http.protocol())),
+            Self::Header(header) => http.map_or(Value::Unset, |http| header.value(http)),
             Self::StreamId => Value::Uuid(stream_id(record)),
             Self::UniqueId => Value::Uuid(fastrand::u128(..)),
             Self::Retransmitted { packets } => {
@@ -449,7 +493,6 @@ fn never(syntax: &Syntax<'_>) -> Result<Operator, String> {
     const WITHOUT_PARAMETERS: &[&str] = &[
         "DOWNSTREAM_HANDSHAKE_DURATION",
         "GRPC_STATUS_NUMBER",
-        "PROTOCOL",
         "REQUEST_DURATION",
         "REQUEST_TX_DURATION",
         "RESPONSE_DURATION",
@@ -470,10 +513,6 @@ fn never(syntax: &Syntax<'_>) -> Result<Operator, String> {
         "FILTER_STATE",
         "METADATA",
         "QUERY_PARAM",
-        "REQ",
-        "REQUEST_HEADER",
-        "RESP",
-        "RESPONSE_HEADER",
         "RESPONSE_TRAILER",
         "TRAILER",
         "UPSTREAM_FILTER_STATE",

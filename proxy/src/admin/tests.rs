@@ -420,3 +420,43 @@ fn an_address_in_use_is_a_clear_error() {
         assert!(error.contains(&admin.address.to_string()) && error.contains("ss -ltnp"), "{error}");
     });
 }
+
+#[tokio::test]
+async fn requests_are_logged_with_envoys_operators() {
+    use crate::access_log::{AccessLogs, FlushSettings, Registry};
+    use crate::config::access_log::{AccessLog, Format, Sink};
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("admin.log");
+    let format = "%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %REQ(:PATH):4% %PROTOCOL% %RESPONSE_CODE% \
+                  %BYTES_SENT% %REQ(USER-AGENT)% %REQ(X-MISSING)% %RESP(content-type)% %RESPONSE_CODE_DETAILS% \
+                  %ACCESS_LOG_TYPE%\n";
+    let log = AccessLog {
+        sink: Sink::File(path.clone()),
+        filter: None,
+        format: Format::Text { format: format.into(), omit_empty_values: false },
+    };
+    let stats = Stats::new(1);
+    let registry = Registry::start(&stats, FlushSettings::default()).unwrap();
+    let logs = AccessLogs::open(&[log], &registry).unwrap();
+    let process = Arc::new(Process::default());
+    let admin = Admin::bind("127.0.0.1:0".parse().unwrap()).await.unwrap().access_log(logs);
+    let address = admin.address();
+    tokio::spawn(admin.serve(process as Arc<dyn State>, Arc::clone(&stats)));
+    let mut answers = String::new();
+    for path in ["/hot_restart_version?a=b", "/nope"] {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: h\r\nUser-Agent: tester\r\nConnection: close\r\n\r\n");
+        client.write_all(request.as_bytes()).await.unwrap();
+        client.read_to_string(&mut answers).await.unwrap();
+    }
+    assert!(registry.flush(Duration::from_secs(10)));
+    let written = std::fs::read_to_string(&path).unwrap();
+    let lines: Vec<_> = written.lines().collect();
+    let tail = "tester - text/plain; charset=UTF-8 admin_filter_response DownstreamEnd";
+    assert_eq!(lines[0], format!("GET /hot_restart_version?a=b /hot HTTP/1.1 200 8 {tail}"));
+    assert!(lines[1].starts_with("GET /nope /nop HTTP/1.1 404 "), "{written}");
+    assert_eq!(stats.admin_listener().downstream_cx_total().value(), 2);
+}

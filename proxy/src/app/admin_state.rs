@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 
 use super::{Proxy, Stopping, config_dump};
-use crate::access_log;
+use crate::access_log::{self, AccessLogs};
 use crate::admin::{
     Admin, AdminError, ClusterView, Drain, HealthView, HostView, ListenerView, ServerInfo, State,
     ThresholdsView, command_line_options,
@@ -196,8 +196,10 @@ pub(super) async fn start(proxy: &Proxy, running: &Arc<Running>) -> anyhow::Resu
     let stats = Arc::clone(&proxy.stats);
     let path = proxy.args.admin_address_path.clone();
     let wanted = config.address;
+    let logs = AccessLogs::open(&config.access_log, &proxy.logs).context("admin.access_log")?;
     let (address, task) = match Admin::bind(wanted).await {
         Ok(admin) => {
+            let admin = admin.access_log(logs);
             let address = admin.address();
             if let Some(path) = &path {
                 write_address(path, address)?;
@@ -208,7 +210,7 @@ pub(super) async fn start(proxy: &Proxy, running: &Arc<Running>) -> anyhow::Resu
             tracing::info!(
                 "the admin address {wanted} is the former process's until it has been told to drain"
             );
-            (wanted, tokio::spawn(serve_when_free(wanted, path, state, stats)))
+            (wanted, tokio::spawn(serve_when_free(wanted, path, logs, state, stats)))
         }
         Err(error) => return Err(error.into()),
     };
@@ -228,12 +230,13 @@ fn has_predecessor(proxy: &Proxy) -> bool {
 async fn serve_when_free(
     address: SocketAddr,
     path: Option<PathBuf>,
+    logs: AccessLogs,
     state: Arc<dyn State>,
     stats: Arc<Stats>,
 ) {
     let admin = loop {
         match Admin::bind(address).await {
-            Ok(admin) => break admin,
+            Ok(admin) => break admin.access_log(logs),
             Err(error) if in_use(&error) => tokio::time::sleep(ADMIN_RETRY).await,
             Err(error) => {
                 tracing::error!("{error}");

@@ -113,6 +113,22 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("inspector: the client leaves before a decision")
             .listener(tls())
             .does([Write(client_hello(Some("a.example.com"), &[])[..20].to_vec()), Pause(100), ShutdownWrite, ReadToEnd]),
+        Case::new("inspector: 1 byte of plain text, then a FIN")
+            .serves([Echo])
+            .listener(tls())
+            .does([write("h"), Pause(150), ShutdownWrite, ReadToEnd]),
+        Case::new("inspector: 2 bytes of plain text, then a FIN")
+            .serves([Echo])
+            .listener(tls())
+            .does([write("he"), Pause(150), ShutdownWrite, ReadToEnd]),
+        Case::new("inspector: 3 bytes of plain text, then a FIN")
+            .serves([Echo])
+            .listener(tls())
+            .does([write("hel"), Pause(150), ShutdownWrite, ReadToEnd]),
+        Case::new("inspector: 4 bytes of plain text, then a FIN")
+            .serves([Echo])
+            .listener(tls())
+            .does([write("helo"), Pause(150), ShutdownWrite, ReadToEnd]),
         Case::new("PROXY protocol v1")
             .serves([Echo])
             .listener(proxy_protocol(&json!({})))
