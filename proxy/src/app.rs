@@ -28,6 +28,7 @@ use crate::sys;
 use crate::takeover::{self, Starting, StatePaths};
 use crate::uring::{self, Engine};
 use crate::worker::{self, Handle, Role, Shared, SocketId};
+use crate::xds::cache::Cache;
 use crate::xds::client;
 use crate::xds::client::upstream::Upstream;
 use crate::xds::store::{Bound, Changes, Draining, Happened, Parts, Phase, Store};
@@ -493,6 +494,7 @@ impl Proxy {
                 _ = sweep.tick() => self.snapshot().clusters().for_each(|cluster| cluster.sweep()),
                 _ = second.tick() => {
                     state.tick();
+                    self.store.save();
                     let not_served = self.shared.not_served.load(Ordering::Relaxed);
                     self.stats.set_intercept_counter("not_served_reset", not_served);
                     self.look_for_kubepods();
@@ -548,7 +550,8 @@ impl Proxy {
     }
 
     /// Ends the workers and writes what the access logs still hold.
-    fn end(self) -> anyhow::Result<()> {
+    fn end(mut self) -> anyhow::Result<()> {
+        self.store.finish();
         for worker in self.workers {
             worker.join()?;
         }
@@ -642,6 +645,7 @@ fn store(
         client,
         events,
         tables: tables.clone(),
+        cache: args.xds_cache.as_deref().map(|dir| Cache::open(dir, tables)).transpose()?,
     };
     Store::new(bootstrap, parts)
 }

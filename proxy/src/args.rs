@@ -156,6 +156,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "ZONE", default_value = "")]
     pub service_zone: String,
 
+    /// Keep the last accepted resources of control planes in this directory, for starts without a control plane
+    #[arg(long, value_name = "DIR")]
+    pub xds_cache: Option<PathBuf>,
+
     /// How long connections may drain after SIGTERM or a listener's removal, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub drain_time_s: u64,

@@ -23,9 +23,12 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Puts a snapshot together. Of two listeners with one address the first owns it.
-    ///
-    /// `lingering` are listeners that are gone or have moved: they still own addresses that nobody else has.
-    pub fn build(
+    pub fn build(listeners: Vec<Arc<Listener>>, clusters: Vec<Arc<Cluster>>) -> Self {
+        Self::with_lingering(listeners, clusters, &[])
+    }
+
+    /// The same, with listeners that are gone or have moved: they still own addresses that nobody else has.
+    pub fn with_lingering(
         listeners: Vec<Arc<Listener>>,
         clusters: Vec<Arc<Cluster>>,
         lingering: &[Arc<Listener>],

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::config::config_source::Source;
 
+pub mod cache;
 pub mod client;
 pub mod store;
 pub mod tables;

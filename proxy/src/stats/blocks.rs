@@ -452,7 +452,7 @@ stats_block! {
     gauges {}
     histograms {}
     shared_counters { ignored_filters, warnings }
-    shared_gauges {}
+    shared_gauges { stale_resources }
     zero_counters {}
     zero_gauges {}
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tidegate_api::endpoint as endpoint_api;
 use tokio::sync::mpsc;
 
+use super::cache::Cache;
 use super::client::Client;
 use super::tables::Tables;
 use super::{Event, Key, Kind, Wanted};
@@ -27,6 +28,7 @@ use crate::snapshot::Snapshot;
 use crate::stats::Stats;
 
 mod apply;
+mod cached;
 mod changes;
 mod clusters;
 mod endpoints;
@@ -54,6 +56,8 @@ pub struct Parts {
     pub events: mpsc::UnboundedReceiver<Event>,
     /// For `/config_dump`.
     pub tables: Tables,
+    /// The last accepted state, if it is kept.
+    pub cache: Option<Cache>,
 }
 
 /// See the module.
@@ -62,6 +66,9 @@ pub struct Store {
     client: Client,
     events: mpsc::UnboundedReceiver<Event>,
     tables: Tables,
+    cache: Option<Cache>,
+    /// What is being applied comes from the cache.
+    reading_cache: bool,
     runtime: Runtime,
     dynamic: DynamicResources,
     clusters: Clusters,
@@ -142,7 +149,7 @@ impl Store {
     /// # Errors
     /// A static resource can't be served.
     pub fn new(bootstrap: &Bootstrap, parts: Parts) -> anyhow::Result<Self> {
-        let Parts { stats, logs, workers, client, events, tables } = parts;
+        let Parts { stats, logs, workers, client, events, tables, cache } = parts;
         let mut store = Self {
             clusters: Clusters::new(&stats),
             listeners: Listeners::new(&stats, &logs, workers),
@@ -151,6 +158,8 @@ impl Store {
             client,
             events,
             tables,
+            cache,
+            reading_cache: false,
             runtime: bootstrap.runtime.clone(),
             dynamic: bootstrap.dynamic.clone(),
             assignments: HashMap::new(),
@@ -233,7 +242,11 @@ impl Store {
 
     /// What is in force now. `lingering` listeners keep those of their addresses that nobody else has.
     pub fn snapshot(&self, lingering: &[Arc<Listener>]) -> Snapshot {
-        Snapshot::build(self.listeners.active(), self.clusters.active().cloned().collect(), lingering)
+        Snapshot::with_lingering(
+            self.listeners.active(),
+            self.clusters.active().cloned().collect(),
+            lingering,
+        )
     }
 
     /// For `/init_dump`: what is waited for, by kind.
@@ -340,29 +353,36 @@ impl Store {
 
     fn expire(&mut self) {
         let now = Instant::now();
+        let mut expired = Vec::new();
         while let Some(Reverse((at, id))) = self.deadlines.peek().copied() {
             if at > now {
                 break;
             }
             self.deadlines.pop();
-            match self.deadline_ids.remove(&id) {
-                Some(Deadline::Cds) if self.cds == Fetch::Waiting => {
+            expired.extend(self.deadline_ids.remove(&id));
+        }
+        self.recall_expired(&expired);
+        for deadline in expired {
+            match deadline {
+                Deadline::Cds if self.cds == Fetch::Waiting => {
+                    self.recall(Kind::Cluster);
                     self.cds = Fetch::Done;
                     self.stats.cluster_manager().cds_init_fetch_timeout().inc();
                     tracing::warn!("no clusters came within initial_fetch_timeout; going on without them");
                 }
-                Some(Deadline::Lds) if self.lds == Fetch::Waiting => {
+                Deadline::Lds if self.lds == Fetch::Waiting => {
+                    self.recall(Kind::Listener);
                     self.lds = Fetch::Done;
                     self.stats.listener_manager().lds_init_fetch_timeout().inc();
                     tracing::warn!("no listeners came within initial_fetch_timeout; going on without them");
                 }
-                Some(Deadline::Endpoints(source, service)) => self.give_up_endpoints(&source, &service),
-                Some(Deadline::Routes(source, name)) => {
+                Deadline::Endpoints(source, service) => self.give_up_endpoints(&source, &service),
+                Deadline::Routes(source, name) => {
                     if self.routes.give_up(&source, &name) {
                         tracing::warn!(route = %name, "no routes came within initial_fetch_timeout");
                     }
                 }
-                Some(Deadline::Cds | Deadline::Lds) | None => {}
+                Deadline::Cds | Deadline::Lds => {}
             }
         }
     }

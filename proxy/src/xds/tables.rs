@@ -15,6 +15,7 @@ pub struct Tables(Arc<Mutex<All>>);
 #[derive(Debug, Default)]
 pub struct All {
     kinds: BTreeMap<Kind, Table>,
+    generation: u64,
 }
 
 /// One kind of resource.
@@ -77,8 +78,20 @@ impl All {
         self.kinds.get(&kind)
     }
 
-    /// One kind.
+    /// Changes whenever anything may have changed.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Resources in force that no control plane has confirmed.
+    pub fn stale(&self) -> usize {
+        let records = self.kinds.values().flat_map(|table| table.records.values());
+        records.filter(|record| record.active.as_ref().is_some_and(|held| held.stale)).count()
+    }
+
+    /// One kind, to change it.
     pub fn kind_mut(&mut self, kind: Kind) -> &mut Table {
+        self.generation += 1;
         self.kinds.entry(kind).or_default()
     }
 }
@@ -89,6 +102,16 @@ impl Table {
         let record = self.records.entry(Arc::clone(name)).or_default();
         record.warming = Some(held);
         record.error = None;
+    }
+
+    /// A control plane sent what is there already.
+    pub fn confirm(&mut self, name: &str) {
+        if let Some(record) = self.records.get_mut(name) {
+            for held in record.active.iter_mut().chain(&mut record.warming) {
+                held.stale = false;
+            }
+            record.error = None;
+        }
     }
 
     /// What was warming is in force.

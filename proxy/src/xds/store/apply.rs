@@ -12,31 +12,37 @@ use super::response::{self, Checked, Rejections};
 use super::{Deadline, Fetch, Store, listeners};
 use crate::config::config_source::Source;
 use crate::config::dynamic::{self, Surroundings, Valid};
+use crate::config::error::ConfigError;
 use crate::xds::tables::Held;
 use crate::xds::{Change, Key, Kind, Resource, Unreadable, Update, Verdict, Wanted};
 
 impl Store {
     pub(super) fn update(&mut self, update: Update) {
         let Update { key, change, verdict } = update;
-        let answer = match change {
-            Change::Expired(names) => {
-                self.expired(&key, &names);
-                Verdict::Accept
-            }
-            Change::State { version, resources, unchanged, unreadable } => {
-                let all = key.kind.lists_everything();
-                self.apply(&key, &version, resources, unreadable, Absent::State { all, unchanged })
-            }
-            Change::Delta { version, resources, removed } => {
-                self.apply(&key, &version, resources, Vec::new(), Absent::Removed(removed))
-            }
-        };
+        let answer = self.change(&key, change);
         self.count_update(&key, &answer);
         if let Verdict::Reject { message, .. } = &answer {
             tracing::warn!("{} update rejected: {message}", key.kind.service());
         }
         // The client gives up on answers when its stream ends.
         let _ = verdict.send(answer);
+    }
+
+    /// Applies a change of what one subscription gives.
+    pub(super) fn change(&mut self, key: &Key, change: Change) -> Verdict {
+        match change {
+            Change::Expired(names) => {
+                self.expired(key, &names);
+                Verdict::Accept
+            }
+            Change::State { version, resources, unchanged, unreadable } => {
+                let all = key.kind.lists_everything();
+                self.apply(key, &version, resources, unreadable, Absent::State { all, unchanged })
+            }
+            Change::Delta { version, resources, removed } => {
+                self.apply(key, &version, resources, Vec::new(), Absent::Removed(removed))
+            }
+        }
     }
 
     pub(super) fn apply(
@@ -90,7 +96,7 @@ impl Store {
         unreadable: Vec<Unreadable>,
         apply: impl FnOnce(&mut Self, Vec<Checked<M>>, &mut Rejections),
     ) -> Rejections {
-        match response::check::<M>(kind, version, resources, unreadable) {
+        match response::check::<M>(kind, version, resources, unreadable, self.reading_cache) {
             Err(rejections) => rejections,
             Ok((checked, mut rejections)) => {
                 self.note_unknown_fields(&checked);
@@ -131,13 +137,24 @@ impl Store {
                     match added {
                         clusters::Added::New => stats.cluster_added().inc(),
                         clusters::Added::Modified => stats.cluster_modified().inc(),
-                        clusters::Added::Unchanged | clusters::Added::Blocked => continue,
+                        clusters::Added::Unchanged => {
+                            self.tables.lock().kind_mut(Kind::Cluster).confirm(&name);
+                            continue;
+                        }
+                        clusters::Added::Blocked => continue,
                     }
                     response::log_warnings(&name, &converted.warnings);
                     self.tables.lock().kind_mut(Kind::Cluster).accept(&name, held);
                 }
                 Err(error) => {
-                    self.refuse(Kind::Cluster, &name, wrapper_name, &held, &error.to_string(), rejections);
+                    self.refuse(
+                        Kind::Cluster,
+                        &name,
+                        wrapper_name,
+                        &held,
+                        &response::reason(&error),
+                        rejections,
+                    );
                 }
             }
         }
@@ -168,7 +185,7 @@ impl Store {
             let Checked { name, wrapper_name, valid, held, .. } = resource;
             if let Err(error) = self.add_listener(&name, valid, &held) {
                 self.stats.listener_manager().listener_create_failure().inc();
-                self.refuse(Kind::Listener, &name, wrapper_name, &held, &format!("{error:#}"), rejections);
+                self.refuse(Kind::Listener, &name, wrapper_name, &held, &why(&error), rejections);
             }
         }
         self.forget_routes();
@@ -188,7 +205,11 @@ impl Store {
         let added = self.listeners.add(&config, content(held), Origin::Dynamic)?;
         let stats = self.stats.listener_manager();
         let listener = match added {
-            listeners::Added::Unchanged | listeners::Added::Blocked => return Ok(()),
+            listeners::Added::Unchanged => {
+                self.tables.lock().kind_mut(Kind::Listener).confirm(&config.name);
+                return Ok(());
+            }
+            listeners::Added::Blocked => return Ok(()),
             listeners::Added::New(listener) => {
                 stats.listener_added().inc();
                 listener
@@ -269,7 +290,7 @@ impl Store {
                     }
                 }
                 Err(error) => {
-                    let error = format!("{error:#}");
+                    let error = why(&error);
                     self.refuse(Kind::RouteConfiguration, &name, wrapper_name, &held, &error, rejections);
                 }
             }
@@ -371,6 +392,11 @@ impl Absent {
             }
         }
     }
+}
+
+/// An error of a resource, in one line, without its name.
+fn why(error: &anyhow::Error) -> String {
+    error.downcast_ref::<ConfigError>().map_or_else(|| format!("{error:#}"), response::reason)
 }
 
 fn content(held: &Held) -> u64 {

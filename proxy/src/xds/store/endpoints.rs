@@ -126,7 +126,7 @@ impl Store {
                 }
                 Err(error) => {
                     version.stats().update_rejected().inc();
-                    return Err(error.to_string());
+                    return Err(response::reason(&error));
                 }
             }
         }
@@ -139,7 +139,8 @@ impl Store {
         if assignment.valid.is_some() {
             return;
         }
-        for cluster in assignment.users.clone() {
+        let users = assignment.users.clone();
+        for cluster in users {
             for version in self.clusters.versions(&cluster) {
                 version.stats().init_fetch_timeout().inc();
             }

@@ -11,6 +11,7 @@ impl Store {
     pub(super) fn failed(&mut self, keys: &[Key], reason: &str) {
         tracing::warn!("{}: {reason}; what was accepted holds", services(keys));
         self.stats.control_plane().connected_state().set(0);
+        self.recall_unfetched(keys);
         for key in keys {
             match key.kind {
                 Kind::Cluster => self.stats.cluster_manager().cds_update_failure().inc(),
@@ -82,6 +83,21 @@ impl Store {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// What goes to disk. Called now and then.
+    pub fn save(&mut self) {
+        if let Some(cache) = &mut self.cache {
+            self.stats.config().stale_resources().set(self.tables.lock().stale() as u64);
+            cache.save();
+        }
+    }
+
+    /// The same, at the end.
+    pub fn finish(&mut self) {
+        if let Some(cache) = &mut self.cache {
+            cache.finish();
         }
     }
 

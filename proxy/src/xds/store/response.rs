@@ -8,7 +8,7 @@ use prost::{Message, Name};
 use tidegate_api::{cluster, endpoint, listener, route};
 
 use crate::config::dynamic::{self, Valid};
-use crate::config::error::Problem;
+use crate::config::error::{ConfigError, Problem};
 use crate::xds::tables::{Held, Refused};
 use crate::xds::{Kind, MAX_ERROR_DETAIL, Resource, Unreadable, Verdict};
 
@@ -101,12 +101,13 @@ impl Rejections {
 }
 
 /// Checks the resources of a response by the rules of the API. One that breaks them, or is there twice, spoils them
-/// all, as in Envoy. Those that could not be read from text only spoil themselves.
+/// all, as in Envoy. Those that could not be read from text only spoil themselves. `stale`: they come from the cache on disk.
 pub(super) fn check<M: Named>(
     kind: Kind,
     version: &str,
     resources: Vec<Resource>,
     unreadable: Vec<Unreadable>,
+    stale: bool,
 ) -> Result<(Vec<Checked<M>>, Rejections), Rejections> {
     let mut rejections = Rejections::default();
     for Unreadable { name, error } in unreadable {
@@ -120,7 +121,7 @@ pub(super) fn check<M: Named>(
         let valid = match dynamic::check::<M>(&body, &label) {
             Ok(valid) => valid,
             Err(error) => {
-                spoilt.refuse(wrapper_name.unwrap_or_else(|| name_of::<M>(&body.value)), error.to_string());
+                spoilt.refuse(wrapper_name.unwrap_or_else(|| name_of::<M>(&body.value)), reason(&error));
                 continue;
             }
         };
@@ -148,8 +149,7 @@ pub(super) fn check<M: Named>(
             continue;
         }
         let version = if own.is_empty() { version } else { &own };
-        let held =
-            Held { version: version.into(), body: body.value.into(), at: SystemTime::now(), stale: false };
+        let held = Held { version: version.into(), body: body.value.into(), at: SystemTime::now(), stale };
         checked.push(Checked { name, wrapper_name, valid, held, unknown_fields });
     }
     if spoilt.is_empty() { Ok((checked, rejections)) } else { Err(spoilt.all()) }
@@ -180,4 +180,13 @@ pub(super) fn log_warnings(name: &str, warnings: &[Problem]) {
     for warning in warnings {
         tracing::warn!(target: "tidegate::config", resource = name, "{warning}");
     }
+}
+
+/// The problems of one resource, without its name before each.
+pub(super) fn reason(error: &ConfigError) -> String {
+    let line = |problem: &Problem| match problem.path.as_str() {
+        "" => problem.reason.to_string(),
+        path => format!("{path}: {}", problem.reason),
+    };
+    error.problems().iter().map(line).collect::<Vec<_>>().join("; ")
 }

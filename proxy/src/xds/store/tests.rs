@@ -129,6 +129,10 @@ fn resource(body: Any) -> Resource {
 
 impl Fixture {
     fn new(static_resources: &Value) -> Self {
+        Self::with_cache(static_resources, None)
+    }
+
+    fn with_cache(static_resources: &Value, cache: Option<&std::path::Path>) -> Self {
         let bootstrap = json!({
             "static_resources": static_resources,
             "dynamic_resources": { "cds_config": file("cds"), "lds_config": file("lds") },
@@ -155,6 +159,7 @@ impl Fixture {
             client: Client::new(settings, Rc::new(Nowhere), sender),
             events,
             tables: tables.clone(),
+            cache: cache.map(|dir| Cache::open(dir, &tables).unwrap()),
         };
         let store = Store::new(&loaded.bootstrap, parts).unwrap();
         let mut fixture = Self { store, stats, tables, changes: Vec::new() };
@@ -366,7 +371,7 @@ fn p30_a_broken_rule_of_the_api_spoils_the_response() {
         let verdict = fixture.state(Kind::Cluster, "1", vec![zero, cluster("good", json!({}))]);
         let (message, names, nothing) = rejected(&verdict);
         assert!(
-            message.contains("zero: CDS (unnamed): connect_timeout: must be greater than 0"),
+            message.contains("zero: connect_timeout: must be greater than 0s"),
             "{message}"
         );
         assert_eq!((names, nothing), (vec![], true));
@@ -598,5 +603,40 @@ fn bad_endpoints_keep_the_good_ones() {
         let verdict = fixture.state(Kind::ClusterLoadAssignment, "2", vec![named]);
         assert!(rejected(&verdict).0.contains("malformed IP address: foo.example"), "{verdict:?}");
         assert_eq!(fixture.clusters()["a"], [1]);
+    });
+}
+
+#[test]
+fn without_a_control_plane_the_cache_serves_and_is_marked_stale() {
+    local(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut before = Fixture::with_cache(&json!({}), Some(dir.path()));
+        before.accepted(Kind::Cluster, vec![cluster("a", json!({}))]);
+        before.accepted(Kind::ClusterLoadAssignment, vec![endpoints("a", &[1])]);
+        let body = any::<tidegate_api::listener::Listener>(&listener_json("h", 80, &[http("r")]));
+        before.accepted(Kind::Listener, vec![listener("l", 81, "a"), body]);
+        before.accepted(Kind::RouteConfiguration, vec![routes("r", "a")]);
+        before.store.finish();
+        drop(before);
+
+        let mut after = Fixture::with_cache(&json!({}), Some(dir.path()));
+        let mut fail = |kind| {
+            let failed = Event::Failed { keys: vec![key(kind)], reason: "refused".into() };
+            after.store.handle(Happened::Event(failed));
+        };
+        fail(Kind::Cluster);
+        fail(Kind::ClusterLoadAssignment);
+        fail(Kind::Listener);
+        fail(Kind::RouteConfiguration);
+        assert_eq!(after.store.phase(), Phase::Done);
+        assert_eq!(after.clusters(), BTreeMap::from([("a".into(), vec![1])]));
+        assert_eq!(after.listeners(), ["h", "l"]);
+        assert_eq!(after.tables.lock().stale(), 5);
+        // The control plane is back, with less.
+        after.accepted(Kind::Cluster, vec![cluster("a", json!({}))]);
+        after.accepted(Kind::ClusterLoadAssignment, vec![endpoints("a", &[2])]);
+        after.accepted(Kind::Listener, vec![listener("l", 81, "a")]);
+        assert_eq!((after.listeners(), after.clusters()["a"].clone()), (vec!["l".to_owned()], vec![2]));
+        assert_eq!(after.tables.lock().stale(), 0);
     });
 }
