@@ -200,7 +200,7 @@ impl Bench {
         let mut config = config("xds", Discovery::Static, &[EndpointAddress::Ip(address)]);
         config.tls = tls.map(Arc::new);
         let cluster = Cluster::build(Arc::new(config), &Stats::new(1), None);
-        let publisher = Publisher::new(Snapshot::build(vec![], vec![Arc::clone(&cluster)], &[]));
+        let publisher = Publisher::new(Snapshot::build(vec![], vec![Arc::clone(&cluster)]));
         let marked = Rc::new(AtomicUsize::new(0));
         let count = Rc::clone(&marked);
         let own = Box::new(move |_: &socket2::Socket| {
@@ -607,7 +607,7 @@ fn without_a_cluster_or_an_ads_config_the_store_hears_why() {
         let reason = bench.failed().await;
         assert!(reason.contains("there is no cluster \"nobody\""), "{reason}");
         let (sender, mut events) = mpsc::unbounded_channel();
-        let publisher = Publisher::new(Snapshot::build(vec![], vec![], &[]));
+        let publisher = Publisher::new(Snapshot::build(vec![], vec![]));
         let dialer = Rc::new(Upstream::new(publisher, Box::new(|_| Ok(()))));
         let mut client = Client::new(Settings { node: core::Node::default(), ads: None }, dialer, sender);
         client.want(&ads(Kind::Cluster), wanted(&["*"]));
@@ -798,7 +798,7 @@ fn a_server_that_never_answers_the_handshake_costs_connect_timeout() {
         config.connect_timeout = Duration::from_millis(50);
         let cluster = Cluster::build(Arc::new(config), &Stats::new(1), None);
         let upstream =
-            Upstream::new(Publisher::new(Snapshot::build(vec![], vec![cluster], &[])), Box::new(|_| Ok(())));
+            Upstream::new(Publisher::new(Snapshot::build(vec![], vec![cluster])), Box::new(|_| Ok(())));
         let dialing = upstream.dial("xds", Alpn::Http2);
         let (result, held): (_, TcpStream) =
             tokio::join!(dialing, async { listener.accept().await.unwrap().0 });
