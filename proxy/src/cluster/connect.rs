@@ -490,6 +490,25 @@ mod tests {
     }
 
     #[test]
+    fn clusters_of_control_planes_are_not_for_clients() {
+        let mut config = config("xds", Discovery::Static, &[EndpointAddress::Ip(([127, 0, 0, 1], 1).into())]);
+        config.tls = Some(Arc::new(crate::config::tls::UpstreamTls {
+            trusted_ca: crate::config::tls::DataSource::Inline([].into()),
+            sni: None,
+            server_names: crate::config::tls::ServerNames::Any,
+            certificate: None,
+            alpn_protocols: vec![],
+            tls12: true,
+            tls13: true,
+        }));
+        let fixture = Fixture::new().with_config(config);
+        let (result, record) = fixture.connect(&proxy(ClusterChoice::Single("xds".into()), 1));
+        assert_eq!(result.unwrap_err(), Failure::NoRoute);
+        assert!(record.flags.has(ResponseFlag::NoClusterFound));
+        assert_eq!(fixture.of("xds").stats().upstream_cx_total().value(), 0, "nothing left in plaintext");
+    }
+
+    #[test]
     fn an_established_connection_is_counted_until_it_ends() {
         let (server, address) = listener();
         let fixture = Fixture::new().with("c", &[address]);

@@ -9,7 +9,7 @@
 //! | `api_config_source`, REST | one poll for each kind: `rest` |
 //! | `path_config_source` | one watched file for each kind: `path` |
 //!
-//! The protocol itself is in [`sotw`] and [`delta`], which do no I/O. [`grpc`] moves their messages.
+//! The protocol itself is in `sotw` and `delta`, which do no I/O. `grpc` moves their messages.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -65,6 +65,8 @@ struct Driver<P: Protocol> {
     source: Source,
     task: Task,
     verdicts: Verdicts,
+    /// The operator knows that this stream's server sends what nobody asked for.
+    complained: bool,
 }
 
 /// Why a stream ended.
@@ -82,7 +84,7 @@ impl<P: Protocol> Driver<P> {
     fn new(protocol: P, api: Arc<ApiSource>, task: Task) -> Self {
         let kind = (!is_aggregated(&api)).then_some(task.key.kind);
         let source = task.key.source.clone();
-        Self { protocol, api, kind, source, task, verdicts: Verdicts::default() }
+        Self { protocol, api, kind, source, task, verdicts: Verdicts::default(), complained: false }
     }
 
     async fn run(mut self) {
@@ -178,6 +180,7 @@ impl<P: Protocol> Driver<P> {
         };
         let _reader = AbortOnDrop(tokio::task::spawn_local(call.read(sender)));
         self.protocol.opened();
+        self.complained = false;
         let mut identifier = None;
         let mut answered = false;
         loop {
@@ -253,7 +256,9 @@ impl<P: Protocol> Driver<P> {
             }
             Received::Done => {}
             Received::Ignored(what) => {
-                tracing::warn!(server = %self.api.cluster, "xDS: the server sent {what}; ignored");
+                if !std::mem::replace(&mut self.complained, true) {
+                    tracing::warn!(server = %self.api.cluster, "xDS: the server sent {what}; ignored");
+                }
             }
         }
     }
