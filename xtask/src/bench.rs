@@ -58,18 +58,15 @@ impl Bench {
             Some(path) => path.clone(),
             None => cargo::build_release()?,
         };
+        let envoy = match &self.envoy {
+            Some(path) => path.clone(),
+            None => tool::envoy()?, // before root: what it installs stays the caller's
+        };
         root::become_root()?;
         root::clean_up_on_signals()?;
         tool::require(&[("ip", "iproute2"), ("taskset", "util-linux"), ("haproxy", "haproxy")])?;
-        let programs = Programs {
-            tidegate,
-            envoy: match &self.envoy {
-                Some(path) => path.clone(),
-                None => tool::envoy()?,
-            },
-            haproxy: tool::find("haproxy").context("haproxy")?,
-            pin: self.pin,
-        };
+        let programs =
+            Programs { tidegate, envoy, haproxy: tool::find("haproxy").context("haproxy")?, pin: self.pin };
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
         let settings = Settings {

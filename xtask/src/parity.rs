@@ -49,6 +49,9 @@ impl Parity {
         if self.show != Some(Shown::Envoy) {
             cargo::build(&["tidegate"])?;
         }
+        if self.show != Some(Shown::Tidegate) {
+            self.envoy()?; // before root: what it installs stays the caller's
+        }
         crate::root::become_root()?;
         crate::root::clean_up_on_signals()?;
         tool::require(&[("ip", "iproute2"), ("nft", "nftables")])?;

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -63,6 +65,7 @@ impl Report {
         let path = dir.join("bench.json");
         fs::write(&path, format!("{:#}\n", Value::Object(document)))
             .with_context(|| format!("write {}", path.display()))?;
+        give_back(&[&dir, &path])?;
         println!("\nall figures of all rounds: {}", path.display());
         Ok(())
     }
@@ -90,6 +93,16 @@ impl Report {
             settings["seconds_per_measurement"],
         )
     }
+}
+
+/// Makes files below target/ its owner's: under sudo they are made by root.
+fn give_back(paths: &[&Path]) -> Result<()> {
+    let owner = fs::metadata(program::target())?;
+    for path in paths {
+        chown(path, Some(owner.uid()), Some(owner.gid()))
+            .with_context(|| format!("chown {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// The metrics that were measured, in order.

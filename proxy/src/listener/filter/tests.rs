@@ -121,10 +121,10 @@ fn a_client_hello_in_many_segments_is_found_and_left_in_the_stream() {
 }
 
 #[test]
-fn plaintext_is_passed_on_at_once() {
-    both(&listener(vec![tls()]), sending(b"h".to_vec(), 1), |outcome| {
+fn plaintext_is_passed_on_as_soon_as_it_is_known() {
+    both(&listener(vec![tls()]), sending(b"hello".to_vec(), 1), |outcome| {
         assert!(outcome.result.is_ok(), "{:?}", outcome.result);
-        assert_eq!((outcome.inspected.transport_protocol, &outcome.rest[..]), ("", &b"h"[..]));
+        assert_eq!((outcome.inspected.transport_protocol, &outcome.rest[..]), ("", &b"hello"[..]));
         assert_eq!(outcome.stats.tls_inspector().tls_not_found().value(), 1);
     });
 }

@@ -85,16 +85,12 @@ struct Record<'a> {
 }
 
 impl<'a> Record<'a> {
-    /// `None`: the header is not complete, and nothing in it is wrong yet.
+    /// `None`: the header is not complete. As in Envoy, nothing is judged before that: a client that sends less and a
+    /// FIN is not served.
     fn parse(bytes: &'a [u8]) -> Result<Option<Self>, NotARecord> {
-        if bytes.first().is_some_and(|kind| *kind != HANDSHAKE)
-            || bytes.get(1).is_some_and(|major| *major != MAJOR_VERSION)
-        {
-            return Err(NotARecord);
-        }
         let Some((header, body)) = bytes.split_at_checked(RECORD_HEADER) else { return Ok(None) };
         let len = usize::from(u16::from_be_bytes([header[3], header[4]]));
-        if len > MAX_FRAGMENT {
+        if header[0] != HANDSHAKE || header[1] != MAJOR_VERSION || len > MAX_FRAGMENT {
             return Err(NotARecord);
         }
         let there = len.min(body.len());
@@ -262,10 +258,18 @@ pub(crate) mod tests {
 
     #[test]
     fn plaintext_is_told_apart_by_its_first_bytes() {
-        for plain in [&b"hello"[..], b"GET / HTTP/1.1\r\n", b"\x16\x02", b"\x80\x2e\x01", b"\x17\x03\x03"] {
+        for plain in [
+            &b"hello"[..],
+            b"GET / HTTP/1.1\r\n",
+            b"\x16\x02\0\0\0",
+            b"\x80\x2e\x01\0\0",
+            b"\x17\x03\x03\0\0",
+        ] {
             assert_eq!(inspect(plain, MAX), Outcome::NotTls, "{plain:?}");
         }
-        assert_eq!(inspect(b"", MAX), Outcome::NeedMore(RECORD_HEADER));
+        for undecided in [&b""[..], b"h", b"helo", b"\x16\x03\x01\0"] {
+            assert_eq!(inspect(undecided, MAX), Outcome::NeedMore(RECORD_HEADER), "{undecided:?}");
+        }
         assert_eq!(inspect(b"\x16\x03\x01\x40\x01", MAX), Outcome::NotTls, "fragment over 2^14");
         assert_eq!(inspect(b"\x16\x03\x01\x00\x04\x02", MAX), Outcome::NotTls, "a ServerHello");
     }

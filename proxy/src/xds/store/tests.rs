@@ -370,10 +370,7 @@ fn p30_a_broken_rule_of_the_api_spoils_the_response() {
             Any { type_url: Kind::Cluster.type_url().into(), value: prost::Message::encode_to_vec(&zero) };
         let verdict = fixture.state(Kind::Cluster, "1", vec![zero, cluster("good", json!({}))]);
         let (message, names, nothing) = rejected(&verdict);
-        assert!(
-            message.contains("zero: connect_timeout: must be greater than 0s"),
-            "{message}"
-        );
+        assert!(message.contains("zero: connect_timeout: must be greater than 0s"), "{message}");
         assert_eq!((names, nothing), (vec![], true));
         assert!(!fixture.store.clusters.contains("good"));
     });
