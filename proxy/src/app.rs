@@ -49,6 +49,13 @@ const LOG_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the eBPF programs' debug lines are printed, when they are asked for.
 const EBPF_LOG_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Events of control planes that are handled before what they change is published. Enough that the work for each
+/// publication is small beside them, few enough that signals are heard.
+const EVENTS_AT_ONCE: usize = 256;
+
+/// How often `/init_dump` is brought up to date: with thousands of resources it costs more than handling one.
+const UNREADY_INTERVAL: Duration = Duration::from_millis(200);
+
 /// How often unused hosts of ORIGINAL_DST clusters are looked for; each cluster's `cleanup_interval` decides.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -250,10 +257,11 @@ impl Proxy {
     async fn warm(&mut self, state: &Running, signals: &mut Signals) -> bool {
         let changes = self.store.start(&self.loaded.bootstrap);
         self.apply(changes, state);
+        let mut unready = tokio::time::interval(UNREADY_INTERVAL);
         while self.store.phase() != Phase::Done {
-            state.set_unready(self.store.unready());
             tokio::select! {
                 happened = self.store.next() => self.take(happened, state),
+                _ = unready.tick() => state.set_unready(self.store.unready()),
                 request = signals.next() => match request {
                     Request::Stop => return false,
                     Request::ReopenLogs => self.reopen_logs(),
@@ -301,7 +309,12 @@ impl Proxy {
 
     /// The configuration changes, perhaps.
     fn take(&mut self, happened: Happened, state: &Running) {
-        let changes = self.store.handle(happened);
+        let mut changes = self.store.handle(happened);
+        // A control plane that sends thousands of resources one by one does not make us publish as often.
+        for _ in 0..EVENTS_AT_ONCE {
+            let Some(happened) = self.store.try_next() else { break };
+            changes.absorb(self.store.handle(happened));
+        }
         self.apply(changes, state);
     }
 

@@ -120,7 +120,7 @@ struct Assignment {
 #[derive(Debug)]
 pub enum Internal {
     /// The names of a STRICT_DNS cluster were looked up.
-    Resolved(ClusterId),
+    Resolved(Arc<str>, ClusterId),
 }
 
 /// What is waited for no longer than some time.
@@ -210,6 +210,12 @@ impl Store {
         }
     }
 
+    /// What has happened already.
+    pub fn try_next(&mut self) -> Option<Happened> {
+        let event = self.events.try_recv().ok().map(Happened::Event);
+        event.or_else(|| self.internal.1.try_recv().ok().map(Happened::Internal))
+    }
+
     /// Takes note of it.
     pub fn handle(&mut self, happened: Happened) -> Changes {
         match happened {
@@ -219,7 +225,7 @@ impl Store {
             Happened::Event(Event::Connected { keys, identifier }) => {
                 self.connected(&keys, identifier.as_deref());
             }
-            Happened::Internal(Internal::Resolved(cluster)) => self.clusters.ready(cluster),
+            Happened::Internal(Internal::Resolved(name, id)) => self.clusters.ready(&name, id),
             Happened::Deadline => self.expire(),
         }
         self.settle()

@@ -49,6 +49,20 @@ pub struct Draining {
 }
 
 impl Changes {
+    /// Adds what changed after it.
+    pub fn absorb(&mut self, later: Self) {
+        let Self { clusters, clusters_gone, listeners, close, listen, released, draining } = later;
+        self.clusters |= clusters;
+        self.clusters_gone |= clusters_gone;
+        self.listeners |= listeners;
+        // A socket that was opened only to be closed again.
+        self.listen.retain(|bound| !close.contains(&bound.listener));
+        self.close.extend(close);
+        self.listen.extend(listen);
+        self.released.extend(released);
+        self.draining.extend(draining);
+    }
+
     /// Nothing changed.
     pub fn is_empty(&self) -> bool {
         !self.clusters

@@ -25,6 +25,8 @@ pub(super) struct Clusters {
     entries: HashMap<Arc<str>, Entry>,
     /// How many entries have something warming.
     warming: usize,
+    /// Names of those that may come into force.
+    ready: Vec<Arc<str>>,
 }
 
 #[derive(Debug)]
@@ -66,7 +68,7 @@ pub(super) enum Added {
 
 impl Clusters {
     pub(super) fn new(stats: &Arc<Stats>) -> Self {
-        Self { stats: Arc::clone(stats), entries: HashMap::new(), warming: 0 }
+        Self { stats: Arc::clone(stats), entries: HashMap::new(), warming: 0, ready: Vec::new() }
     }
 
     /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't, and is in force from the
@@ -112,6 +114,9 @@ impl Clusters {
         cluster.stats().warming_state().set(1);
         self.warming += usize::from(entry.warming.is_none());
         entry.warming = Some(Warming { version: Version { cluster, content, watch }, ready });
+        if ready {
+            self.ready.push(name);
+        }
         if is_new { Added::New } else { Added::Modified }
     }
 
@@ -132,10 +137,8 @@ impl Clusters {
     /// endpoints from.
     pub(super) fn settle(&mut self, changes: &mut Changes) -> Vec<(Arc<str>, Option<Arc<Eds>>)> {
         let mut activated = Vec::new();
-        if self.warming == 0 {
-            return activated;
-        }
-        for (name, entry) in &mut self.entries {
+        for name in std::mem::take(&mut self.ready) {
+            let Some(entry) = self.entries.get_mut(&name) else { continue };
             let Some(warming) = entry.warming.take_if(|warming| warming.ready) else { continue };
             self.warming -= 1;
             warming.version.cluster.announce();
@@ -144,24 +147,26 @@ impl Clusters {
             changes.clusters = true;
             changes.clusters_gone |= replaced.is_some();
             let former = replaced.and_then(|replaced| replaced.cluster.config().eds.clone());
-            activated.push((Arc::clone(name), former));
+            activated.push((name, former));
         }
         activated
     }
 
-    /// A cluster's endpoints came (or it waits no longer for them).
-    pub(super) fn ready(&mut self, id: ClusterId) {
-        for entry in self.entries.values_mut() {
-            if let Some(warming) = &mut entry.warming
-                && warming.version.cluster.id() == id
-            {
-                warming.ready = true;
-            }
+    /// The names of this version of a cluster were looked up.
+    pub(super) fn ready(&mut self, name: &str, id: ClusterId) {
+        let entry = self.entries.get(name).and_then(|entry| entry.warming.as_ref());
+        if entry.is_some_and(|warming| warming.version.cluster.id() == id) {
+            self.ready_by_name(name);
         }
     }
 
-    /// The same by name: whatever version is warming.
+    /// The endpoints came of whatever version is warming, or it waits no longer for them.
     pub(super) fn ready_by_name(&mut self, name: &str) {
+        if let Some((name, entry)) = self.entries.get_key_value(name)
+            && entry.warming.is_some()
+        {
+            self.ready.push(Arc::clone(name));
+        }
         if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut()) {
             warming.ready = true;
         }

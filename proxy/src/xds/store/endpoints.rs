@@ -28,10 +28,10 @@ impl Store {
         });
         if matches!(added, clusters::Added::New | clusters::Added::Modified) {
             if let Some((id, resolved)) = self.clusters.unresolved(&name) {
-                let internal = self.internal.0.clone();
+                let (internal, name) = (self.internal.0.clone(), Arc::clone(&name));
                 tokio::task::spawn_local(async move {
                     resolved.await;
-                    let _ = internal.send(Internal::Resolved(id));
+                    let _ = internal.send(Internal::Resolved(name, id));
                 });
             }
             if let Some(eds) = &eds {
