@@ -16,7 +16,7 @@ use tidegate::intercept::audit::{Audit, Health};
 use tidegate::intercept::pods::{PodSettings, Pods};
 use tidegate::intercept::{Detached, PodState, PodStatus, programs};
 use tidegate::stats::Stats;
-use tidegate::sys::netns::NetNsId;
+use tidegate::sys::netns::{NetNs, NetNsId};
 use tidegate_common::{EnrolState, Reason, Verdict};
 use tidegate_tests::cgroup::Cgroup;
 use tidegate_tests::netns::Netns;
@@ -111,6 +111,27 @@ fn a_process_that_enters_its_namespace_after_its_cgroup() -> Result<()> {
     agent.wait_for_enrolled(1)?;
     drop(process);
     agent.wait_for_enrolled(0)
+}
+
+/// The runtime's namespace is neither ours nor the pod's.
+#[test]
+fn a_container_runtime_s_own_namespace_is_no_pod() -> Result<()> {
+    let network = Network::new()?;
+    let runtime = Netns::new("runtime")?;
+    let pins = pin_dir();
+    let agent = Agent::start(network.cgroup(), &pins)?;
+    let cgroup = network.cgroup().child("container")?;
+    // The runtime starts the process, which enters its cgroup, and a namespace of its own last.
+    let script = r#"sh -c 'echo 0 > "$0"; sleep 0.5; exec unshare --net sh -c "ip link set lo up; exec sleep 60"' "$0"; true"#;
+    let mut command = runtime.command("sh");
+    command.args(["-c", script]).arg(cgroup.path().join("cgroup.procs"));
+    let _process = Script(command.spawn()?);
+    let of_runtime = NetNs::open(&runtime.path())?.id();
+    agent.wait_for("the pod", |pods| !pods.is_empty())?;
+    assert!(agent.pods().iter().all(|pod| pod.netns != of_runtime), "{:?}", agent.pods());
+    agent.wait_for_enrolled(1)?;
+    assert!(agent.pods().iter().all(|pod| pod.netns != of_runtime), "{:?}", agent.pods());
+    Ok(())
 }
 
 /// A process of a pod, for programs that a shell script starts.

@@ -132,12 +132,22 @@ fn pidfd_open(pid: u32) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Field 22 of `/proc/PID/stat`. The name before it may hold anything, so fields are counted from its `)`.
 fn start_time(pid: u32) -> io::Result<u64> {
+    stat_field(pid, 22)
+}
+
+/// The parent of a process; 0 when that is outside our pid namespace.
+pub fn parent(pid: u32) -> io::Result<u32> {
+    stat_field(pid, 4)
+}
+
+/// A field of `/proc/PID/stat`, counted from 1 as in proc(5), from 4 on. The name in field 2 may hold anything, so the
+/// others are counted from its `)`.
+fn stat_field<T: std::str::FromStr>(pid: u32, number: usize) -> io::Result<T> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    after_name.split_whitespace().nth(19).and_then(|field| field.parse().ok()).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat has no start time"))
+    after_name.split_whitespace().nth(number - 3).and_then(|field| field.parse().ok()).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat has no field {number}"))
     })
 }
 
@@ -165,6 +175,7 @@ mod tests {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId { pid: child.id(), start_time: start_time(child.id()).unwrap(), ..own.clone() };
         let process = id.find().unwrap().expect("alive");
+        assert_eq!(parent(child.id()).unwrap(), own.pid);
         assert!(!process.has_ended());
         process.signal(Signal::SIGTERM).unwrap();
         assert!(process.wait(Duration::from_mins(1)));

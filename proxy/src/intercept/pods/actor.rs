@@ -23,14 +23,15 @@ use crate::intercept::error::InterceptError;
 use crate::intercept::maps::Events;
 use crate::intercept::programs::Interceptor;
 use crate::sys::netns::{NetNs, NetNsId};
-use crate::sys::{cgroup, mounts};
+use crate::sys::{cgroup, mounts, process};
 
 /// A namespace without processes is forgotten after this time: long enough for a process to move between two
 /// cgroups, which looks like leaving one first.
 const FORGET_AFTER: Duration = Duration::from_millis(100);
 
-/// A cgroup with processes in the host's namespace is looked at again after these times. A container runtime moves
-/// its first process into the cgroup, and into its namespace a moment later; only the first makes an event.
+/// A cgroup with processes in the host's namespace, or in that of a container runtime, is looked at again after these
+/// times. A runtime moves its first process into the cgroup, and into its namespace a moment later; only the first makes
+/// an event.
 const SETTLING: [Duration; 5] = [
     Duration::from_millis(5),
     Duration::from_millis(20),
@@ -47,6 +48,9 @@ const CHANGE_INTERVAL: Duration = Duration::from_millis(100);
 /// Bounds of the time until something that failed in one namespace is tried again; it doubles in between.
 pub(super) const RETRY_FIRST: Duration = Duration::from_millis(20);
 pub(super) const RETRY_LAST: Duration = Duration::from_secs(5);
+
+/// How far up a process's ancestors are looked at: more than a runtime has between itself and its first process.
+const ANCESTORS: usize = 8;
 
 /// Full walks come so often at the least while cgroups can't all be watched …
 const WALK_INTERVAL_UNWATCHED: Duration = Duration::from_secs(2);
@@ -270,7 +274,8 @@ impl Actor {
         }
         let cgroup = cgroup::of_process(event.tgid, &self.mount);
         if let Some(cgroup) = cgroup.filter(|cgroup| self.is_ours(cgroup)) {
-            self.look(&cgroup, 0);
+            // What connects is no runtime's helper.
+            self.look(&cgroup, SETTLING.len());
         }
         if !self.known.values().any(is_known) {
             // The process has gone, or is numbered otherwise where we are.
@@ -371,19 +376,39 @@ impl Actor {
                 Vec::new()
             }
         };
-        let mut namespaces = HashSet::new();
+        let (mut namespaces, mut in_transit) = (HashSet::new(), false);
         for pid in processes {
             match NetNsId::of_process(pid) {
                 Ok(id) if self.known.contains_key(&id) => drop(namespaces.insert(id)),
+                Ok(id) if step < SETTLING.len() && self.is_in_transit(pid, id) => in_transit = true,
                 Ok(_) => namespaces.extend(self.meet(pid, cgroup)),
                 Err(error) => self.process_is_unreadable(pid, &error),
             }
         }
-        let unsettled = namespaces.contains(&self.own);
+        let unsettled = in_transit || namespaces.contains(&self.own);
         self.set_namespaces(cgroup, namespaces);
         if unsettled && let Some(wait) = SETTLING.get(step) {
             self.after(*wait, Timer::Look(cgroup.to_owned(), step + 1));
         }
+    }
+
+    /// Whether a process is on its way into a pod. A container runtime starts it in its own namespace, which need not be
+    /// ours: until it has entered the pod's, one of its ancestors is in the same one and in no pod's cgroup. Without this
+    /// the runtime's namespace would be enrolled as the pod for a moment, and the pod's own only later.
+    fn is_in_transit(&self, pid: u32, id: NetNsId) -> bool {
+        let mut pid = pid;
+        for _ in 0..ANCESTORS {
+            match process::parent(pid) {
+                Ok(parent) if NetNsId::of_process(parent).is_ok_and(|of_parent| of_parent == id) => {
+                    pid = parent;
+                }
+                _ => return false,
+            }
+            if !cgroup::of_process(pid, &self.mount).is_some_and(|cgroup| self.is_ours(&cgroup)) {
+                return true;
+            }
+        }
+        false
     }
 
     /// A process in a namespace that is not known: opens it. The process may have ended or moved on meanwhile.
