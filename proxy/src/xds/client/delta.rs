@@ -341,12 +341,12 @@ impl State {
             };
         };
         let own = name_of(&body, kind).map_err(|fault| Bad::Response(fault.to_string()))?;
-        // A virtual host is called `route configuration/name` outside and `name` inside.
-        let outer = match kind {
+        // A virtual host is called `route configuration/name` outside; inside servers leave out the first part or not.
+        let inner = match kind {
             Kind::VirtualHost => name.rsplit_once('/').map_or(&**name, |(_, name)| name),
             _ => name,
         };
-        if *own != *outer {
+        if own != *name && *own != *inner {
             return Err(Bad::Resource(format!("the resource calls itself {own:?}")));
         }
         let resource = Resource { name: Some(Arc::clone(name)), version, body, unknown_fields: vec![] };
