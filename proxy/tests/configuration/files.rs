@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use tidegate::config::bootstrap::{Bootstrap, FailMode};
 use tidegate::config::cluster::{Discovery, LbPolicy};
+use tidegate::config::config_source::{ApiSource, ConfigSource, Protocol, Source};
 use tidegate::config::endpoint::EndpointAddress;
 use tidegate::config::filter_chain::Terminal;
 use tidegate::config::listener::{ListenerFilter, TrafficDirection};
-use tidegate::config::proto::Source;
+use tidegate::config::proto::Source as Text;
 use tidegate::config::tcp_proxy::ClusterChoice;
 use tidegate::config::{Loaded, Sources, load, static_options};
 
@@ -18,7 +19,7 @@ fn directory() -> PathBuf {
 
 fn file(name: &str) -> Loaded {
     let content = std::fs::read(directory().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
-    let sources = Sources { config_path: Some(Source::from_file(name, content).unwrap()), config_yaml: None };
+    let sources = Sources { config_path: Some(Text::from_file(name, content).unwrap()), config_yaml: None };
     load(&sources, &static_options()).unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -79,6 +80,11 @@ fn every_file_has_a_test() {
         "seed-routes.yaml",
         "seed-sidecar.yaml",
         "tidegate.yaml",
+        "xds-ads.yaml",
+        "xds-delta.yaml",
+        "xds-files.yaml",
+        "xds-istio.yaml",
+        "xds-rest.yaml",
     ];
     assert_eq!(names, known, "add a test for the new file here");
 }
@@ -221,12 +227,78 @@ fn tidegate() {
     assert_eq!(interception.cgroups, Vec::<PathBuf>::new());
 }
 
+/// Where listeners and clusters come from, and which cluster leads there.
+fn sources(name: &str) -> (Source, Source, Option<ApiSource>, Vec<String>) {
+    let loaded = file(name);
+    assert_eq!(warnings(&loaded), Vec::<String>::new(), "{name}");
+    let dynamic = &loaded.bootstrap.dynamic;
+    let source = |config: &Option<ConfigSource>| config.as_ref().unwrap().source.clone();
+    let ads = dynamic.ads.as_deref().cloned();
+    let clusters = loaded.bootstrap.clusters.iter().map(|cluster| cluster.name.to_string()).collect();
+    (source(&dynamic.lds), source(&dynamic.cds), ads, clusters)
+}
+
+#[test]
+fn xds_over_one_stream() {
+    for (name, protocol, cluster) in [
+        ("xds-ads.yaml", Protocol::AggregatedGrpc, "control_plane"),
+        ("xds-delta.yaml", Protocol::AggregatedDeltaGrpc, "control_plane"),
+        ("xds-istio.yaml", Protocol::AggregatedDeltaGrpc, "xds-grpc"),
+    ] {
+        let (lds, cds, ads, clusters) = sources(name);
+        assert_eq!((lds, cds), (Source::Ads, Source::Ads), "{name}");
+        let ads = ads.unwrap();
+        assert_eq!(
+            (ads.protocol, &*ads.cluster, ads.set_node_on_first_message_only),
+            (protocol, cluster, true)
+        );
+        assert_eq!(clusters, [cluster]);
+    }
+}
+
+#[test]
+fn xds_istio_is_a_sidecar_for_istiod() {
+    let loaded = file("xds-istio.yaml");
+    let node = &loaded.bootstrap.node;
+    let parts: Vec<_> = node.id.split('~').collect();
+    let metadata = &node.proto.metadata.as_ref().unwrap().fields;
+    let text = |key: &str| match &metadata[key].kind {
+        Some(tidegate_api::wkt::value::Kind::StringValue(text)) => text.as_str(),
+        other => panic!("{key}: {other:?}"),
+    };
+    let pod = format!("{}.{}", text("NAME"), text("NAMESPACE"));
+    let domain = format!("{}.svc.cluster.local", text("NAMESPACE"));
+    assert_eq!(parts, ["sidecar", text("INSTANCE_IPS"), &pod, &domain]);
+    assert_eq!(text("DNS_CAPTURE"), "false");
+    let lds = loaded.bootstrap.dynamic.lds.unwrap();
+    assert_eq!(lds.initial_fetch_timeout, None, "nothing is served before istiod has spoken");
+}
+
+#[test]
+fn xds_rest() {
+    let (lds, cds, ads, clusters) = sources("xds-rest.yaml");
+    assert_eq!((&lds, ads, clusters), (&cds, None, vec!["control_plane".to_owned()]));
+    let Source::Api(api) = lds else { panic!("{lds:?}") };
+    assert_eq!((api.protocol, &*api.cluster), (Protocol::Rest, "control_plane"));
+    assert_eq!((api.refresh_delay.as_secs(), api.request_timeout.as_secs()), (5, 1));
+}
+
+#[test]
+fn xds_files() {
+    let (lds, cds, ..) = sources("xds-files.yaml");
+    for (source, file) in [(lds, "lds.yaml"), (cds, "cds.yaml")] {
+        let Source::Path(path) = source else { panic!("{source:?}") };
+        assert_eq!(path.path, PathBuf::from("/etc/tidegate/xds").join(file));
+        assert_eq!(path.watched_directory.as_deref(), Some("/etc/tidegate/xds".as_ref()));
+    }
+}
+
 #[test]
 fn an_overlay_is_merged_over_the_file() {
     let content = std::fs::read(directory().join("rr-static.yaml")).unwrap();
     let sources = Sources {
-        config_path: Some(Source::from_file("rr-static.yaml", content).unwrap()),
-        config_yaml: Some(Source::yaml(
+        config_path: Some(Text::from_file("rr-static.yaml", content).unwrap()),
+        config_yaml: Some(Text::yaml(
             "--config-yaml",
             "node: {id: laptop}\nadmin: {address: {socket_address: {port_value: 9}}}",
         )),

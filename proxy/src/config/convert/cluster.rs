@@ -31,6 +31,9 @@ const CLEANUP_INTERVAL: Duration = Duration::from_secs(5);
 const HEALTHY_PANIC_THRESHOLD: f64 = 50.0;
 const OVERPROVISIONING_FACTOR: u32 = 140;
 
+/// As `http2_protocol_options`: HTTP only.
+const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
 pub(in crate::config) fn cluster(
     cluster: api::Cluster,
@@ -55,8 +58,8 @@ pub(in crate::config) fn cluster(
         upstream_http_protocol_options,
         common_http_protocol_options,
         http_protocol_options,
-        http2_protocol_options,
-        typed_extension_protocol_options,
+        http2_protocol_options: _, // HTTP is spoken with control planes only, and with them the source says which
+        mut typed_extension_protocol_options,
         dns_refresh_rate,
         dns_jitter,
         dns_failure_refresh_rate,
@@ -91,10 +94,11 @@ pub(in crate::config) fn cluster(
         cluster_discovery_type,
         lb_config,
     } = cluster;
+    typed_extension_protocol_options.remove(HTTP_PROTOCOL_OPTIONS);
     inactive!(report, path, "Cluster";
         stats_matcher, per_connection_buffer_high_watermark_timeout, health_checks, max_requests_per_connection,
         upstream_http_protocol_options, common_http_protocol_options, http_protocol_options,
-        http2_protocol_options, typed_extension_protocol_options, dns_jitter, dns_failure_refresh_rate,
+        typed_extension_protocol_options, dns_jitter, dns_failure_refresh_rate,
         dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
         wait_for_warm_on_init, outlier_detection, upstream_bind_config, lb_subset_config, metadata,
         close_connections_on_host_health_failure, ignore_health_on_host_removal, lrs_server,
