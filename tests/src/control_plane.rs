@@ -87,17 +87,26 @@ impl Handler for Calls {
         let (method, headers, out) = (new.method, new.headers, new.out);
         self.streams.push(Stream { method, headers, requests: requests.clone(), out });
         let mut incoming = new.requests;
+        let requests = EndsWithNone(requests);
         tokio::spawn(async move {
             while let Some(request) = incoming.recv().await {
-                requests.push(Some(request));
+                requests.0.push(Some(request));
             }
-            requests.push(None);
         });
     }
 
     fn poll(self: Arc<Self>, new: NewPoll) {
         let NewPoll { kind, headers, peer, request, json, reply } = new;
         self.polls.push(Poll { kind, headers, peer, request, json, reply });
+    }
+}
+
+/// However the task ends that has it (the whole server may go), the reader is told.
+struct EndsWithNone(Arc<Mailbox<Option<Request>>>);
+
+impl Drop for EndsWithNone {
+    fn drop(&mut self) {
+        self.0.push(None);
     }
 }
 
@@ -244,12 +253,12 @@ impl Stream {
     }
 
     /// Ends the stream with a gRPC status.
-    pub fn finish(self, status: u32, message: &str) {
+    pub fn finish(&self, status: u32, message: &str) {
         let _ = self.out.send(Out::Finish(status, message.to_owned()));
     }
 
     /// RST_STREAM.
-    pub fn reset(self) {
+    pub fn reset(&self) {
         let _ = self.out.send(Out::Reset);
     }
 }

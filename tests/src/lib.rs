@@ -18,6 +18,7 @@ pub mod program;
 pub mod proxy;
 pub mod run;
 pub mod script;
+pub mod sovereign;
 pub mod tool;
 pub mod upstream;
 pub mod workload;

