@@ -31,7 +31,7 @@ use crate::worker::{self, Handle, Role, Shared, SocketId};
 use crate::xds::cache::Cache;
 use crate::xds::client;
 use crate::xds::client::upstream::Upstream;
-use crate::xds::store::{Bound, Changes, Draining, Happened, Parts, Phase, Store};
+use crate::xds::store::{Bound, Changes, Draining, Happened, Parts, Phase, Store, UnknownFields};
 use crate::xds::tables::Tables;
 use crate::{check, cleanup};
 
@@ -658,6 +658,11 @@ fn store(
         client,
         events,
         tables: tables.clone(),
+        unknown_fields: match (args.reject_unknown_dynamic_fields, args.ignore_unknown_dynamic_fields) {
+            (true, _) => UnknownFields::Reject,
+            (false, true) => UnknownFields::Ignore,
+            (false, false) => UnknownFields::Warn,
+        },
         cache: args.xds_cache.as_deref().map(|dir| Cache::open(dir, tables)).transpose()?,
     };
     Store::new(bootstrap, parts)

@@ -9,7 +9,6 @@ use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tidegate_api::endpoint as endpoint_api;
 use tokio::sync::mpsc;
 
 use super::cache::Cache;
@@ -21,7 +20,6 @@ use crate::cluster::{ClusterId, dns};
 use crate::config::bootstrap::{Bootstrap, DynamicResources};
 use crate::config::cluster::Cluster;
 use crate::config::config_source::{ConfigSource, Source};
-use crate::config::dynamic::Valid;
 use crate::config::runtime::Runtime;
 use crate::listener::Listener;
 use crate::snapshot::Snapshot;
@@ -58,6 +56,20 @@ pub struct Parts {
     pub tables: Tables,
     /// The last accepted state, if it is kept.
     pub cache: Option<Cache>,
+    /// What becomes of fields that this version's API does not have.
+    pub unknown_fields: UnknownFields,
+}
+
+/// What becomes of fields of dynamic resources that this version's API does not have. Each is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownFields {
+    /// A warning; Envoy's default.
+    #[default]
+    Warn,
+    /// The resource is refused (`--reject-unknown-dynamic-fields`).
+    Reject,
+    /// Nothing (`--ignore-unknown-dynamic-fields`).
+    Ignore,
 }
 
 /// See the module.
@@ -69,6 +81,7 @@ pub struct Store {
     cache: Option<Cache>,
     /// What is being applied comes from the cache.
     reading_cache: bool,
+    unknown_fields: UnknownFields,
     runtime: Runtime,
     dynamic: DynamicResources,
     clusters: Clusters,
@@ -112,8 +125,8 @@ enum Fetch {
 struct Assignment {
     /// Names of clusters that use it.
     users: Vec<Arc<str>>,
-    /// What came last.
-    valid: Option<Valid<endpoint_api::ClusterLoadAssignment>>,
+    /// What was accepted last, encoded.
+    known: Option<Arc<[u8]>>,
 }
 
 /// What the store tells itself.
@@ -149,7 +162,7 @@ impl Store {
     /// # Errors
     /// A static resource can't be served.
     pub fn new(bootstrap: &Bootstrap, parts: Parts) -> anyhow::Result<Self> {
-        let Parts { stats, logs, workers, client, events, tables, cache } = parts;
+        let Parts { stats, logs, workers, client, events, tables, cache, unknown_fields } = parts;
         let mut store = Self {
             clusters: Clusters::new(&stats),
             listeners: Listeners::new(&stats, &logs, workers),
@@ -160,6 +173,7 @@ impl Store {
             tables,
             cache,
             reading_cache: false,
+            unknown_fields,
             runtime: bootstrap.runtime.clone(),
             dynamic: bootstrap.dynamic.clone(),
             assignments: HashMap::new(),

@@ -9,7 +9,7 @@ use tidegate_api::{
 
 use super::clusters::{self, Origin};
 use super::response::{self, Checked, Rejections};
-use super::{Deadline, Fetch, Store, listeners};
+use super::{Deadline, Fetch, Store, UnknownFields, listeners};
 use crate::config::config_source::Source;
 use crate::config::dynamic::{self, Surroundings, Valid};
 use crate::config::error::ConfigError;
@@ -99,24 +99,41 @@ impl Store {
         match response::check::<M>(kind, version, resources, unreadable, self.reading_cache) {
             Err(rejections) => rejections,
             Ok((checked, mut rejections)) => {
-                self.note_unknown_fields(&checked);
+                let checked = self.note_unknown_fields(kind, checked, &mut rejections);
                 apply(self, checked, &mut rejections);
                 rejections
             }
         }
     }
 
-    pub(super) fn note_unknown_fields<M>(&self, checked: &[Checked<M>]) {
+    /// Counts fields that nobody knows here. Returns the resources that may have theirs.
+    pub(super) fn note_unknown_fields<M>(
+        &self,
+        kind: Kind,
+        checked: Vec<Checked<M>>,
+        rejections: &mut Rejections,
+    ) -> Vec<Checked<M>> {
+        let mut kept = Vec::with_capacity(checked.len());
         for resource in checked {
-            for problem in &resource.valid.unknown_fields {
-                tracing::warn!(target: "tidegate::config", "{problem}; the field is ignored");
+            let nameless = resource.valid.unknown_fields.iter().map(ToString::to_string);
+            let problems: Vec<String> = nameless.chain(resource.unknown_fields.iter().cloned()).collect();
+            self.stats.server().dynamic_unknown_fields().add(problems.len() as u64);
+            match self.unknown_fields {
+                UnknownFields::Reject if !problems.is_empty() => {
+                    let Checked { name, wrapper_name, held, .. } = resource;
+                    self.refuse(kind, &name, wrapper_name, &held, &problems.join("; "), rejections);
+                    continue;
+                }
+                UnknownFields::Warn => {
+                    for problem in problems {
+                        tracing::warn!(target: "tidegate::config", "{problem}; it is ignored");
+                    }
+                }
+                UnknownFields::Reject | UnknownFields::Ignore => {}
             }
-            for problem in &resource.unknown_fields {
-                tracing::warn!(target: "tidegate::config", "{problem}");
-            }
-            let count = resource.valid.unknown_fields.len() + resource.unknown_fields.len();
-            self.stats.server().dynamic_unknown_fields().add(count as u64);
+            kept.push(resource);
         }
+        kept
     }
 
     pub(super) fn apply_clusters(
@@ -240,12 +257,13 @@ impl Store {
             let Checked { name, wrapper_name, valid, held, .. } = resource;
             let id = (source.clone(), Arc::clone(&name));
             let Some(assignment) = self.assignments.get_mut(&id) else { continue }; // nobody asked for it
-            let before = assignment.valid.replace(valid.clone());
+            let before = assignment.known.replace(Arc::clone(&held.body));
             let users = assignment.users.clone();
-            let failed = users.iter().find_map(|user| self.apply_assignment(user, &valid).err());
+            let failed =
+                users.iter().find_map(|user| self.apply_assignment(user, source, &name, &valid).err());
             if let Some(error) = failed {
                 if let Some(assignment) = self.assignments.get_mut(&id) {
-                    assignment.valid = before;
+                    assignment.known = before;
                 }
                 self.refuse(Kind::ClusterLoadAssignment, &name, wrapper_name, &held, &error, rejections);
                 continue;

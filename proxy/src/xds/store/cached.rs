@@ -19,7 +19,7 @@ impl Store {
                 Kind::Listener if self.lds == Fetch::Waiting => self.recall(Kind::Listener),
                 Kind::ClusterLoadAssignment => {
                     let waiting = self.assignments.iter().filter(|((source, _), assignment)| {
-                        *source == key.source && assignment.valid.is_none()
+                        *source == key.source && assignment.known.is_none()
                     });
                     let names: Vec<_> = waiting.map(|((_, name), _)| Arc::clone(name)).collect();
                     if !names.is_empty() {
@@ -72,7 +72,7 @@ impl Store {
                 Deadline::Routes(source, name) => (source, Kind::RouteConfiguration, name),
                 Deadline::Cds | Deadline::Lds => continue,
             };
-            let known = |assignment: &super::Assignment| assignment.valid.is_some();
+            let known = |assignment: &super::Assignment| assignment.known.is_some();
             let id = (source.clone(), Arc::clone(name));
             let wanted = match kind {
                 Kind::ClusterLoadAssignment => !self.assignments.get(&id).is_none_or(known),

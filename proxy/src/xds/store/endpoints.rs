@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use tidegate_api::endpoint as endpoint_api;
+use tidegate_api::wkt::Any;
 
 use super::clusters::{self, Origin};
 use super::{Deadline, Internal, Phase, Store, response};
-use crate::cluster::dns;
+use crate::cluster::{Cluster as RuntimeCluster, dns};
 use crate::config::cluster::{Cluster, Eds};
 use crate::config::config_source::Source;
 use crate::config::dynamic::{self, Valid};
@@ -58,9 +59,18 @@ impl Store {
         if !assignment.users.contains(cluster) {
             assignment.users.push(Arc::clone(cluster));
         }
-        if let Some(valid) = assignment.valid.clone() {
-            let _ = self.apply_assignment(cluster, &valid);
-            return;
+        if let Some(body) = assignment.known.clone() {
+            let body = Any { type_url: Kind::ClusterLoadAssignment.type_url().into(), value: body.to_vec() };
+            let label = response::label(Kind::ClusterLoadAssignment, &eds.service_name);
+            let applied =
+                dynamic::check(&body, &label).map_err(|error| response::reason(&error)).and_then(|valid| {
+                    self.apply_assignment(cluster, &eds.config.source, &eds.service_name, &valid)
+                });
+            match applied {
+                Ok(()) => return,
+                // Right for other clusters, but not for this one: perhaps the next ones are.
+                Err(error) => tracing::warn!(%cluster, "its endpoints can't be used: {error}"),
+            }
         }
         if self.phase == Phase::Primary {
             return; // wanted when the clusters are there through which it comes
@@ -69,12 +79,22 @@ impl Store {
     }
 
     pub(super) fn subscribe_endpoints(&mut self, eds: &Eds, first: bool) {
+        for version in self.clusters_of(eds) {
+            version.stats().update_attempt().inc();
+        }
         if first {
             let key = Key { source: eds.config.source.clone(), kind: Kind::ClusterLoadAssignment };
             self.client.add(&key, Arc::clone(&eds.service_name));
         }
         let deadline = Deadline::Endpoints(eds.config.source.clone(), Arc::clone(&eds.service_name));
         self.expire_after(eds.config.initial_fetch_timeout, deadline);
+    }
+
+    fn clusters_of(&self, eds: &Eds) -> Vec<Arc<RuntimeCluster>> {
+        let id = (eds.config.source.clone(), Arc::clone(&eds.service_name));
+        let users =
+            self.assignments.get(&id).map(|assignment| assignment.users.as_slice()).unwrap_or_default();
+        users.iter().flat_map(|user| self.versions_of(user, &id.0, &id.1)).collect()
     }
 
     pub(super) fn subscribe_static_endpoints(&mut self) {
@@ -107,15 +127,16 @@ impl Store {
         }
     }
 
-    /// Every version of a cluster gets these endpoints.
+    /// Every version of a cluster that has its endpoints from there gets these.
     pub(super) fn apply_assignment(
         &mut self,
         cluster: &Arc<str>,
+        source: &Source,
+        service: &str,
         valid: &Valid<endpoint_api::ClusterLoadAssignment>,
     ) -> Result<(), String> {
-        let label = response::label(Kind::ClusterLoadAssignment, cluster);
-        let versions: Vec<_> = self.clusters.versions(cluster).cloned().collect();
-        for version in versions.iter().filter(|version| version.config().eds.is_some()) {
+        let label = response::label(Kind::ClusterLoadAssignment, service);
+        for version in self.versions_of(cluster, source, service) {
             match dynamic::load_assignment(valid.clone(), version.config(), &label) {
                 Ok(converted) => {
                     response::log_warnings(cluster, &converted.warnings);
@@ -123,6 +144,7 @@ impl Store {
                         version.stats().update_no_rebuild().inc();
                     }
                     version.stats().update_success().inc();
+                    self.clusters.ready(cluster, version.id());
                 }
                 Err(error) => {
                     version.stats().update_rejected().inc();
@@ -130,22 +152,29 @@ impl Store {
                 }
             }
         }
-        self.clusters.ready_by_name(cluster);
         Ok(())
+    }
+
+    /// The versions of a cluster that have their endpoints from there.
+    fn versions_of(&self, cluster: &str, source: &Source, service: &str) -> Vec<Arc<RuntimeCluster>> {
+        let uses = |version: &&Arc<RuntimeCluster>| {
+            let eds = version.config().eds.as_ref();
+            eds.is_some_and(|eds| eds.config.source == *source && *eds.service_name == *service)
+        };
+        self.clusters.versions(cluster).filter(uses).cloned().collect()
     }
 
     pub(super) fn give_up_endpoints(&mut self, source: &Source, service: &Arc<str>) {
         let Some(assignment) = self.assignments.get(&(source.clone(), Arc::clone(service))) else { return };
-        if assignment.valid.is_some() {
+        if assignment.known.is_some() {
             return;
         }
-        let users = assignment.users.clone();
-        for cluster in users {
-            for version in self.clusters.versions(&cluster) {
+        for cluster in assignment.users.clone() {
+            for version in self.versions_of(&cluster, source, service) {
                 version.stats().init_fetch_timeout().inc();
+                self.clusters.ready(&cluster, version.id());
             }
             tracing::warn!(%cluster, "no endpoints came within initial_fetch_timeout");
-            self.clusters.ready_by_name(&cluster);
         }
     }
 }

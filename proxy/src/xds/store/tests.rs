@@ -159,6 +159,7 @@ impl Fixture {
             client: Client::new(settings, Rc::new(Nowhere), sender),
             events,
             tables: tables.clone(),
+            unknown_fields: UnknownFields::Warn,
             cache: cache.map(|dir| Cache::open(dir, &tables).unwrap()),
         };
         let store = Store::new(&loaded.bootstrap, parts).unwrap();
@@ -417,6 +418,13 @@ fn p33_unknown_fields_are_counted_and_ignored() {
         fixture.accepted(Kind::Cluster, vec![unknown]);
         assert_eq!(fixture.stats.server().dynamic_unknown_fields().value(), 1);
         assert!(fixture.clusters().contains_key("a"));
+        fixture.store.unknown_fields = UnknownFields::Reject;
+        let mut unknown = cluster("b", json!({ "type": "STATIC" }));
+        unknown.value.extend([0xfa, 0xff, 0x01, 0x01, 0x78]);
+        let verdict =
+            fixture.state(Kind::Cluster, "2", vec![unknown, cluster("c", json!({ "type": "STATIC" }))]);
+        assert!(rejected(&verdict).0.contains("b: CDS (unnamed): unknown field number 4095"), "{verdict:?}");
+        assert!(fixture.clusters().contains_key("c") && !fixture.clusters().contains_key("b"));
     });
 }
 
@@ -429,6 +437,9 @@ fn p37_a_changed_cluster_serves_when_its_new_endpoints_are_there() {
         let renamed = json!({ "eds_cluster_config": { "eds_config": file("eds"), "service_name": "svc" } });
         fixture.accepted(Kind::Cluster, vec![cluster("a", renamed)]);
         assert_eq!(fixture.clusters()["a"], [1], "the old one serves");
+        assert_eq!(fixture.stats.cluster_manager().warming_clusters().value(), 1);
+        fixture.accepted(Kind::ClusterLoadAssignment, vec![endpoints("a", &[3])]);
+        assert_eq!(fixture.clusters()["a"], [3], "and follows its own endpoints meanwhile");
         assert_eq!(fixture.stats.cluster_manager().warming_clusters().value(), 1);
         fixture.accepted(Kind::ClusterLoadAssignment, vec![endpoints("svc", &[2])]);
         assert_eq!(fixture.clusters()["a"], [2]);
