@@ -1,7 +1,10 @@
 //! Configuration that comes while the proxy runs, from control planes.
 //!
-//! `pNN` in a name is the number of the point of the protocol (docs/xds.md has the list). Under `TIDEGATE_TEST_ENVOY`
-//! the tests run against that Envoy, which shows whether a test expects what Envoy does.
+//! Tests of one rule of the protocol have its number in their names: `p22`, as in the unit tests of `xds::client`. Under
+//! `TIDEGATE_TEST_ENVOY` the tests run against that Envoy, which shows whether a test expects what Envoy does. Of Envoy
+//! 1.40 these don't hold, for the reasons in docs/xds.md ("Where it differs from Envoy"): `p41_make_before_break`,
+//! `p8_p9_p10_…` (it applies the first of two), `sotw::p49_p50_…`, `p28_…` (it takes the resource under its own name); and
+//! those with HTTP listeners that carry plain TCP (`p39_…`, `p56_…`) or with interception, which it does not have.
 
 mod ads;
 mod delta;
