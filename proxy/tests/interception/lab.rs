@@ -239,7 +239,9 @@ impl Pod {
         this.run(&format!(
             "ip link set lo up; ip link add eth0 type veth peer name eth1; ip link set eth1 up; ip addr add {POD_V4}/24 dev eth0; \
              ip addr add {POD_V6}/64 dev eth0 nodad; ip link set eth0 up; \
-             ip route add prohibit default; ip -6 route add prohibit default metric 1"
+             ip route add prohibit default; ip -6 route add prohibit default metric 1; \
+             for i in $(seq 400); do ip -6 route show table local | grep -q '^local {POD_V6} ' && exit; sleep 0.05; done; \
+             echo 'the kernel has not made {POD_V6} local' >&2; exit 1"
         ));
         this
     }
