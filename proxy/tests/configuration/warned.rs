@@ -265,3 +265,16 @@ fn access_log_filters_that_tcp_can_not_evaluate() {
         )],
     );
 }
+
+#[test]
+fn exclusions_are_not_active() {
+    let exclude = json!({"cidrs": [{"address_prefix": "169.254.0.0", "prefix_len": 16}], "ports": [22]});
+    let interception = extension("i", "tidegate.bootstrap.v1.Interception", json!({"exclude": exclude}));
+    warned(
+        &with(bootstrap(vec![], vec![]), json!({"bootstrap_extensions": [interception]})),
+        &[
+            "bootstrap_extensions[0].typed_config.exclude: parsed, not active in this version: what listeners own is \
+             captured all the same",
+        ],
+    );
+}
