@@ -44,25 +44,6 @@ pub fn same_sockets(old: &Listener, new: &Listener) -> bool {
     if !old.bind_to_port || !new.bind_to_port || old.addresses != new.addresses {
         return false;
     }
-    let options = |listener: &Listener| {
-        let Listener {
-            enable_reuse_port,
-            transparent,
-            freebind,
-            tcp_backlog_size,
-            tcp_fast_open_queue_length,
-            tcp_keepalive,
-            ..
-        } = *listener;
-        (
-            enable_reuse_port,
-            transparent,
-            freebind,
-            tcp_backlog_size,
-            tcp_fast_open_queue_length,
-            tcp_keepalive,
-        )
-    };
     if options(old) == options(new) {
         return true;
     }

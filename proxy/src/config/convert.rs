@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | `FilterChain.transport_socket` other than raw_buffer | refused | clients would be served in plaintext |
 //! | TLS of a cluster through which a source of the bootstrap reaches its server | done, for that only (flag NC for others) | |
-//! | `Cluster.transport_socket`, or the one of `transport_socket_matches` that an endpoint selects, other than raw_buffer | refused | what should be encrypted would leave in plaintext |
+//! | `Cluster.transport_socket` (but for TLS to control planes, in clusters that nothing else uses), or the one of `transport_socket_matches` that an endpoint selects, other than raw_buffer | refused | what should be encrypted would leave in plaintext |
 //! | network filters other than tcp_proxy, http_connection_manager and `istio.*` (rbac, ext_authz, connection_limit, local_ratelimit, …) | refused | a missing filter lets through what it should stop |
 //! | `istio.*` network filters of types that stock Envoy does not have | ignored, one warning for each kind, counted | telemetry and metadata exchange only |
 //! | HTTP filters that authorise (rbac, ext_authz, jwt_authn, …) | refused | L4 can't apply them |

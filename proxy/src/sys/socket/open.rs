@@ -24,7 +24,7 @@ pub struct Keepalive {
 }
 
 /// How a listening socket is opened.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenerOptions<'a> {
     /// Several sockets on one address; the kernel spreads connections over them (`SO_REUSEPORT`).
     pub reuse_port: bool,

@@ -28,6 +28,18 @@ impl Store {
         let _ = verdict.send(answer);
     }
 
+    /// A first answer came. As in Envoy, one that was thrown away ends the wait for it too.
+    pub(super) fn fetched(&mut self, kind: Kind) {
+        let fetch = match kind {
+            Kind::Cluster => &mut self.cds,
+            Kind::Listener => &mut self.lds,
+            _ => return,
+        };
+        if *fetch == Fetch::Waiting {
+            *fetch = Fetch::Done;
+        }
+    }
+
     /// Applies a change of what one subscription gives.
     pub(super) fn change(&mut self, key: &Key, change: Change) -> Verdict {
         match change {
@@ -54,14 +66,13 @@ impl Store {
         absent: Absent,
     ) -> Verdict {
         let kind = key.kind;
+        self.fetched(kind);
         let rejections = match kind {
             Kind::Cluster => self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                store.cds = Fetch::Done;
                 store.apply_clusters(checked, rejections, absent);
             }),
             Kind::Listener => {
                 self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                    store.lds = Fetch::Done;
                     store.apply_listeners(checked, rejections, absent);
                 })
             }

@@ -152,23 +152,13 @@ impl Clusters {
         activated
     }
 
-    /// The names of this version of a cluster were looked up.
-    pub(super) fn ready(&mut self, name: &str, id: ClusterId) {
-        let entry = self.entries.get(name).and_then(|entry| entry.warming.as_ref());
-        if entry.is_some_and(|warming| warming.version.cluster.id() == id) {
-            self.ready_by_name(name);
-        }
-    }
-
-    /// The endpoints came of whatever version is warming, or it waits no longer for them.
-    pub(super) fn ready_by_name(&mut self, name: &str) {
-        if let Some((name, entry)) = self.entries.get_key_value(name)
-            && entry.warming.is_some()
+    /// The endpoints of this version of a cluster came, or it waits no longer for them.
+    pub(super) fn ready(&mut self, name: &Arc<str>, id: ClusterId) {
+        if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut())
+            && warming.version.cluster.id() == id
         {
-            self.ready.push(Arc::clone(name));
-        }
-        if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut()) {
             warming.ready = true;
+            self.ready.push(Arc::clone(name));
         }
     }
 

@@ -57,7 +57,7 @@ enum Sockets {
 }
 
 /// What became of a listener that was added.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Added {
     /// It is the one that is there already.
     Unchanged,
@@ -68,13 +68,6 @@ pub(super) enum Added {
     /// It replaces another.
     Modified(Arc<Listener>),
 }
-
-impl PartialEq for Listener {
-    fn eq(&self, other: &Self) -> bool {
-        std::ptr::eq(self, other)
-    }
-}
-impl Eq for Listener {}
 
 impl Listeners {
     pub(super) fn new(stats: &Arc<Stats>, logs: &Registry, workers: usize) -> Self {
@@ -110,6 +103,14 @@ impl Listeners {
             Arc::new(Listener::build(config, &self.stats, &self.logs, active.map(|active| &**active))?);
         let sockets = self.sockets(config, active.map(|active| &*active.config))?;
         self.stats.listener_manager().listener_create_success().add(self.workers as u64);
+        // Nobody will have the addresses of a version that never came into force.
+        let replaced =
+            existing.and_then(|entry| entry.warming.as_ref()).map(|warming| &warming.listener.config);
+        for address in replaced.into_iter().flat_map(|replaced| owned(replaced)) {
+            if active.is_none_or(|active| !active.config.addresses.contains(&address)) {
+                self.owners.remove(&address);
+            }
+        }
         for address in owned(config) {
             self.owners.insert(address, Arc::clone(name));
         }

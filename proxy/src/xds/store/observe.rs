@@ -4,13 +4,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::Store;
+use crate::config::config_source::{Protocol, Source};
 use crate::listener::Listener;
 use crate::xds::{Key, Kind, Verdict};
 
 impl Store {
     pub(super) fn failed(&mut self, keys: &[Key], reason: &str) {
         tracing::warn!("{}: {reason}; what was accepted holds", services(keys));
-        self.stats.control_plane().connected_state().set(0);
+        if keys.iter().any(has_stream) {
+            self.stats.control_plane().connected_state().set(0);
+        }
         self.recall_unfetched(keys);
         for key in keys {
             match key.kind {
@@ -35,6 +38,7 @@ impl Store {
     /// The client threw a response away.
     pub(super) fn rejected(&mut self, key: &Key, reason: &str) {
         tracing::warn!("{} update rejected: {reason}", key.kind.service());
+        self.fetched(key.kind);
         match key.kind {
             Kind::Cluster => self.stats.cluster_manager().cds_update_rejected().inc(),
             Kind::Listener => self.stats.listener_manager().lds_update_rejected().inc(),
@@ -43,9 +47,13 @@ impl Store {
     }
 
     pub(super) fn connected(&mut self, keys: &[Key], identifier: Option<&str>) {
-        self.stats.control_plane().connected_state().set(1);
-        let server = identifier.unwrap_or("(without identifier)");
-        tracing::info!("{}: connected to control plane {server}", services(keys));
+        if keys.iter().any(has_stream) {
+            self.stats.control_plane().connected_state().set(1);
+        }
+        match identifier {
+            Some(server) => tracing::info!("{}: connected to control plane {server}", services(keys)),
+            None => tracing::info!("{}: connected", services(keys)),
+        }
     }
 
     pub(super) fn attempt(&self, kind: Kind) {
@@ -119,6 +127,15 @@ impl Store {
             listener.config.addresses.clone().into_iter().map(move |address| (Arc::clone(&name), address))
         };
         listeners.flat_map(addresses).collect()
+    }
+}
+
+/// `control_plane.connected_state` is about gRPC streams, not about polls and files.
+fn has_stream(key: &Key) -> bool {
+    match &key.source {
+        Source::Ads => true,
+        Source::Api(api) => api.protocol != Protocol::Rest,
+        Source::Path(_) => false,
     }
 }
 

@@ -648,3 +648,30 @@ fn without_a_control_plane_the_cache_serves_and_is_marked_stale() {
         assert_eq!(after.tables.lock().stale(), 0);
     });
 }
+
+#[test]
+fn a_first_response_that_is_thrown_away_does_not_hold_up_the_start() {
+    local(|| {
+        let mut fixture = Fixture::new(&json!({}));
+        let garbage = Any { type_url: Kind::Cluster.type_url().into(), value: vec![0xff; 9] };
+        assert!(rejected(&fixture.state(Kind::Cluster, "1", vec![garbage])).2);
+        assert_eq!(fixture.store.phase(), Phase::Listeners);
+        let event =
+            Event::Rejected { key: key(Kind::Listener), version: "1".into(), reason: "other type".into() };
+        fixture.store.handle(Happened::Event(event));
+        assert_eq!(fixture.store.phase(), Phase::Done);
+    });
+}
+
+#[test]
+fn the_address_of_a_version_that_never_came_into_force_is_free_again() {
+    local(|| {
+        let mut fixture = Fixture::started(&json!({}));
+        let waiting = |port| any::<tidegate_api::listener::Listener>(&listener_json("h", port, &[http("r")]));
+        fixture.accepted(Kind::Listener, vec![waiting(80)]);
+        fixture.accepted(Kind::Listener, vec![waiting(81)]);
+        assert!(fixture.listeners().is_empty());
+        fixture.accepted(Kind::Listener, vec![waiting(81), listener("l", 80, "a")]);
+        assert_eq!(fixture.listeners(), ["l"]);
+    });
+}
