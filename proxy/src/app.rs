@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::access_log::{self, FlushSettings};
 use crate::args::{Args, Command, FailModeArg, Mode, ServeArgs};
+use crate::cluster::removal::Lost;
 use crate::config::bootstrap::{Bootstrap, FailMode, Interception as Wanted, Node};
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::audit::{Audit, Health};
@@ -324,7 +325,7 @@ impl Proxy {
         if changes.is_empty() {
             return;
         }
-        let Changes { clusters, clusters_gone, listeners, close, listen, released, draining } = changes;
+        let Changes { clusters, clusters_gone, listeners, close, listen, released, draining, lost } = changes;
         if clusters || listeners {
             self.shared.publisher.publish(self.store.snapshot(&released));
         }
@@ -349,6 +350,27 @@ impl Proxy {
         for draining in draining {
             self.end_later(draining);
         }
+        for lost in lost {
+            self.end_hosts(lost);
+        }
+    }
+
+    /// Connections to endpoints that are gone end, by the policy of their cluster.
+    fn end_hosts(&self, lost: Lost) {
+        let workers: Vec<_> = self.workers.iter().map(Handle::sender).collect();
+        tracing::debug!(
+            cluster = %lost.cluster,
+            reason = lost.loss.reason.name(),
+            "connections to {} endpoints end in {:?}", lost.len(), lost.deadline
+        );
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(lost.deadline).await;
+            let loss = lost.loss;
+            let hosts: Arc<[_]> = lost.take().into();
+            for worker in workers.iter().filter(|_| !hosts.is_empty()) {
+                worker.send(worker::Command::EndHosts(Arc::clone(&hosts), loss));
+            }
+        });
     }
 
     /// Connections of chains that are gone end when the drain time has passed.

@@ -6,10 +6,11 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
+use tokio::sync::mpsc::UnboundedSender;
 
 use crate::config;
 use crate::config::cluster::Discovery;
@@ -25,12 +26,14 @@ pub mod host;
 pub mod load_balancer;
 pub mod original_dst;
 pub mod priority;
+pub mod removal;
 
 use circuit_breaker::CircuitBreaker;
 use endpoint::{Endpoint, HostSet};
 use host::HostRegistry;
 pub use load_balancer::WorkerBalancers;
 use original_dst::OriginalDstHosts;
+use removal::Lost;
 
 /// Identifies a [`Cluster`] object: a successor of the same name has another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,6 +51,8 @@ pub struct Cluster {
     overprovisioning_factor: AtomicU32,
     /// It is in force, or was.
     announced: AtomicBool,
+    /// Who ends connections to endpoints that are gone. Empty if nobody has to.
+    losses: OnceLock<UnboundedSender<Lost>>,
     /// Only for ORIGINAL_DST.
     original_dst: Option<Arc<OriginalDstHosts>>,
 }
@@ -87,6 +92,7 @@ impl Cluster {
             hosts: ArcSwap::from_pointee(HostSet::new(0, Vec::new(), 140, 0.0)),
             original_dst,
             announced: AtomicBool::new(false),
+            losses: OnceLock::new(),
             overprovisioning_factor: AtomicU32::new(config.load_assignment.overprovisioning_factor),
             config,
         });
@@ -150,7 +156,9 @@ impl Cluster {
 
     fn publish(&self, set: HostSet) {
         let membership = set.membership();
-        self.hosts.store(Arc::new(set));
+        let set = Arc::new(set);
+        let old = self.hosts.swap(Arc::clone(&set));
+        self.note_losses(&old, &set);
         if self.announced.load(Relaxed) {
             self.show(membership);
         }
@@ -294,6 +302,8 @@ pub(crate) mod tests {
             },
             transport_sockets: TransportSocketMatches::default(),
             circuit_breakers: Thresholds::default(),
+            endpoint_removal: None,
+            close_connections_on_host_health_failure: false,
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,
             dns: Dns {

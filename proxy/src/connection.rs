@@ -14,7 +14,7 @@ use socket2::Socket;
 use crate::addr::OriginalDst;
 use crate::cluster::connect::{self, ClosedBy, UpstreamGuard};
 use crate::config::listener::ListenerFilter;
-use crate::drain::Open;
+use crate::drain::{Ending, Open};
 use crate::intercept::Capture;
 use crate::listener::filter::{self, Inspected};
 use crate::listener::filter_chain::MatchInput;
@@ -294,7 +294,7 @@ impl Connection {
         let connected = tokio::select! {
             biased;
             connected = connecting => connected.map_err(EndedEarly::NoUpstream)?,
-            () = open.killed() => return Err(EndedEarly::Killed),
+            _ = open.killed() => return Err(EndedEarly::Killed),
             () = until(deadline) => return Err(EndedEarly::MaxDuration),
             _ = uring::ready(self.downstream.as_fd(), Interest::HangUp) => return Err(EndedEarly::DownstreamGone),
         };
@@ -305,6 +305,7 @@ impl Connection {
     /// Moves bytes until both directions have ended.
     async fn relay(&mut self, established: Established, open: &Open) {
         let Established { upstream, mut guard, proxy, deadline } = established;
+        open.set_host(&guard.endpoint().host);
         if proxy.config.flush_access_log_on_connected {
             proxy.access_log.write(&self.record, LogType::TcpUpstreamConnected);
         }
@@ -351,6 +352,13 @@ impl Connection {
             guard.closed_by(ClosedBy::Remote);
         }
         self.note(outcome, &proxy);
+        if outcome.cause == Cause::Killed
+            && let Some(Ending::Lost(loss)) = open.ending()
+        {
+            self.record.termination_details = Some(loss.reason.name());
+            self.record.downstream_local_close_reason = Some(loss.reason.name().into());
+            self.record.upstream_local_close_reason = Some(loss.reason.name().into());
+        }
     }
 
     fn meter(&self, proxy: &TcpProxy, guard: &UpstreamGuard) -> Meter {

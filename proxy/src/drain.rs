@@ -6,10 +6,13 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashSet;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use slab::Slab;
 
+use crate::cluster::endpoint::Host;
+use crate::cluster::removal::Loss;
 use crate::connection::meter::Meter;
 use crate::listener::ChainId;
 
@@ -27,10 +30,28 @@ struct Slot {
     owner: u64,
     /// The filter chain that serves it, once there is one.
     chain: Cell<Option<ChainId>>,
-    killed: Cell<bool>,
+    /// Its endpoint, once it is connected to it.
+    host: OnceCell<Arc<Host>>,
+    ending: Cell<Option<Ending>>,
     /// Set when both its sides stand.
     meter: OnceCell<Meter>,
     waker: RefCell<Option<Waker>>,
+}
+
+/// Why a connection is told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The process stops, its pod is gone, or its filter chain is: with a FIN.
+    Drained,
+    /// Its endpoint is gone, and the cluster has a policy for that.
+    Lost(Loss),
+}
+
+impl Ending {
+    /// With a RST instead of a FIN.
+    pub fn resets(self) -> bool {
+        matches!(self, Self::Lost(loss) if loss.reset)
+    }
 }
 
 /// Held by a connection's task while it lives; says when it is to end.
@@ -71,25 +92,30 @@ impl Connections {
 
     /// Tells every open connection to end now.
     pub fn kill_all(&self) {
-        self.kill_where(|_| true);
+        self.end_where(Ending::Drained, |_| true);
     }
 
     /// Tells the connections of one owner to end now.
     pub fn kill(&self, owner: u64) {
-        self.kill_where(|slot| slot.owner == owner);
+        self.end_where(Ending::Drained, |slot| slot.owner == owner);
     }
 
     /// Tells the connections of these filter chains to end now.
     pub fn kill_chains(&self, chains: &HashSet<ChainId>) {
-        self.kill_where(|slot| slot.chain.get().is_some_and(|chain| chains.contains(&chain)));
+        self.end_where(Ending::Drained, |slot| slot.chain.get().is_some_and(|chain| chains.contains(&chain)));
     }
 
-    fn kill_where(&self, wanted: impl Fn(&Slot) -> bool) {
+    /// Tells the connections to these endpoints to end now.
+    pub fn end_hosts(&self, hosts: &[Arc<Host>], loss: Loss) {
+        let lost: HashSet<_> = hosts.iter().map(Arc::as_ptr).collect();
+        self.end_where(Ending::Lost(loss), |slot| {
+            slot.host.get().is_some_and(|host| lost.contains(&Arc::as_ptr(host)))
+        });
+    }
+
+    fn end_where(&self, ending: Ending, wanted: impl Fn(&Slot) -> bool) {
         for (_, slot) in self.open.borrow().iter().filter(|(_, slot)| wanted(slot)) {
-            slot.killed.set(true);
-            if let Some(waker) = slot.waker.borrow_mut().take() {
-                waker.wake();
-            }
+            slot.end(ending);
         }
     }
 
@@ -106,10 +132,35 @@ impl Connections {
     }
 }
 
+impl Slot {
+    /// The first reason stays.
+    fn end(&self, ending: Ending) {
+        if self.ending.get().is_none() {
+            self.ending.set(Some(ending));
+        }
+        if let Some(waker) = self.waker.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+}
+
 impl Open {
     /// Says which filter chain serves the connection.
     pub fn set_chain(&self, chain: ChainId) {
         self.slot.chain.set(Some(chain));
+    }
+
+    /// Says which endpoint it is connected to, which may be gone by now.
+    pub fn set_host(&self, host: &Arc<Host>) {
+        let _ = self.slot.host.set(Arc::clone(host));
+        if let Some(loss) = host.lost() {
+            self.slot.end(Ending::Lost(loss));
+        }
+    }
+
+    /// Why it is to end; none while it isn't.
+    pub fn ending(&self) -> Option<Ending> {
+        self.slot.ending.get()
     }
 
     /// Counts the connection's bytes from now on. The first call decides what into.
@@ -118,9 +169,9 @@ impl Open {
     }
 
     /// Ready once the connection is to end. Only the latest caller's task is woken.
-    pub fn poll_killed(&self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.slot.killed.get() {
-            return Poll::Ready(());
+    pub fn poll_killed(&self, cx: &mut Context<'_>) -> Poll<Ending> {
+        if let Some(ending) = self.slot.ending.get() {
+            return Poll::Ready(ending);
         }
         let mut waker = self.slot.waker.borrow_mut();
         match &mut *waker {
@@ -131,8 +182,8 @@ impl Open {
     }
 
     /// Completes once the connection is to end.
-    pub async fn killed(&self) {
-        std::future::poll_fn(|cx| self.poll_killed(cx)).await;
+    pub async fn killed(&self) -> Ending {
+        std::future::poll_fn(|cx| self.poll_killed(cx)).await
     }
 }
 

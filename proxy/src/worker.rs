@@ -17,6 +17,8 @@ use tokio::task::spawn_local;
 
 use crate::access_log;
 use crate::cluster::WorkerBalancers;
+use crate::cluster::endpoint::Host;
+use crate::cluster::removal::Loss;
 use crate::connection::{self, Accepted};
 use crate::drain::Connections;
 use crate::intercept::{Capture, OwnSockets};
@@ -102,6 +104,8 @@ pub enum Command {
     Kill,
     /// End the connections of these filter chains now.
     EndChains(Arc<HashSet<ChainId>>),
+    /// End the connections to these endpoints now.
+    EndHosts(Arc<[Arc<Host>]>, Loss),
     /// Clusters are gone: forget the balancers of those that the snapshot doesn't have.
     ForgetClusters,
     /// A pod is gone: close its sockets now, and end its connections soon, which keep its network alive.
@@ -294,6 +298,7 @@ impl Worker {
             }
             Command::Kill => self.connections.kill_all(),
             Command::EndChains(chains) => self.connections.kill_chains(&chains),
+            Command::EndHosts(hosts, loss) => self.connections.end_hosts(&hosts, loss),
             Command::ForgetClusters => {
                 let snapshot = self.snapshot();
                 let known: HashSet<_> = snapshot.clusters().map(|cluster| cluster.id()).collect();

@@ -33,6 +33,7 @@ pub use envoy::extensions::transport_sockets::tls::v3 as tls;
 pub use envoy::service::discovery::v3 as discovery;
 pub use envoy::r#type::v3 as envoy_type;
 pub use tidegate::bootstrap::v1 as interception;
+pub use tidegate::cluster::v1 as cluster_extension;
 
 /// The encoded `google.protobuf.FileDescriptorSet` of every message that configuration may contain, with
 /// the options of Envoy's extensions (`validate.rules`, `udpa.annotations.sensitive`, …) kept.

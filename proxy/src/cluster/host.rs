@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::removal::{Absence, Loss};
 use crate::addr::EndpointAddr;
 
 /// The live state of one address of one cluster. It survives updates of the cluster and its endpoints for as long
@@ -17,7 +18,9 @@ pub struct Host {
     cx_connect_fail: AtomicU64,
     rq_active: AtomicU64,
     rq_total: AtomicU64,
-    health_flags: AtomicU32,
+    health_flags: AtomicU8,
+    /// Of a cluster that ends connections to endpoints that are gone.
+    absence: Absence,
     /// ORIGINAL_DST: picked since the last sweep.
     recently_picked: AtomicBool,
     /// ORIGINAL_DST: dropped by a sweep, so a worker that still remembers it asks the cluster again.
@@ -26,7 +29,7 @@ pub struct Host {
 
 /// What health checks and outlier detection found; bits of [`Host::health_flags`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
+#[repr(u8)]
 pub enum HealthFlag {
     /// Active health checks fail.
     FailedActive = 1 << 0,
@@ -48,7 +51,8 @@ impl Host {
             cx_connect_fail: AtomicU64::new(0),
             rq_active: AtomicU64::new(0),
             rq_total: AtomicU64::new(0),
-            health_flags: AtomicU32::new(0),
+            health_flags: AtomicU8::new(0),
+            absence: Absence::default(),
             recently_picked: AtomicBool::new(true),
             swept: AtomicBool::new(false),
         }
@@ -86,16 +90,26 @@ impl Host {
 
     /// Bits of [`HealthFlag`].
     pub fn health_flags(&self) -> u32 {
-        self.health_flags.load(Relaxed)
+        self.health_flags.load(Relaxed).into()
     }
 
     /// Sets or clears a health flag. The cluster has to be refreshed for balancers to see it.
     pub fn set_health_flag(&self, flag: HealthFlag, on: bool) {
         if on {
-            self.health_flags.fetch_or(flag as u32, Relaxed);
+            self.health_flags.fetch_or(flag as u8, Relaxed);
         } else {
-            self.health_flags.fetch_and(!(flag as u32), Relaxed);
+            self.health_flags.fetch_and(!(flag as u8), Relaxed);
         }
+    }
+
+    /// Whether it is among the endpoints of its cluster, for those that want to know.
+    pub(super) fn absence(&self) -> &Absence {
+        &self.absence
+    }
+
+    /// Why connections to it end now, if they do.
+    pub fn lost(&self) -> Option<Loss> {
+        self.absence.loss()
     }
 
     /// Counts an attempt to connect; it is active until the guard goes.

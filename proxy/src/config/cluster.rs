@@ -40,9 +40,24 @@ pub struct Cluster {
     pub dns: Dns,
     /// ORIGINAL_DST: unused hosts are dropped after so long. Default 5 s.
     pub cleanup_interval: Duration,
+    /// What becomes of connections to endpoints that are removed; none: they stay.
+    pub endpoint_removal: Option<EndpointRemoval>,
+    /// Connections to an endpoint end when health checks or outlier detection find that it has failed.
+    pub close_connections_on_host_health_failure: bool,
     /// TLS to a control plane. Such a cluster is for sources of configuration only: nothing else may use it, since it
     /// would send in plaintext.
     pub tls: Option<Arc<UpstreamTls>>,
+}
+
+/// `tidegate.cluster.v1.EndpointRemoval` with an action other than KEEP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointRemoval {
+    /// With a RST (RESET) instead of a FIN (CLOSE).
+    pub reset: bool,
+    /// So long after the removal. Default 0.
+    pub deadline: Duration,
+    /// Also for endpoints that get unhealthy.
+    pub include_unhealthy: bool,
 }
 
 /// `eds_cluster_config`.

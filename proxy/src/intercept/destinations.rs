@@ -268,6 +268,8 @@ mod tests {
             },
             transport_sockets: TransportSocketMatches::default(),
             circuit_breakers: Thresholds::default(),
+            endpoint_removal: None,
+            close_connections_on_host_health_failure: false,
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,
             dns: Dns {

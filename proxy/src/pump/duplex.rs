@@ -82,9 +82,9 @@ impl<'a> Duplex<'a> {
 
     pub(super) fn poll(&mut self, timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
         if let Some(open) = self.options.killed
-            && open.poll_killed(cx).is_ready()
+            && let Poll::Ready(ending) = open.poll_killed(cx)
         {
-            return Poll::Ready(self.cut(Cause::Killed));
+            return Poll::Ready(self.cut(Cause::Killed, ending.resets()));
         }
         loop {
             let mut changed = false;
@@ -279,14 +279,14 @@ impl<'a> Duplex<'a> {
             let now = clock::coarse();
             let idle_at = self.options.idle_timeout.map(|timeout| self.last_activity + timeout);
             if idle_at.is_some_and(|at| now >= at) {
-                return Poll::Ready(self.cut(Cause::IdleTimeout));
+                return Poll::Ready(self.cut(Cause::IdleTimeout, false));
             }
             // The deadline is on the exact clock. It is read only when the timer is armed, not on every wake-up.
             let look_at = self.flush.and_then(|flush| flush.look_at);
             if self.timer_at.is_none() || look_at < self.timer_at && look_at.is_some() {
                 let left = self.options.deadline.map(|at| at.saturating_duration_since(Instant::now()));
                 if left == Some(Duration::ZERO) {
-                    return Poll::Ready(self.cut(Cause::MaxDuration));
+                    return Poll::Ready(self.cut(Cause::MaxDuration, false));
                 }
                 let ends_at = left.map(|left| now + left);
                 let Some(next) = [idle_at, ends_at, look_at].into_iter().flatten().min() else {
@@ -341,12 +341,13 @@ impl<'a> Duplex<'a> {
         Outcome { cause: flush.cause, downstream: closes[0], upstream: closes[1] }
     }
 
-    /// We end it: with a FIN, or with a RST where bytes are lost that the side would not miss otherwise.
-    fn cut(&mut self, cause: Cause) -> Outcome {
+    /// We end it: with a FIN, or with a RST where that is wanted or bytes are lost that the side would not miss
+    /// otherwise.
+    fn cut(&mut self, cause: Cause, reset: bool) -> Outcome {
         let closes = Side::both().map(|side| {
             let loses = self.lanes[side.other() as usize].half.held() > 0;
             let gone = self.flush.is_some_and(|flush| flush.gone == side);
-            self.close(side, loses, gone)
+            self.close(side, reset || loses, gone)
         });
         Outcome { cause, downstream: closes[0], upstream: closes[1] }
     }

@@ -16,6 +16,7 @@ use super::client::Client;
 use super::tables::Tables;
 use super::{Event, Key, Kind, Wanted};
 use crate::access_log;
+use crate::cluster::removal::Lost;
 use crate::cluster::{ClusterId, dns};
 use crate::config::bootstrap::{Bootstrap, DynamicResources};
 use crate::config::cluster::Cluster;
@@ -90,6 +91,8 @@ pub struct Store {
     assignments: HashMap<(Source, Arc<str>), Assignment>,
     resolver: Option<Arc<dns::Resolver>>,
     internal: (mpsc::UnboundedSender<Internal>, mpsc::UnboundedReceiver<Internal>),
+    /// Endpoints whose connections end; those of STRICT_DNS clusters go without an event of ours.
+    losses: mpsc::UnboundedReceiver<Lost>,
     deadlines: BinaryHeap<Reverse<(Instant, u64)>>,
     deadline_ids: HashMap<u64, Deadline>,
     next_deadline: u64,
@@ -152,6 +155,8 @@ pub enum Happened {
     Event(Event),
     /// Ourselves.
     Internal(Internal),
+    /// A cluster has lost endpoints whose connections are to end.
+    Lost(Lost),
     /// Time passed.
     Deadline,
 }
@@ -163,8 +168,9 @@ impl Store {
     /// A static resource can't be served.
     pub fn new(bootstrap: &Bootstrap, parts: Parts) -> anyhow::Result<Self> {
         let Parts { stats, logs, workers, client, events, tables, cache, unknown_fields } = parts;
+        let (report_losses, losses) = mpsc::unbounded_channel();
         let mut store = Self {
-            clusters: Clusters::new(&stats),
+            clusters: Clusters::new(&stats, report_losses),
             listeners: Listeners::new(&stats, &logs, workers),
             routes: Routes::new(&stats, &logs),
             stats,
@@ -179,6 +185,7 @@ impl Store {
             assignments: HashMap::new(),
             resolver: None,
             internal: mpsc::unbounded_channel(),
+            losses,
             deadlines: BinaryHeap::new(),
             deadline_ids: HashMap::new(),
             next_deadline: 0,
@@ -219,6 +226,7 @@ impl Store {
         tokio::select! {
             Some(event) = self.events.recv() => Happened::Event(event),
             Some(internal) = self.internal.1.recv() => Happened::Internal(internal),
+            Some(lost) = self.losses.recv() => Happened::Lost(lost),
             () = until(deadline) => Happened::Deadline,
             else => std::future::pending().await,
         }
@@ -240,6 +248,7 @@ impl Store {
                 self.connected(&keys, identifier.as_deref());
             }
             Happened::Internal(Internal::Resolved(name, id)) => self.clusters.ready(&name, id),
+            Happened::Lost(lost) => self.changes.lost.push(lost),
             Happened::Deadline => self.expire(),
         }
         self.settle()
@@ -313,6 +322,9 @@ impl Store {
             }
         }
         self.count();
+        while let Ok(lost) = self.losses.try_recv() {
+            self.changes.lost.push(lost);
+        }
         std::mem::take(&mut self.changes)
     }
 

@@ -15,19 +15,24 @@ use crate::world::{LISTENER, Live, State, World, with_log};
 const CLOCK: &str = "127.0.0.1:10009";
 
 /// A proxy with a listener to the cluster `c`, which has `a` and nothing else, and a connection through it.
-struct Standing {
-    world: World,
-    plane: Snapshot,
-    proxy: Proxy,
-    live: Live,
+pub(crate) struct Standing {
+    pub(crate) world: World,
+    pub(crate) plane: Snapshot,
+    pub(crate) proxy: Proxy,
+    pub(crate) live: Live,
     clock: Live,
 }
 
 impl Standing {
     fn start() -> Result<Self> {
+        Self::with(json!({}))
+    }
+
+    /// With these fields of the cluster.
+    pub(crate) fn with(fields: Value) -> Result<Self> {
         let world = World::new()?;
         let plane = Snapshot::start(Some(&world.netns))?;
-        let cluster = resource::eds_cluster("c", &resource::ads(), json!({}))?;
+        let cluster = resource::eds_cluster("c", &resource::ads(), fields)?;
         let other = resource::cluster("other", &[World::B], json!({}))?;
         let endpoints = resource::endpoints("c", &[World::A])?;
         let listener = resource::listener(LISTENER, json!({}), &tcp_proxy("c", json!({})))?;
@@ -51,7 +56,7 @@ impl Standing {
     }
 
     /// Makes a change that is accepted; the connection stands right afterwards.
-    fn change(&mut self, kind: Kind, change: impl FnOnce(&Snapshot)) -> Result<()> {
+    pub(crate) fn change(&mut self, kind: Kind, change: impl FnOnce(&Snapshot)) -> Result<()> {
         change(&self.plane);
         with_log(self.plane.accepted(kind), &self.proxy)?;
         ensure!(self.live.state()? == State::Open, "the change itself ended the connection");
@@ -68,7 +73,7 @@ impl Standing {
     }
 
     /// The connection outlives the drain time.
-    fn stays(&mut self) -> Result<()> {
+    pub(crate) fn stays(&mut self) -> Result<()> {
         self.drain_time()?;
         let state = self.live.state()?;
         ensure!(state == State::Open, "the connection ended: {state:?}\n{}", self.proxy.log_tail());
@@ -91,11 +96,11 @@ impl Standing {
     }
 }
 
-fn endpoint(address: &str, health: &str) -> Value {
+pub(crate) fn endpoint(address: &str, health: &str) -> Value {
     json!({"endpoint": {"address": socket_address(address)}, "health_status": health})
 }
 
-fn endpoints(endpoints: &[Value]) -> Result<tidegate_api::endpoint::ClusterLoadAssignment> {
+pub(crate) fn endpoints(endpoints: &[Value]) -> Result<tidegate_api::endpoint::ClusterLoadAssignment> {
     resource::from_json(&json!({"cluster_name": "c", "endpoints": [{"lb_endpoints": endpoints}]}))
 }
 

@@ -494,6 +494,11 @@ pub mod tidegate {
             include!("tidegate.bootstrap.v1.rs");
         }
     }
+    pub mod cluster {
+        pub mod v1 {
+            include!("tidegate.cluster.v1.rs");
+        }
+    }
 }
 pub mod udpa {
     pub mod r#type {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tidegate_api::cluster as api;
 use tidegate_api::cluster::cluster as parts;
 use tidegate_api::cluster::cluster::{ClusterDiscoveryType, DiscoveryType, LbConfig, common_lb_config};
+use tidegate_api::cluster_extension as extension_api;
 use tidegate_api::core;
 use tidegate_api::envoy::extensions::clusters::common::dns::v3::DnsLookupFamily as TypedLookupFamily;
 use tidegate_api::envoy::extensions::clusters::dns::v3::DnsCluster;
@@ -17,7 +18,9 @@ use super::listener::BUFFER_LIMIT;
 use super::net::keepalive;
 use super::transport_socket::{self, cluster_tls};
 use super::{Report, each, enumeration, inactive, optional_duration};
-use crate::config::cluster::{Cluster, Discovery, Dns, Eds, LbPolicy, LookupFamily, Thresholds};
+use crate::config::cluster::{
+    Cluster, Discovery, Dns, Eds, EndpointRemoval, LbPolicy, LookupFamily, Thresholds,
+};
 use crate::config::endpoint::ClusterLoadAssignment;
 use crate::config::listener::TcpKeepalive;
 use crate::config::proto::FieldPath;
@@ -30,6 +33,9 @@ const DNS_REFRESH_RATE: Duration = Duration::from_secs(5);
 const CLEANUP_INTERVAL: Duration = Duration::from_secs(5);
 const HEALTHY_PANIC_THRESHOLD: f64 = 50.0;
 const OVERPROVISIONING_FACTOR: u32 = 140;
+
+/// Where a cluster's metadata has our policy.
+const ENDPOINT_REMOVAL: &str = "tidegate.endpoint_removal";
 
 /// As `http2_protocol_options`: HTTP only.
 const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -80,7 +86,8 @@ pub(in crate::config) fn cluster(
         protocol_selection: _, // HTTP only
         upstream_connection_options,
         close_connections_on_host_health_failure,
-        ignore_health_on_host_removal,
+        // Only active health checks could keep an endpoint that was removed, and health_checks has its own warning.
+        ignore_health_on_host_removal: _,
         filters,
         load_balancing_policy,
         lrs_server,
@@ -100,8 +107,7 @@ pub(in crate::config) fn cluster(
         upstream_http_protocol_options, common_http_protocol_options, http_protocol_options,
         typed_extension_protocol_options, dns_jitter, dns_failure_refresh_rate,
         dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
-        wait_for_warm_on_init, outlier_detection, upstream_bind_config, lb_subset_config, metadata,
-        close_connections_on_host_health_failure, ignore_health_on_host_removal, lrs_server,
+        wait_for_warm_on_init, outlier_detection, upstream_bind_config, lb_subset_config, lrs_server,
         lrs_report_endpoint_metrics, track_cluster_stats, preconnect_policy, queuing_policies);
     for (field, present) in [
         ("transport_socket_matcher", transport_socket_matcher.is_some()),
@@ -122,6 +128,7 @@ pub(in crate::config) fn cluster(
     let discovery = discovery(cluster_discovery_type, &mut dns, path, report);
     let lb_policy = lb_policy::lb_policy(lb_policy, load_balancing_policy, lb_config, path, report);
     let healthy_panic_threshold = common_lb(common_lb_config, path, report);
+    let endpoint_removal = endpoint_removal(metadata, path, report);
     let circuit_breakers = thresholds(circuit_breakers, path, report);
     let upstream_keepalive = connection_options(upstream_connection_options, path, report);
     let connect_timeout = optional_duration(connect_timeout, path, "connect_timeout", report);
@@ -158,6 +165,8 @@ pub(in crate::config) fn cluster(
         upstream_keepalive,
         dns,
         cleanup_interval: cleanup_interval.unwrap_or(CLEANUP_INTERVAL),
+        endpoint_removal,
+        close_connections_on_host_health_failure,
         tls: tls.map(Arc::new),
     })
 }
@@ -309,14 +318,13 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
         healthy_panic_threshold,
         update_merge_window: _, // merges updates from xDS; nothing updates a static cluster
         ignore_new_hosts_until_first_hc,
-        close_connections_on_host_set_change,
+        close_connections_on_host_set_change: _, // pools only: in Envoy connections of tcp_proxy outlive it, too
         consistent_hashing_lb_config,
         override_host_status,
         locality_config_specifier,
     } = config;
     inactive!(report, &path, "CommonLbConfig";
-        ignore_new_hosts_until_first_hc, close_connections_on_host_set_change, consistent_hashing_lb_config,
-        override_host_status);
+        ignore_new_hosts_until_first_hc, consistent_hashing_lb_config, override_host_status);
     match locality_config_specifier {
         None => {}
         Some(common_lb_config::LocalityConfigSpecifier::ZoneAwareLbConfig(_)) => {
@@ -327,6 +335,42 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
         }
     }
     healthy_panic_threshold.map_or(HEALTHY_PANIC_THRESHOLD, |percent| percent.value)
+}
+
+/// Our extension to what Envoy does with connections to endpoints that are gone.
+fn endpoint_removal(
+    metadata: Option<core::Metadata>,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<EndpointRemoval> {
+    let core::Metadata { filter_metadata, mut typed_filter_metadata } = metadata?;
+    let path = path.field("metadata");
+    if filter_metadata.contains_key(ENDPOINT_REMOVAL) {
+        report.invalid(
+            &path.field("filter_metadata").key(ENDPOINT_REMOVAL),
+            format!("a policy that ends connections has to be a {} in typed_filter_metadata", policy_type()),
+        );
+    }
+    let config = Extension::new(typed_filter_metadata.remove(ENDPOINT_REMOVAL)?);
+    let path = path.field("typed_filter_metadata");
+    let path = path.key(ENDPOINT_REMOVAL);
+    if !config.is::<extension_api::EndpointRemoval>() {
+        report.invalid(&path, format!("has to be a {}, not a {:?}", policy_type(), config.type_name));
+        return None;
+    }
+    let extension_api::EndpointRemoval { action, deadline, include_unhealthy } =
+        config.decode(&path, report)?;
+    let deadline = optional_duration(deadline, &path, "deadline", report).unwrap_or_default();
+    let reset = match enumeration(action, &path, "action", report)? {
+        extension_api::endpoint_removal::Action::Keep => return None,
+        extension_api::endpoint_removal::Action::Close => false,
+        extension_api::endpoint_removal::Action::Reset => true,
+    };
+    Some(EndpointRemoval { reset, deadline, include_unhealthy })
+}
+
+fn policy_type() -> String {
+    <extension_api::EndpointRemoval as prost::Name>::full_name()
 }
 
 /// The thresholds of priority DEFAULT; TCP has no other.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use socket2::Socket;
 
+use crate::cluster::removal::Lost;
 use crate::config::listener::TrafficDirection;
 use crate::listener::{Chain, Listener};
 
@@ -24,6 +25,8 @@ pub struct Changes {
     pub released: Vec<Arc<Listener>>,
     /// Chains whose connections end when the drain time has passed.
     pub draining: Vec<Draining>,
+    /// Endpoints whose connections end, by the policies of their clusters.
+    pub lost: Vec<Lost>,
 }
 
 /// Listening sockets of a listener; one list for each worker.
@@ -51,7 +54,7 @@ pub struct Draining {
 impl Changes {
     /// Adds what changed after it.
     pub fn absorb(&mut self, later: Self) {
-        let Self { clusters, clusters_gone, listeners, close, listen, released, draining } = later;
+        let Self { clusters, clusters_gone, listeners, close, listen, released, draining, lost } = later;
         self.clusters |= clusters;
         self.clusters_gone |= clusters_gone;
         self.listeners |= listeners;
@@ -61,6 +64,7 @@ impl Changes {
         self.listen.extend(listen);
         self.released.extend(released);
         self.draining.extend(draining);
+        self.lost.extend(lost);
     }
 
     /// Nothing changed.
@@ -70,5 +74,6 @@ impl Changes {
             && self.close.is_empty()
             && self.listen.is_empty()
             && self.draining.is_empty()
+            && self.lost.is_empty()
     }
 }

@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use tokio::sync::mpsc::UnboundedSender;
+
 use super::changes::Changes;
+use crate::cluster::removal::Lost;
 use crate::cluster::{Cluster, ClusterId, dns};
 use crate::config;
 use crate::config::cluster::{Discovery, Eds};
@@ -22,6 +25,8 @@ pub(super) enum Origin {
 #[derive(Debug)]
 pub(super) struct Clusters {
     stats: Arc<Stats>,
+    /// Where clusters report endpoints whose connections are to end.
+    losses: UnboundedSender<Lost>,
     entries: HashMap<Arc<str>, Entry>,
     /// How many entries have something warming.
     warming: usize,
@@ -67,8 +72,8 @@ pub(super) enum Added {
 }
 
 impl Clusters {
-    pub(super) fn new(stats: &Arc<Stats>) -> Self {
-        Self { stats: Arc::clone(stats), entries: HashMap::new(), warming: 0, ready: Vec::new() }
+    pub(super) fn new(stats: &Arc<Stats>, losses: UnboundedSender<Lost>) -> Self {
+        Self { stats: Arc::clone(stats), losses, entries: HashMap::new(), warming: 0, ready: Vec::new() }
     }
 
     /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't, and is in force from the
@@ -100,6 +105,7 @@ impl Clusters {
             &self.stats,
             previous.map(|previous| &*previous.cluster),
         );
+        cluster.report_losses(&self.losses);
         let watch = match discovery {
             Discovery::StrictDns => resolver().map(|resolver| {
                 dns::Watch::start(&cluster, &resolver, previous.and_then(|previous| previous.watch.as_ref()))
@@ -127,6 +133,9 @@ impl Clusters {
         }
         let entry = self.entries.remove(name)?;
         self.warming -= usize::from(entry.warming.is_some());
+        if let Some(active) = &entry.active {
+            active.cluster.note_removal();
+        }
         changes.clusters |= entry.active.is_some();
         changes.clusters_gone |= entry.active.is_some();
         let versions = entry.active.into_iter().chain(entry.warming.map(|warming| warming.version));
@@ -143,6 +152,9 @@ impl Clusters {
             self.warming -= 1;
             warming.version.cluster.announce();
             warming.version.cluster.stats().warming_state().set(0);
+            if let Some(former) = &entry.active {
+                warming.version.cluster.note_successor_of(&former.cluster);
+            }
             let replaced = entry.active.replace(warming.version);
             changes.clusters = true;
             changes.clusters_gone |= replaced.is_some();
