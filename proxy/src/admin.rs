@@ -5,6 +5,7 @@
 //! on a thread of their own, no faster than they are read.
 
 mod access;
+mod certs;
 mod command_line;
 mod config_dump;
 mod io;
@@ -28,6 +29,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::access_log::AccessLogs;
 use crate::stats::{AdminListenerStats, HttpStats, Stats};
 
+pub use certs::CertificatesView;
 pub use command_line::command_line_options;
 pub use view::{ClusterView, HealthView, HostView, ListenerView, ThresholdsView};
 
@@ -118,6 +120,8 @@ pub trait State: Send + Sync + 'static {
     fn clusters(&self) -> Vec<ClusterView>;
     /// For `/listeners`.
     fn listeners(&self) -> Vec<ListenerView>;
+    /// For `/certs`: a view for each TLS context.
+    fn certificates(&self) -> Vec<CertificatesView>;
     /// `{"configs": […]}` in Envoy's layout (`BootstrapConfigDump`, `ClustersConfigDump`, …), each with its
     /// `@type`. Filtering is done by the admin server.
     fn config_dump(&self, include_eds: bool) -> Value;

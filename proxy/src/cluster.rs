@@ -15,6 +15,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::config;
 use crate::config::cluster::Discovery;
 use crate::config::endpoint::ClusterLoadAssignment;
+use crate::secret::Credentials;
 use crate::stats::{ClusterStats, Stats};
 
 pub mod circuit_breaker;
@@ -55,6 +56,8 @@ pub struct Cluster {
     losses: OnceLock<UnboundedSender<Lost>>,
     /// Only for ORIGINAL_DST.
     original_dst: Option<Arc<OriginalDstHosts>>,
+    /// Only of clusters with TLS.
+    credentials: Option<Credentials>,
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -68,17 +71,18 @@ impl Cluster {
     /// `previous` is the cluster of the same name that this one replaces: live endpoint state and what is in use
     /// under the circuit breakers carry over.
     pub fn build(config: Arc<config::cluster::Cluster>, stats: &Stats, previous: Option<&Self>) -> Arc<Self> {
-        let cluster = Self::build_warming(config, stats, previous);
+        let cluster = Self::build_warming(config, stats, previous, None);
         cluster.announce();
         cluster
     }
 
     /// Like [`Cluster::build`], for a cluster that is not in force yet: the membership gauges stay with the one that
-    /// is, until [`Cluster::announce`].
+    /// is, until [`Cluster::announce`]. One with TLS needs `credentials` to be connected to.
     pub fn build_warming(
         config: Arc<config::cluster::Cluster>,
         stats: &Stats,
         previous: Option<&Self>,
+        credentials: Option<Credentials>,
     ) -> Arc<Self> {
         let stat_name = config.alt_stat_name.as_ref().unwrap_or(&config.name);
         let in_use = previous.map(|cluster| Arc::clone(cluster.breaker.in_use())).unwrap_or_default();
@@ -91,6 +95,7 @@ impl Cluster {
             registry: previous.map(|cluster| Arc::clone(&cluster.registry)).unwrap_or_default(),
             hosts: ArcSwap::from_pointee(HostSet::new(0, Vec::new(), 140, 0.0)),
             original_dst,
+            credentials,
             announced: AtomicBool::new(false),
             losses: OnceLock::new(),
             overprovisioning_factor: AtomicU32::new(config.load_assignment.overprovisioning_factor),
@@ -202,6 +207,11 @@ impl Cluster {
     /// `cluster.<name>.*`
     pub fn stats(&self) -> &ClusterStats {
         &self.stats
+    }
+
+    /// For TLS handshakes, if it has TLS.
+    pub fn credentials(&self) -> Option<&Credentials> {
+        self.credentials.as_ref()
     }
 
     /// Its limits.

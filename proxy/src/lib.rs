@@ -19,6 +19,7 @@ pub mod listener;
 pub mod log;
 pub mod pump;
 pub mod response_flag;
+pub mod secret;
 pub mod signal;
 pub mod snapshot;
 pub mod stats;

@@ -24,9 +24,10 @@ use block::Layout;
 
 pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGauge, Stat, set_shard};
 pub use blocks::{
-    AccessLogStats, AdminListenerStats, ClusterManagerStats, ClusterStats, ConfigStats, ControlPlaneStats,
-    FilesystemStats, HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats, ProxyProtocolStats,
-    PumpStats, RootStats, RuntimeStats, ServerStats, TcpProxyStats, TlsInspectorStats,
+    AccessLogStats, AdminListenerStats, ClientTlsStats, ClusterManagerStats, ClusterStats, ConfigStats,
+    ControlPlaneStats, FilesystemStats, HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats,
+    ProxyProtocolStats, PumpStats, RootStats, RuntimeStats, SdsStats, ServerStats, TcpProxyStats,
+    TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
@@ -47,8 +48,13 @@ pub struct Stats {
     proxy_protocol: RwLock<BTreeMap<Box<str>, ProxyProtocolStats>>,
 }
 
-/// By the first part of their names and the scope's own name.
-type Blocks = BTreeMap<(&'static str, Box<str>), Weak<Block>>;
+/// By what they have in common with others of their kind ([`kind`]) and the scope's own name.
+type Blocks = BTreeMap<((&'static str, &'static str), Box<str>), Weak<Block>>;
+
+/// Tells kinds of blocks apart: the first part of their names, which two may share, and their first stat.
+fn kind(layout: &Layout) -> (&'static str, &'static str) {
+    (layout.root, layout.stats.first().map_or("", |stat| stat.name))
+}
 
 struct Single {
     root: RootStats,
@@ -97,7 +103,7 @@ impl Stats {
             proxy_protocol: RwLock::default(),
         };
         for block in stats.single_blocks() {
-            lock(&stats.blocks).insert((block.layout().root, "".into()), Arc::downgrade(&block));
+            lock(&stats.blocks).insert((kind(block.layout()), "".into()), Arc::downgrade(&block));
         }
         Arc::new(stats)
     }
@@ -105,6 +111,16 @@ impl Stats {
     /// `cluster.<name>.*`
     pub fn cluster(&self, name: &str) -> ClusterStats {
         ClusterStats::from_block(self.block(ClusterStats::LAYOUT, name))
+    }
+
+    /// `cluster.<name>.client_ssl_socket_factory.*`
+    pub fn client_tls(&self, name: &str) -> ClientTlsStats {
+        ClientTlsStats::from_block(self.block(ClientTlsStats::LAYOUT, name))
+    }
+
+    /// `sds.<name>.*`
+    pub fn sds(&self, name: &str) -> SdsStats {
+        SdsStats::from_block(self.block(SdsStats::LAYOUT, name))
     }
 
     /// `tcp.<stat_prefix>.*`
@@ -250,7 +266,7 @@ impl Stats {
 
     fn block(&self, layout: &'static Layout, name: &str) -> Arc<Block> {
         let mut blocks = lock(&self.blocks);
-        let key = (layout.root, sanitized(name).into_boxed_str());
+        let key = (kind(layout), sanitized(name).into_boxed_str());
         if let Some(block) = blocks.get(&key).and_then(Weak::upgrade) {
             return block;
         }

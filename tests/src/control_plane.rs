@@ -33,7 +33,7 @@ use server::{Handler, NewPoll, NewStream, Out, Reply, Server};
 pub use kind::{Kind, Method, Served};
 pub use server::Request;
 pub use snapshot::{Answer, Changes, Snapshot};
-pub use tls::Identity;
+pub use tls::{Authority, Identity};
 
 /// The socket of a control plane, which it can give up and take again.
 #[derive(Debug)]
@@ -84,9 +84,8 @@ struct Calls {
 impl Handler for Calls {
     fn stream(self: Arc<Self>, new: NewStream) {
         let requests: Arc<Mailbox<Option<Request>>> = Arc::default();
-        let (method, headers, out) = (new.method, new.headers, new.out);
-        self.streams.push(Stream { method, headers, requests: requests.clone(), out });
-        let mut incoming = new.requests;
+        let NewStream { method, headers, certificate, out, requests: mut incoming } = new;
+        self.streams.push(Stream { method, headers, certificate, requests: requests.clone(), out });
         let requests = EndsWithNone(requests);
         tokio::spawn(async move {
             while let Some(request) = incoming.recv().await {
@@ -96,8 +95,8 @@ impl Handler for Calls {
     }
 
     fn poll(self: Arc<Self>, new: NewPoll) {
-        let NewPoll { kind, headers, peer, request, json, reply } = new;
-        self.polls.push(Poll { kind, headers, peer, request, json, reply });
+        let NewPoll { kind, headers, peer, certificate, request, json, reply } = new;
+        self.polls.push(Poll { kind, headers, peer, certificate, request, json, reply });
     }
 }
 
@@ -177,6 +176,8 @@ pub struct Stream {
     pub method: Method,
     /// With which header fields.
     pub headers: HeaderMap,
+    /// The certificate that it showed, encoded; none without TLS, or when it has none.
+    pub certificate: Option<Vec<u8>>,
     requests: Arc<Mailbox<Option<Request>>>,
     out: mpsc::UnboundedSender<Out>,
 }
@@ -272,6 +273,8 @@ pub struct Poll {
     pub headers: HeaderMap,
     /// The client's address: tells connections apart.
     pub peer: SocketAddr,
+    /// The certificate that it showed, encoded; none without TLS, or when it has none.
+    pub certificate: Option<Vec<u8>>,
     /// The request.
     pub request: DiscoveryRequest,
     /// The same as it was written.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::convert::Infallible;
 use std::fmt::Write;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::{Bytes, Incoming};
@@ -16,7 +17,7 @@ use crate::stats::{Format, Query, Stats};
 
 use super::config_dump::{Selection, SelectionError, select};
 use super::memory::Memory;
-use super::{Drain, ServerState, State, io, logging, view};
+use super::{Drain, ServerState, State, certs, io, logging, view};
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -64,7 +65,7 @@ const COMMANDS: &[Command] = &[
         mutates: false,
         help: "print certs on machine",
         parameters: &[],
-        answer: |_, _| Answer::Json(json!({"certificates": []})),
+        answer: |server, _| Answer::Json(certs::json(&server.state.certificates(), SystemTime::now())),
     },
     Command {
         path: "/clusters",

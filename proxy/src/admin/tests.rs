@@ -49,6 +49,10 @@ impl State for Process {
         vec![ListenerView { name: "l".into(), addresses: vec!["127.0.0.1:1".parse().unwrap()] }]
     }
 
+    fn certificates(&self) -> Vec<CertificatesView> {
+        Vec::new()
+    }
+
     fn config_dump(&self, include_eds: bool) -> Value {
         json!({"configs": [{"@type": "T", "static_clusters": [{"cluster": {"name": "foo", "eds": include_eds}}]}]})
     }

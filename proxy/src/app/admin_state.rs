@@ -13,8 +13,8 @@ use tokio::sync::Notify;
 use super::{Proxy, Stopping, config_dump};
 use crate::access_log::{self, AccessLogs};
 use crate::admin::{
-    Admin, AdminError, ClusterView, Drain, HealthView, HostView, ListenerView, ServerInfo, State,
-    ThresholdsView, command_line_options,
+    Admin, AdminError, CertificatesView, ClusterView, Drain, HealthView, HostView, ListenerView, ServerInfo,
+    State, ThresholdsView, command_line_options,
 };
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::{Endpoint, HealthFlag};
@@ -305,6 +305,18 @@ impl State for Running {
 
     fn config_dump(&self, include_eds: bool) -> Value {
         config_dump::whole(&self.config.to_json(), self.config_read, &self.tables.lock(), include_eds)
+    }
+
+    fn certificates(&self) -> Vec<CertificatesView> {
+        let snapshot = self.publisher.current();
+        let mut clusters: Vec<_> =
+            snapshot.clusters().filter(|cluster| cluster.credentials().is_some()).collect();
+        clusters.sort_by(|a, b| a.name().cmp(b.name()));
+        let view = |cluster: &Arc<Cluster>| {
+            let (authorities, chain) = cluster.credentials()?.certificates();
+            Some(CertificatesView { authorities, chain })
+        };
+        clusters.into_iter().filter_map(view).collect()
     }
 
     fn init_dump(&self) -> Value {

@@ -49,7 +49,14 @@ pub(super) fn whole(bootstrap: &Value, read: SystemTime, tables: &All, include_e
         ),
         section(&admin("ScopedRoutesConfigDump"), &[]),
         section(&admin("RoutesConfigDump"), &[("dynamic_route_configs", routes.into())]),
-        section(&admin("SecretsConfigDump"), &[]),
+        section(
+            &admin("SecretsConfigDump"),
+            &[
+                ("static_secrets", static_secrets(bootstrap, &at).into()),
+                ("dynamic_active_secrets", active_secrets(tables).into()),
+                ("dynamic_warming_secrets", waiting_secrets(tables).into()),
+            ],
+        ),
     ]);
     json!({ "configs": configs })
 }
@@ -118,6 +125,7 @@ fn status(record: &Record) -> &'static str {
     match record {
         Record { error: Some(_), .. } => "NACKED",
         Record { active: Some(held), .. } if held.stale => "REQUESTED",
+        Record { active: None, warming: None, .. } => "REQUESTED",
         _ => "ACKED",
     }
 }
@@ -164,6 +172,47 @@ fn dynamic_listeners(tables: &All) -> Vec<Value> {
         with_status(fields, Kind::Listener, record)
     };
     records(tables, Kind::Listener).map(dump).collect()
+}
+
+/// `static_resources.secrets`. What the bootstrap is shown from has no keys any more.
+fn static_secrets(bootstrap: &Value, at: &str) -> Vec<Value> {
+    let all = bootstrap["static_resources"]["secrets"].as_array();
+    let dump = |secret: &Value| {
+        json!({
+            "name": secret["name"],
+            "last_updated": at,
+            "secret": typed("envoy.extensions.transport_sockets.tls.v3.Secret", secret),
+        })
+    };
+    all.map(|all| all.iter().map(dump).collect()).unwrap_or_default()
+}
+
+fn secret(name: &str, state: Map<String, Value>, record: &Record) -> Value {
+    let mut fields = Map::new();
+    fields.insert("name".into(), name.into());
+    fields.extend(state);
+    with_status(fields, Kind::Secret, record)
+}
+
+/// Those that came.
+fn active_secrets(tables: &All) -> Vec<Value> {
+    let dump = |(name, record): (&Arc<str>, &Record)| {
+        let held = record.active.as_ref()?;
+        Some(secret(name, state(Kind::Secret, held, "secret"), record))
+    };
+    records(tables, Kind::Secret).filter_map(dump).collect()
+}
+
+/// Those that are wanted and did not come, in Envoy's words.
+fn waiting_secrets(tables: &All) -> Vec<Value> {
+    let dump = |(name, record): (&Arc<str>, &Record)| {
+        let mut state = Map::new();
+        state.insert("version_info".into(), "uninitialized".into());
+        let message = "envoy.extensions.transport_sockets.tls.v3.Secret";
+        state.insert("secret".into(), typed(message, &json!({ "name": **name })));
+        secret(name, state, record)
+    };
+    records(tables, Kind::Secret).filter(|(_, record)| record.active.is_none()).map(dump).collect()
 }
 
 /// Kinds that do not warm.

@@ -493,10 +493,11 @@ mod tests {
     fn clusters_of_control_planes_are_not_for_clients() {
         let mut config = config("xds", Discovery::Static, &[EndpointAddress::Ip(([127, 0, 0, 1], 1).into())]);
         config.tls = Some(Arc::new(crate::config::tls::UpstreamTls {
-            trusted_ca: crate::config::tls::DataSource::Inline([].into()),
             sni: None,
-            server_names: crate::config::tls::ServerNames::Any,
+            auto_sni_san_validation: false,
             certificate: None,
+            validation: crate::config::tls::Validation::default(),
+            validation_secret: None,
             alpn_protocols: vec![],
             tls12: true,
             tls13: true,

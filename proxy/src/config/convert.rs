@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use super::error::{ConfigError, Problem, Reason};
 use super::proto::{FieldPath, SourceMap};
+use super::tls::Secret;
 
 mod access_log;
 mod bootstrap;
@@ -47,6 +48,7 @@ mod listener_filter;
 mod net;
 pub(super) mod route;
 pub(super) mod runtime;
+pub(super) mod secret;
 mod tcp_proxy;
 mod tls;
 mod transport_socket;
@@ -64,6 +66,8 @@ pub(super) struct Report<'a> {
     is_server: Box<dyn Fn(&str) -> bool + 'a>,
     /// Whether there is an ADS stream.
     has_ads: bool,
+    /// `static_resources.secrets`
+    secrets: Vec<Secret>,
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
     /// Warnings of which one is kept: where it stands in `warnings`, and how many there were.
@@ -80,6 +84,7 @@ impl<'a> Report<'a> {
             is_cluster: Box::new(|_| false),
             is_server: Box::new(|_| true),
             has_ads: true,
+            secrets: Vec::new(),
             problems: vec![],
             warnings: vec![],
             once: HashMap::new(),

@@ -10,6 +10,7 @@ use prost::{Message, Name};
 use tidegate_api::wkt::Any;
 use tidegate_api::{
     cluster as cluster_api, endpoint as endpoint_api, listener as listener_api, route as route_api,
+    tls as tls_api,
 };
 
 use super::cluster::Cluster;
@@ -22,6 +23,7 @@ use super::listener::Listener;
 use super::proto::{self, FieldPath, SourceMap};
 use super::route::{HttpRouting, RdsRouting};
 use super::runtime::Runtime;
+use super::tls::Secret;
 use super::{convert, proto::Checked};
 
 /// A resource that follows the rules of the API.
@@ -129,6 +131,11 @@ pub fn routes(
     convert(valid, label, &|_| true, |message, path, report| {
         Some(convert::route::route_config(message, discovered, Validate::Never, &manager.proxy, path, report))
     })
+}
+
+/// A secret.
+pub fn secret(valid: Valid<tls_api::Secret>, label: &Arc<str>) -> Result<Converted<Secret>, ConfigError> {
+    convert(valid, label, &|_| true, convert::secret::secret)
 }
 
 /// Where something comes from, as a resource says.

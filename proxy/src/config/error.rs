@@ -186,6 +186,19 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// The same without what was found: that is not to be shown.
+    pub(super) fn without_value(self) -> Self {
+        match self {
+            Self::WrongType { expected, found: _, hint } => {
+                Self::WrongType { expected, found: "something else (not shown)".to_owned(), hint }
+            }
+            Self::UnknownField { message, .. } => {
+                Self::UnknownField { field: "(not shown)".to_owned(), message, suggestion: None }
+            }
+            other => other,
+        }
+    }
+
     /// A stable name for metrics.
     pub fn label(&self) -> &'static str {
         match self {

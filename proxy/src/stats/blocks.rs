@@ -127,6 +127,40 @@ stats_block! {
 }
 
 stats_block! {
+    /// `cluster.<name>.client_ssl_socket_factory.*`, of clusters with TLS.
+    ClientTlsStats: "cluster", label "envoy_cluster_name", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {
+        ssl_context_update_by_sds = "client_ssl_socket_factory.ssl_context_update_by_sds",
+        upstream_context_secrets_not_ready = "client_ssl_socket_factory.upstream_context_secrets_not_ready",
+    }
+    shared_gauges {}
+    zero_counters { "client_ssl_socket_factory.downstream_context_secrets_not_ready" }
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `sds.<name>.*`: a secret.
+    SdsStats: "sds", label "envoy_xds_resource_name", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {
+        init_fetch_timeout,
+        key_rotation_failed,
+        update_attempt,
+        update_failure,
+        update_rejected,
+        update_success,
+    }
+    shared_gauges { update_time, version }
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
     /// `tcp.<stat_prefix>.*`
     TcpProxyStats: "tcp", label "envoy_tcp_prefix", per_worker [];
     counters {

@@ -34,9 +34,9 @@ struct Source<'a> {
 
 /// Writes all families that are asked for.
 pub(super) fn write(stats: &Stats, query: &Query, out: &mut impl Write) -> io::Result<()> {
-    let mut kinds: BTreeMap<&str, Vec<Arc<Block>>> = BTreeMap::new();
+    let mut kinds: BTreeMap<_, Vec<Arc<Block>>> = BTreeMap::new();
     for block in stats.blocks() {
-        kinds.entry(block.layout().root).or_default().push(block);
+        kinds.entry(super::kind(block.layout())).or_default().push(block);
     }
     for blocks in kinds.values() {
         for family in families(&blocks[0]) {

@@ -285,6 +285,14 @@ pub enum DialError {
     /// Its circuit breaker is full.
     #[error("cluster {0:?} has reached its max_connections")]
     Overflow(String),
+    /// What TLS needs is not there, or is bad.
+    #[error("cluster {cluster:?}: TLS: {error}")]
+    Secret {
+        /// Of which cluster.
+        cluster: String,
+        /// What.
+        error: crate::secret::NotReady,
+    },
     /// The endpoint did not take the connection.
     #[error("{endpoint}: {reason}")]
     Connect {

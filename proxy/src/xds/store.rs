@@ -5,7 +5,7 @@
 //! then LDS and routes.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use crate::config::cluster::Cluster;
 use crate::config::config_source::{ConfigSource, Source};
 use crate::config::runtime::Runtime;
 use crate::listener::Listener;
+use crate::secret::Watcher;
 use crate::snapshot::Snapshot;
 use crate::stats::Stats;
 
@@ -35,11 +36,13 @@ mod listeners;
 mod observe;
 mod response;
 mod routes;
+mod secrets;
 
 pub use changes::{Bound, Changes, Draining};
 use clusters::{Clusters, Origin};
 use listeners::Listeners;
 use routes::Routes;
+use secrets::Secrets;
 
 /// What the store is made of.
 pub struct Parts {
@@ -88,6 +91,9 @@ pub struct Store {
     clusters: Clusters,
     listeners: Listeners,
     routes: Routes,
+    secrets: Secrets,
+    /// Tells when files that secrets name were replaced.
+    files: Watcher<u64>,
     assignments: HashMap<(Source, Arc<str>), Assignment>,
     resolver: Option<Arc<dns::Resolver>>,
     internal: (mpsc::UnboundedSender<Internal>, mpsc::UnboundedReceiver<Internal>),
@@ -146,6 +152,7 @@ enum Deadline {
     Lds,
     Endpoints(Source, Arc<str>),
     Routes(Source, Arc<str>),
+    Secret(Source, Arc<str>),
 }
 
 /// What happened.
@@ -157,6 +164,8 @@ pub enum Happened {
     Internal(Internal),
     /// A cluster has lost endpoints whose connections are to end.
     Lost(Lost),
+    /// Files of these secrets were replaced, perhaps.
+    Files(BTreeSet<u64>),
     /// Time passed.
     Deadline,
 }
@@ -173,6 +182,8 @@ impl Store {
             clusters: Clusters::new(&stats, report_losses),
             listeners: Listeners::new(&stats, &logs, workers),
             routes: Routes::new(&stats, &logs),
+            secrets: Secrets::new(&stats),
+            files: Watcher::default(),
             stats,
             client,
             events,
@@ -227,6 +238,7 @@ impl Store {
             Some(event) = self.events.recv() => Happened::Event(event),
             Some(internal) = self.internal.1.recv() => Happened::Internal(internal),
             Some(lost) = self.losses.recv() => Happened::Lost(lost),
+            secrets = self.files.changed() => Happened::Files(secrets),
             () = until(deadline) => Happened::Deadline,
             else => std::future::pending().await,
         }
@@ -249,6 +261,7 @@ impl Store {
             }
             Happened::Internal(Internal::Resolved(name, id)) => self.clusters.ready(&name, id),
             Happened::Lost(lost) => self.changes.lost.push(lost),
+            Happened::Files(secrets) => self.reload_secrets(&secrets),
             Happened::Deadline => self.expire(),
         }
         self.settle()
@@ -287,6 +300,7 @@ impl Store {
             ("clusters", names(&mut self.clusters.warming())),
             ("listeners", names(&mut self.listeners.warming())),
             ("routes", names(&mut self.routes.waiting())),
+            ("secrets", names(&mut self.secrets.waiting())),
         ] {
             if !names.is_empty() {
                 unready.push((what, names));
@@ -306,9 +320,10 @@ impl Store {
             for (name, former) in self.clusters.settle(&mut self.changes) {
                 self.tables.lock().kind_mut(Kind::Cluster).activate(&name);
                 if let Some(former) = former {
-                    self.drop_endpoints(&name, &former);
+                    self.release_cluster(&name, &former);
                 }
             }
+            self.subscribe_secrets();
             let settled =
                 self.listeners.settle(&self.clusters, |chain| self.routes.ready(chain), &mut self.changes);
             for (name, former) in settled {
@@ -414,6 +429,7 @@ impl Store {
                         tracing::warn!(route = %name, "no routes came within initial_fetch_timeout");
                     }
                 }
+                Deadline::Secret(source, name) => self.give_up_secret(source, name),
                 Deadline::Cds | Deadline::Lds => {}
             }
         }

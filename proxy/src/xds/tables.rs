@@ -97,6 +97,11 @@ impl All {
 }
 
 impl Table {
+    /// A resource is waited for.
+    pub fn expect(&mut self, name: &Arc<str>) {
+        self.records.entry(Arc::clone(name)).or_default();
+    }
+
     /// A resource was accepted; it warms until [`Table::activate`].
     pub fn accept(&mut self, name: &Arc<str>, held: Held) {
         let record = self.records.entry(Arc::clone(name)).or_default();
@@ -126,6 +131,19 @@ impl Table {
     /// An update was refused.
     pub fn refuse(&mut self, name: &Arc<str>, refused: Refused) {
         self.records.entry(Arc::clone(name)).or_default().error = Some(refused);
+    }
+
+    /// An update was refused before anybody could read it; if it is known why, that stays.
+    pub fn refuse_unread(&mut self, name: &Arc<str>, version: &str, details: &str) {
+        let record = self.records.entry(Arc::clone(name)).or_default();
+        if record.error.as_ref().is_none_or(|known| known.details != details) {
+            record.error = Some(Refused {
+                version: version.into(),
+                details: details.to_owned(),
+                body: Arc::default(),
+                at: SystemTime::now(),
+            });
+        }
     }
 
     /// A resource is gone.

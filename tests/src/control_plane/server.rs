@@ -59,6 +59,8 @@ pub(super) enum Out {
 pub(super) struct NewStream {
     pub(super) method: Method,
     pub(super) headers: HeaderMap,
+    /// The client's, encoded.
+    pub(super) certificate: Option<Vec<u8>>,
     /// Ends when the client closes the stream, or its connection ends.
     pub(super) requests: mpsc::UnboundedReceiver<Request>,
     /// Dropped: the stream ends with UNAVAILABLE.
@@ -72,6 +74,8 @@ pub(super) struct NewPoll {
     pub(super) headers: HeaderMap,
     /// The peer's address: tells connections apart.
     pub(super) peer: SocketAddr,
+    /// The client's, encoded.
+    pub(super) certificate: Option<Vec<u8>>,
     pub(super) request: DiscoveryRequest,
     /// The same as it was written.
     pub(super) json: Value,
@@ -153,10 +157,12 @@ async fn accept(
         let (handler, draining, tls) = (handler.clone(), draining.clone(), tls.clone());
         tokio::spawn(async move {
             match tls {
-                None => connection(stream, peer, handler, draining).await,
+                None => connection(stream, Client { peer, certificate: None }, handler, draining).await,
                 Some(tls) => {
                     if let Ok(stream) = tls.accept(stream).await {
-                        connection(stream, peer, handler, draining).await;
+                        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+                        let certificate = shown.map(|certificate| certificate.to_vec());
+                        connection(stream, Client { peer, certificate }, handler, draining).await;
                     }
                 }
             }
@@ -164,13 +170,20 @@ async fn accept(
     }
 }
 
+/// Who has connected.
+#[derive(Clone, Debug)]
+struct Client {
+    peer: SocketAddr,
+    certificate: Option<Vec<u8>>,
+}
+
 async fn connection<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static>(
     stream: S,
-    peer: SocketAddr,
+    client: Client,
     handler: Arc<dyn Handler>,
     mut draining: watch::Receiver<bool>,
 ) {
-    let service = hyper::service::service_fn(move |request| serve(request, peer, handler.clone()));
+    let service = hyper::service::service_fn(move |request| serve(request, client.clone(), handler.clone()));
     let builder = auto::Builder::new(TokioExecutor::new());
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
@@ -186,12 +199,12 @@ type Answer = Response<Either<Full<Bytes>, GrpcBody>>;
 /// An error closes the connection without an answer.
 async fn serve(
     request: http::Request<Incoming>,
-    peer: SocketAddr,
+    client: Client,
     handler: Arc<dyn Handler>,
 ) -> Result<Answer, std::io::Error> {
     let path = request.uri().path().to_owned();
     if let Some(method) = Method::of(&path) {
-        return Ok(open(request, method, handler));
+        return Ok(open(request, method, client, handler));
     }
     let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.rest_path() == Some(&path)) else {
         return Ok(plain(404, format!("no {path}").into_bytes()));
@@ -206,7 +219,8 @@ async fn serve(
         Err(error) => return Ok(plain(400, format!("{error:#}").into_bytes())),
     };
     let (reply, answer) = oneshot::channel();
-    handler.poll(NewPoll { kind, headers, peer, request, json, reply });
+    let Client { peer, certificate } = client;
+    handler.poll(NewPoll { kind, headers, peer, certificate, request, json, reply });
     let reply = answer.await.map_err(std::io::Error::other)?;
     Ok(plain(reply.status, reply.body))
 }
@@ -218,12 +232,17 @@ fn plain(status: u16, body: Vec<u8>) -> Answer {
     response
 }
 
-fn open(request: http::Request<Incoming>, method: Method, handler: Arc<dyn Handler>) -> Answer {
+fn open(
+    request: http::Request<Incoming>,
+    method: Method,
+    client: Client,
+    handler: Arc<dyn Handler>,
+) -> Answer {
     let headers = request.headers().clone();
     let (sender, requests) = mpsc::unbounded_channel();
     let (out, body) = mpsc::unbounded_channel();
     tokio::spawn(read(request.into_body(), method.delta, sender));
-    handler.stream(NewStream { method, headers, requests, out });
+    handler.stream(NewStream { method, headers, certificate: client.certificate, requests, out });
     let mut response = Response::new(Either::Right(GrpcBody { out: body, ended: false }));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     response

@@ -13,6 +13,7 @@ mod fixture;
 mod live;
 mod others;
 mod removal;
+mod sds;
 mod sotw;
 mod transports;
 mod world;

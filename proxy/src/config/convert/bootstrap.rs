@@ -19,6 +19,7 @@ use super::extension::{Extension, unregistered};
 use super::listener::listener;
 use super::net::{cidr, socket_addr};
 use super::runtime::runtime;
+use super::tls::check_secret_servers;
 use super::{Report, each, enumeration, inactive, optional_duration, port};
 use crate::config::bootstrap::{
     Admin, Bootstrap, DynamicResources, Exclusions, FailMode, Interception, Node,
@@ -89,17 +90,18 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
     let runtime = runtime(layered_runtime, path, report);
     let parts::StaticResources { listeners, clusters, secrets } = static_resources.unwrap_or_default();
     let resources = path.field("static_resources");
-    if !secrets.is_empty() {
-        report.inactive("StaticResources", &resources, "secrets");
-    }
+    report.secrets = super::secret::secrets(secrets, &resources, report);
     // Routes are checked against these names.
     let names: HashSet<_> = clusters.iter().map(|cluster| cluster.name.clone()).collect();
     report.set_clusters(move |name| names.contains(name));
     check_cluster_names(&clusters, &resources, report);
     check_servers(&clusters, dynamic_resources.as_ref(), report);
     let dynamic = dynamic(dynamic_resources, path, report);
+    let order: Vec<_> = clusters.iter().map(|cluster| cluster.name.clone()).collect();
     let clusters: Vec<Arc<Cluster>> =
         each(clusters, &resources, "clusters", |it, path| cluster(it, path, report).map(Arc::new));
+    let path_of = |name: &str| order.iter().position(|other| other == name);
+    check_secret_servers(&clusters, &dynamic, path_of, &resources, report);
     let mut known = Known::default();
     let listeners: Vec<Arc<Listener>> = each(listeners, &resources, "listeners", |it, path| {
         let it = listener(it, &runtime, path, report)?;

@@ -9,11 +9,14 @@ use tidegate_api::bootstrap::Bootstrap;
 use tidegate_api::core::api_config_source::ApiType;
 use tidegate_api::core::config_source::ConfigSourceSpecifier;
 use tidegate_api::core::grpc_service::{self, TargetSpecifier};
+use tidegate_api::core::transport_socket::ConfigType;
 use tidegate_api::core::{self, ApiVersion};
+use tidegate_api::tls::UpstreamTlsContext;
+use tidegate_api::tls::common_tls_context::ValidationContextType;
 
 use super::{Report, enumeration, inactive, optional_duration};
 use crate::config::config_source::{ApiSource, ConfigSource, PathSource, Protocol, RateLimit, Source};
-use crate::config::proto::FieldPath;
+use crate::config::proto::{FieldPath, unpack};
 
 /// Envoy's defaults.
 const INITIAL_FETCH_TIMEOUT: Duration = Duration::from_secs(15);
@@ -399,12 +402,35 @@ pub(super) fn server_clusters(bootstrap: &Bootstrap) -> HashSet<String> {
         dynamic.lds_config.iter().for_each(&mut source);
         dynamic.cds_config.iter().for_each(&mut source);
     }
-    let clusters = bootstrap.static_resources.iter().flat_map(|it| &it.clusters);
-    clusters
+    let clusters = || bootstrap.static_resources.iter().flat_map(|it| &it.clusters);
+    clusters()
         .filter_map(|cluster| cluster.eds_cluster_config.as_ref()?.eds_config.as_ref())
         .for_each(&mut source);
+    // A server of secrets may ask for TLS, too.
+    clusters().flat_map(secret_sources).for_each(|config| source(&config));
     bootstrap.dynamic_resources.iter().filter_map(|it| it.ads_config.as_ref()).for_each(api);
     names
+}
+
+/// Where a cluster's secrets come from.
+fn secret_sources(cluster: &tidegate_api::cluster::Cluster) -> Vec<core::ConfigSource> {
+    let Some(core::TransportSocket { config_type: Some(ConfigType::TypedConfig(any)), .. }) =
+        &cluster.transport_socket
+    else {
+        return Vec::new();
+    };
+    // What can't be read is reported when the cluster is converted.
+    let Ok(context) = unpack::<UpstreamTlsContext>(any) else { return Vec::new() };
+    let common = context.common_tls_context.unwrap_or_default();
+    let validation = match common.validation_context_type {
+        Some(ValidationContextType::ValidationContextSdsSecretConfig(secret)) => Some(secret),
+        Some(ValidationContextType::CombinedValidationContext(combined)) => {
+            combined.validation_context_sds_secret_config
+        }
+        _ => None,
+    };
+    let secrets = common.tls_certificate_sds_secret_configs.into_iter().chain(validation);
+    secrets.filter_map(|secret| secret.sds_config).collect()
 }
 
 #[cfg(test)]

@@ -3,6 +3,9 @@
 use super::tree::{Builder, Tree, Value};
 use crate::config::error::{Mark, Reason, quoted};
 
+/// How much of a text that is no value a message shows, in bytes.
+const QUOTED: usize = 12;
+
 /// Reads a JSON text.
 pub(super) fn parse(text: &str) -> Result<Tree, (Option<Mark>, Reason)> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -118,9 +121,11 @@ impl Reader<'_> {
             _ if is_number(word) => Value::Number(word.into()),
             "" => return Err(self.unexpected("a value")),
             _ => {
+                // Not all of it: it may be a key that lacks its quotes.
+                let start = &word[..word.len().min(QUOTED)];
                 return Err(syntax(&format!(
                     "{} is not a value: a string needs double quotes",
-                    quoted(word)
+                    quoted(start)
                 )));
             }
         };

@@ -29,6 +29,8 @@ pub(super) struct Walker<'s> {
     warnings: Vec<Problem>,
     /// Broken rules: the messages inside `Any` are checked when they are packed.
     broken: Vec<(String, Reason)>,
+    /// Inside a field that is not to be shown.
+    sensitive: bool,
 }
 
 /// What a walk has found.
@@ -55,7 +57,8 @@ impl<'s> Walker<'s> {
         static EMPTY: std::sync::LazyLock<Tree> = std::sync::LazyLock::new(Tree::default);
         let (file, tree) =
             map.first().map_or_else(|| ("".into(), &*EMPTY), |(file, tree)| (file.clone(), tree));
-        Self { tree, file, options, problems: Vec::new(), warnings: Vec::new(), broken: Vec::new() }
+        let (problems, warnings, broken) = (Vec::new(), Vec::new(), Vec::new());
+        Self { tree, file, options, problems, warnings, broken, sensitive: false }
     }
 
     /// The whole text as a message.
@@ -87,6 +90,7 @@ impl<'s> Walker<'s> {
     }
 
     fn note(&self, mark: Mark, path: &FieldPath<'_>, reason: Reason) -> Problem {
+        let reason = if self.sensitive { reason.without_value() } else { reason };
         Problem { file: self.file.clone(), at: Some(mark), path: path.to_string(), reason }
     }
 
@@ -162,7 +166,11 @@ impl<'s> Walker<'s> {
     ) {
         let descriptor = &field.descriptor;
         let here = path.field(descriptor.name());
-        let Some(value) = self.field_value(descriptor, entry.value, extension_name, &here) else { return };
+        let outer = self.sensitive;
+        self.sensitive |= field.sensitive;
+        let value = self.field_value(descriptor, entry.value, extension_name, &here);
+        self.sensitive = outer;
+        let Some(value) = value else { return };
         if let Some(deprecation) = &field.deprecated {
             self.deprecated(entry.mark, &here, descriptor.name(), deprecation);
         }

@@ -33,8 +33,10 @@ use crate::cluster::tests::config;
 use crate::config::cluster::Discovery;
 use crate::config::endpoint::EndpointAddress;
 use crate::config::tls::{
-    Certificate, DataSource, SanType, ServerNames, StringMatch, SubjectAltName, UpstreamTls,
+    Certificate, DataSource, Provided, SanType, SecretSource, ServerNames, StringMatch, SubjectAltName,
+    UpstreamTls, Validation,
 };
+use crate::secret::Credentials;
 use crate::snapshot::{Publisher, Snapshot};
 use crate::stats::Stats;
 use crate::xds::{Change, Update, Verdict};
@@ -183,6 +185,17 @@ impl<Q: Send + 'static, R: Send + 'static> tonic::server::StreamingService<Q> fo
     }
 }
 
+/// A cluster in force, without secrets to wait for.
+fn build(config: crate::config::cluster::Cluster) -> Arc<Cluster> {
+    let stats = Stats::new(1);
+    let no_secret = |_: &SecretSource| unreachable!("the context names no secret");
+    let credentials =
+        config.tls.as_ref().map(|tls| Credentials::new(tls, stats.client_tls("xds"), no_secret));
+    let cluster = Cluster::build_warming(Arc::new(config), &stats, None, credentials);
+    cluster.announce();
+    cluster
+}
+
 /// A client with a store that the test plays.
 struct Bench {
     client: Option<Client>,
@@ -199,7 +212,7 @@ impl Bench {
     fn with(address: SocketAddr, api: &ApiSource, tls: Option<UpstreamTls>) -> Self {
         let mut config = config("xds", Discovery::Static, &[EndpointAddress::Ip(address)]);
         config.tls = tls.map(Arc::new);
-        let cluster = Cluster::build(Arc::new(config), &Stats::new(1), None);
+        let cluster = build(config);
         let publisher = Publisher::new(Snapshot::build(vec![], vec![Arc::clone(&cluster)]));
         let marked = Rc::new(AtomicUsize::new(0));
         let count = Rc::clone(&marked);
@@ -668,11 +681,18 @@ impl Authority {
 
     /// A client that trusts this CA.
     fn client(&self, sni: &str, server_names: ServerNames) -> UpstreamTls {
+        let (names, auto_sni_san_validation) = match server_names {
+            ServerNames::Any => (vec![], false),
+            ServerNames::Sni => (vec![], true),
+            ServerNames::Match(names) => (names, false),
+        };
+        let trusted_ca = Some(DataSource::Inline(self.pem.clone().into_bytes().into()));
         UpstreamTls {
-            trusted_ca: DataSource::Inline(self.pem.clone().into_bytes().into()),
             sni: Some(sni).filter(|sni| !sni.is_empty()).map(Arc::from),
-            server_names,
+            auto_sni_san_validation,
             certificate: None,
+            validation: Validation { trusted_ca, names, ..Validation::default() },
+            validation_secret: None,
             alpn_protocols: vec![],
             tls12: true,
             tls13: true,
@@ -755,14 +775,16 @@ fn tls_servers_of_another_ca_are_refused() {
         let tls = other.client("a", ServerNames::Any);
         let reason = try_tls(ca.acceptor(vec![dns("a")], false), tls).await.unwrap_err();
         assert!(reason.contains("certificate"), "{reason}");
-        let missing = DataSource::File("/nonexistent/ca.pem".into());
-        let tls = UpstreamTls { trusted_ca: missing, ..ca.client("a", ServerNames::Any) };
+        let trusting = |trusted_ca| {
+            let validation = Validation { trusted_ca: Some(trusted_ca), ..Validation::default() };
+            UpstreamTls { validation, ..ca.client("a", ServerNames::Any) }
+        };
+        let tls = trusting(DataSource::File("/nonexistent/ca.pem".into()));
         let reason = try_tls(ca.acceptor(vec![dns("a")], false), tls).await.unwrap_err();
-        assert!(reason.contains("can't read /nonexistent/ca.pem"), "{reason}");
-        let empty = DataSource::Inline(b"no certificate".as_slice().into());
-        let tls = UpstreamTls { trusted_ca: empty, ..ca.client("a", ServerNames::Any) };
+        assert!(reason.contains("trusted_ca can't be read from /nonexistent/ca.pem"), "{reason}");
+        let tls = trusting(DataSource::Inline(b"no certificate".as_slice().into()));
         let reason = try_tls(ca.acceptor(vec![dns("a")], false), tls).await.unwrap_err();
-        assert!(reason.contains("has no certificate"), "{reason}");
+        assert!(reason.contains("there is no certificate in it"), "{reason}");
     });
 }
 
@@ -775,10 +797,13 @@ fn tls_servers_may_ask_who_we_are() {
         let [chain, private_key] = ["chain.pem", "key.pem"].map(|name| directory.path().join(name));
         std::fs::write(&chain, certificate.pem()).unwrap();
         std::fs::write(&private_key, key.serialize_pem()).unwrap();
-        let certificate =
-            Certificate { chain: DataSource::File(chain), private_key: DataSource::File(private_key) };
+        let certificate = Certificate {
+            chain: DataSource::File(chain),
+            private_key: DataSource::File(private_key),
+            watched_directories: vec![],
+        };
         for (tls12, tls13) in [(true, false), (false, true)] {
-            let certificate = Some(certificate.clone());
+            let certificate = Some(Provided::Here(certificate.clone()));
             let tls = UpstreamTls { certificate, tls12, tls13, ..ca.client("a", ServerNames::Any) };
             assert_eq!(try_tls(ca.acceptor(vec![dns("a")], true), tls).await, Ok(()));
         }
@@ -796,7 +821,7 @@ fn a_server_that_never_answers_the_handshake_costs_connect_timeout() {
         let mut config = config("xds", Discovery::Static, &[EndpointAddress::Ip(address)]);
         config.tls = Some(Arc::new(tls));
         config.connect_timeout = Duration::from_millis(50);
-        let cluster = Cluster::build(Arc::new(config), &Stats::new(1), None);
+        let cluster = build(config);
         let upstream =
             Upstream::new(Publisher::new(Snapshot::build(vec![], vec![cluster])), Box::new(|_| Ok(())));
         let dialing = upstream.dial("xds", Alpn::Http2);

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme, version};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -16,21 +16,21 @@ use tokio_rustls::client::TlsStream;
 use webpki::EndEntityCert;
 
 use super::Alpn;
-use crate::config::tls::{
-    Certificate, DataSource, SanType, ServerNames, StringMatch, SubjectAltName, UpstreamTls,
-};
+use crate::config::tls::{SanType, ServerNames, StringMatch, SubjectAltName, UpstreamTls};
+use crate::secret::{CurrentCredentials, PROVIDER};
 
-/// Does the handshake. Reads the files that the configuration names, so that renewed certificates count.
+/// Does the handshake.
 ///
 /// # Errors
-/// What is wrong, for the operator: a file, the server's certificate, or the handshake.
+/// What is wrong, for the operator: the server's certificate, or the handshake.
 pub(super) async fn connect(
     stream: TcpStream,
     endpoint: SocketAddr,
     tls: &UpstreamTls,
+    credentials: CurrentCredentials,
     alpn: Alpn,
 ) -> Result<TlsStream<TcpStream>, String> {
-    let (config, name) = client(endpoint, tls, alpn)?;
+    let (config, name) = client(endpoint, tls, credentials, alpn)?;
     let connector = TlsConnector::from(Arc::new(config));
     let stream = connector.connect(name, stream).await.map_err(|error| error.to_string())?;
     if alpn == Alpn::Http2 && stream.get_ref().1.alpn_protocol().is_some_and(|chosen| chosen != b"h2") {
@@ -42,26 +42,25 @@ pub(super) async fn connect(
 fn client(
     endpoint: SocketAddr,
     tls: &UpstreamTls,
+    credentials: CurrentCredentials,
     alpn: Alpn,
 ) -> Result<(ClientConfig, ServerName<'static>), String> {
-    let provider = Arc::new(ring::default_provider());
+    let CurrentCredentials { identity, roots, names } = credentials;
+    let provider = Arc::clone(&PROVIDER);
     let mut versions = Vec::new();
     versions.extend(tls.tls13.then_some(&version::TLS13));
     versions.extend(tls.tls12.then_some(&version::TLS12));
-    let verifier = Verifier::new(tls, Arc::clone(&provider))?;
+    let verifier = Verifier { roots, names, provider: Arc::clone(&provider) };
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&versions)
         .map_err(|error| error.to_string())?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier));
-    let mut config = match &tls.certificate {
+    let mut config = match identity {
         None => builder.with_no_client_auth(),
-        Some(Certificate { chain, private_key }) => {
-            let key = PrivateKeyDer::from_pem_slice(&read(private_key)?)
-                .map_err(|error| format!("private_key ({private_key:?}): {error}"))?;
-            builder
-                .with_client_auth_cert(certificates(chain)?, key)
-                .map_err(|error| format!("tls_certificates: {error}"))?
+        Some(identity) => {
+            let resolver = SingleCertAndKey::from(CertifiedKey::clone(identity.key()));
+            builder.with_client_cert_resolver(Arc::new(resolver))
         }
     };
     config.alpn_protocols = if tls.alpn_protocols.is_empty() {
@@ -84,43 +83,15 @@ fn client(
     Ok((config, name))
 }
 
-fn read(source: &DataSource) -> Result<Vec<u8>, String> {
-    match source {
-        DataSource::Inline(bytes) => Ok(bytes.to_vec()),
-        DataSource::File(path) => {
-            std::fs::read(path).map_err(|error| format!("can't read {}: {error}", path.display()))
-        }
-    }
-}
-
-fn certificates(source: &DataSource) -> Result<Vec<CertificateDer<'static>>, String> {
-    let pem = read(source)?;
-    let found = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| format!("{source:?}: {error}"))?;
-    if found.is_empty() {
-        return Err(format!("{source:?} has no certificate (PEM: -----BEGIN CERTIFICATE-----)"));
-    }
-    Ok(found)
-}
-
 /// Envoy's rules: signed by a trusted CA, and one of the names that the configuration asks for.
 #[derive(Debug)]
 struct Verifier {
-    roots: RootCertStore,
+    roots: Arc<RootCertStore>,
     names: ServerNames,
     provider: Arc<CryptoProvider>,
 }
 
 impl Verifier {
-    fn new(tls: &UpstreamTls, provider: Arc<CryptoProvider>) -> Result<Self, String> {
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(&tls.trusted_ca)? {
-            roots.add(certificate).map_err(|error| format!("trusted_ca ({:?}): {error}", tls.trusted_ca))?;
-        }
-        Ok(Self { roots, names: tls.server_names.clone(), provider })
-    }
-
     fn check_names(&self, certificate: &CertificateDer<'_>, sni: &ServerName<'_>) -> Result<(), String> {
         let certificate = EndEntityCert::try_from(certificate).map_err(|error| error.to_string())?;
         match &self.names {

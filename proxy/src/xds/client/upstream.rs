@@ -18,6 +18,8 @@ use crate::bound;
 use crate::cluster::connect::{ClosedBy, UpstreamGuard};
 use crate::cluster::endpoint::Endpoint;
 use crate::cluster::{Cluster, WorkerBalancers};
+use crate::config::tls::UpstreamTls;
+use crate::secret::{CurrentCredentials, NotReady};
 use crate::snapshot::Publisher;
 use crate::sys::socket::{self, Keepalive, StreamOptions};
 
@@ -59,14 +61,18 @@ impl Upstream {
         };
         let mut guard = UpstreamGuard::new(cluster, &endpoint, permit);
         let deadline = Instant::now() + cluster.config().connect_timeout;
+        let current = match &cluster.config().tls {
+            Some(tls) => Some((tls, secrets(cluster, tls, deadline).await?)),
+            None => None,
+        };
         let stream = self.tcp(cluster, &endpoint, deadline, &mut guard).await?;
         guard.establish();
-        let Some(tls) = &cluster.config().tls else {
+        let Some((tls, current)) = current else {
             return Ok(Box::new(Counted { stream, guard }));
         };
         let address = endpoint.address().0;
         let failed = |reason| DialError::Tls { endpoint: address, reason };
-        match timeout_at(deadline, tls::connect(stream, address, tls, alpn)).await {
+        match timeout_at(deadline, tls::connect(stream, address, tls, current, alpn)).await {
             Ok(Ok(stream)) => Ok(Box::new(Counted { stream, guard })),
             Ok(Err(reason)) => Err(failed(reason)),
             Err(_) => Err(failed(timed_out(cluster))),
@@ -116,6 +122,26 @@ impl Dialer for Upstream {
     fn dial<'a>(&'a self, cluster: &'a str, alpn: Alpn) -> Dialing<'a> {
         Box::pin(self.connect(cluster, alpn))
     }
+}
+
+/// What the handshake needs. A secret that is still to come may come until `deadline`.
+async fn secrets(
+    cluster: &Cluster,
+    tls: &UpstreamTls,
+    deadline: Instant,
+) -> Result<CurrentCredentials, DialError> {
+    let failed = |error| DialError::Secret { cluster: cluster.name().to_string(), error };
+    let Some(credentials) = cluster.credentials() else {
+        let names = tls.secrets().map(|(source, _)| Arc::clone(&source.name)).collect();
+        return Err(failed(NotReady::Missing(names)));
+    };
+    let _ = timeout_at(deadline, credentials.complete()).await;
+    credentials.current().map_err(|error| {
+        if matches!(error, NotReady::Missing(_)) {
+            credentials.stats().upstream_context_secrets_not_ready().inc();
+        }
+        failed(error)
+    })
 }
 
 fn timed_out(cluster: &Cluster) -> String {

@@ -91,7 +91,15 @@ impl Store {
                     store.apply_hosts(checked, rejections, absent);
                 })
             }
-            Kind::Secret => Rejections::default(),
+            Kind::Secret => {
+                self.count_secret_attempts(&key.source);
+                let rejections =
+                    self.with(kind, version, resources, unreadable, |store, checked, rejections| {
+                        store.apply_secrets(&key.source, checked, rejections);
+                    });
+                self.note_refused_secrets(&key.source, version, &rejections);
+                rejections
+            }
         };
         if rejections.is_empty() {
             version.clone_into(&mut self.tables.lock().kind_mut(kind).version);
@@ -187,11 +195,11 @@ impl Store {
             }
         }
         for name in gone {
-            let Some(eds) = self.clusters.remove(&name, &mut self.changes) else { continue };
+            let Some(former) = self.clusters.remove(&name, &mut self.changes) else { continue };
             self.stats.cluster_manager().cluster_removed().inc();
             self.tables.lock().kind_mut(Kind::Cluster).remove(&name);
-            for eds in eds {
-                self.drop_endpoints(&name, &eds);
+            for former in former {
+                self.release_cluster(&name, &former);
             }
         }
     }

@@ -70,7 +70,7 @@ impl Store {
             let (source, kind, name) = match deadline {
                 Deadline::Endpoints(source, name) => (source, Kind::ClusterLoadAssignment, name),
                 Deadline::Routes(source, name) => (source, Kind::RouteConfiguration, name),
-                Deadline::Cds | Deadline::Lds => continue,
+                Deadline::Cds | Deadline::Lds | Deadline::Secret(..) => continue,
             };
             let known = |assignment: &super::Assignment| assignment.known.is_some();
             let id = (source.clone(), Arc::clone(name));

@@ -9,7 +9,8 @@ use super::changes::Changes;
 use crate::cluster::removal::Lost;
 use crate::cluster::{Cluster, ClusterId, dns};
 use crate::config;
-use crate::config::cluster::{Discovery, Eds};
+use crate::config::cluster::Discovery;
+use crate::secret::Credentials;
 use crate::stats::Stats;
 
 /// Where a resource comes from, which decides who may change it.
@@ -55,8 +56,13 @@ struct Version {
 struct Warming {
     version: Version,
     /// Its endpoints came, or won't come in time.
-    ready: bool,
+    endpoints: bool,
+    /// Its secrets did, or won't.
+    secrets: bool,
 }
+
+/// What a cluster was built from.
+pub(super) type Config = Arc<config::cluster::Cluster>;
 
 /// What became of a cluster that was added.
 #[derive(Debug, PartialEq, Eq)]
@@ -76,14 +82,15 @@ impl Clusters {
         Self { stats: Arc::clone(stats), losses, entries: HashMap::new(), warming: 0, ready: Vec::new() }
     }
 
-    /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't, and is in force from the
-    /// [`Clusters::settle`] after that.
+    /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't (and [`Clusters::secrets_ready`],
+    /// when it has `credentials`), and is in force from the [`Clusters::settle`] after that.
     pub(super) fn add(
         &mut self,
         config: config::cluster::Cluster,
         content: u64,
         origin: Origin,
         resolver: impl FnOnce() -> Option<Arc<dns::Resolver>>,
+        credentials: impl FnOnce(&config::cluster::Cluster) -> Option<Credentials>,
     ) -> Added {
         let name = Arc::clone(&config.name);
         let entry = self.entries.entry(Arc::clone(&name));
@@ -100,10 +107,13 @@ impl Clusters {
         }
         let previous = entry.warming.as_ref().map(|warming| &warming.version).or(entry.active.as_ref());
         let discovery = config.discovery;
+        let credentials = credentials(&config);
+        let secrets = credentials.is_none();
         let cluster = Cluster::build_warming(
             Arc::new(config),
             &self.stats,
             previous.map(|previous| &*previous.cluster),
+            credentials,
         );
         cluster.report_losses(&self.losses);
         let watch = match discovery {
@@ -112,22 +122,20 @@ impl Clusters {
             }),
             _ => None,
         };
-        let ready = match discovery {
+        let endpoints = match discovery {
             Discovery::Static | Discovery::OriginalDst => true,
             Discovery::StrictDns => watch.is_none(),
             Discovery::Eds => false,
         };
         cluster.stats().warming_state().set(1);
         self.warming += usize::from(entry.warming.is_none());
-        entry.warming = Some(Warming { version: Version { cluster, content, watch }, ready });
-        if ready {
-            self.ready.push(name);
-        }
+        entry.warming = Some(Warming { version: Version { cluster, content, watch }, endpoints, secrets });
+        self.ready.push(name);
         if is_new { Added::New } else { Added::Modified }
     }
 
-    /// Drops a cluster. Returns where it was subscribed for endpoints, or none if it can't be dropped.
-    pub(super) fn remove(&mut self, name: &str, changes: &mut Changes) -> Option<Vec<Arc<Eds>>> {
+    /// Drops a cluster. Returns what its versions were built from, or none if it can't be dropped.
+    pub(super) fn remove(&mut self, name: &str, changes: &mut Changes) -> Option<Vec<Config>> {
         if self.entries.get(name)?.origin == Origin::Static {
             return None;
         }
@@ -139,16 +147,15 @@ impl Clusters {
         changes.clusters |= entry.active.is_some();
         changes.clusters_gone |= entry.active.is_some();
         let versions = entry.active.into_iter().chain(entry.warming.map(|warming| warming.version));
-        Some(versions.filter_map(|version| version.cluster.config().eds.clone()).collect())
+        Some(versions.map(|version| Arc::clone(version.cluster.config())).collect())
     }
 
-    /// Puts every cluster in force that is ready. Returns their names, and where those that they replace had their
-    /// endpoints from.
-    pub(super) fn settle(&mut self, changes: &mut Changes) -> Vec<(Arc<str>, Option<Arc<Eds>>)> {
+    /// Puts every cluster in force that is ready. Returns their names, and what those that they replace were built from.
+    pub(super) fn settle(&mut self, changes: &mut Changes) -> Vec<(Arc<str>, Option<Config>)> {
         let mut activated = Vec::new();
         for name in std::mem::take(&mut self.ready) {
             let Some(entry) = self.entries.get_mut(&name) else { continue };
-            let Some(warming) = entry.warming.take_if(|warming| warming.ready) else { continue };
+            let Some(warming) = entry.warming.take_if(|it| it.endpoints && it.secrets) else { continue };
             self.warming -= 1;
             warming.version.cluster.announce();
             warming.version.cluster.stats().warming_state().set(0);
@@ -158,7 +165,7 @@ impl Clusters {
             let replaced = entry.active.replace(warming.version);
             changes.clusters = true;
             changes.clusters_gone |= replaced.is_some();
-            let former = replaced.and_then(|replaced| replaced.cluster.config().eds.clone());
+            let former = replaced.map(|replaced| Arc::clone(replaced.cluster.config()));
             activated.push((name, former));
         }
         activated
@@ -169,7 +176,17 @@ impl Clusters {
         if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut())
             && warming.version.cluster.id() == id
         {
-            warming.ready = true;
+            warming.endpoints = true;
+            self.ready.push(Arc::clone(name));
+        }
+    }
+
+    /// The secrets of this version of a cluster came, or it waits no longer for them.
+    pub(super) fn secrets_ready(&mut self, name: &Arc<str>, id: ClusterId) {
+        if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut())
+            && warming.version.cluster.id() == id
+        {
+            warming.secrets = true;
             self.ready.push(Arc::clone(name));
         }
     }
@@ -184,9 +201,14 @@ impl Clusters {
 
     /// Completes a look-up of names for the cluster that is warming under this name, if that is what it waits for.
     pub(super) fn unresolved(&self, name: &str) -> Option<(ClusterId, impl Future<Output = ()> + use<>)> {
-        let warming = self.entries.get(name)?.warming.as_ref().filter(|warming| !warming.ready)?;
+        let warming = self.entries.get(name)?.warming.as_ref().filter(|warming| !warming.endpoints)?;
         let watch = warming.version.watch.as_ref()?;
         Some((warming.version.cluster.id(), watch.warmed()))
+    }
+
+    /// Whether there is one of this name in force.
+    pub(super) fn is_active(&self, name: &str) -> bool {
+        self.entries.get(name).is_some_and(|entry| entry.active.is_some())
     }
 
     /// Whether there is a cluster of this name, warm or not.

@@ -16,9 +16,10 @@ use crate::xds::{Key, Kind};
 impl Store {
     pub(super) fn add_cluster(&mut self, config: Cluster, content: u64, origin: Origin) -> clusters::Added {
         let (name, eds) = (Arc::clone(&config.name), config.eds.clone());
-        let before = self.eds_of(&name);
-        let resolver = &mut self.resolver;
-        let added = self.clusters.add(config, content, origin, || {
+        let before: Vec<_> =
+            self.clusters.versions(&name).map(|version| Arc::clone(version.config())).collect();
+        let (resolver, secrets) = (&mut self.resolver, &mut self.secrets);
+        let find_resolver = || {
             if resolver.is_none() {
                 match dns::Resolver::from_system() {
                     Ok(system) => *resolver = Some(Arc::new(system)),
@@ -26,7 +27,9 @@ impl Store {
                 }
             }
             resolver.clone()
-        });
+        };
+        let added =
+            self.clusters.add(config, content, origin, find_resolver, |config| secrets.credentials(config));
         if matches!(added, clusters::Added::New | clusters::Added::Modified) {
             if let Some((id, resolved)) = self.clusters.unresolved(&name) {
                 let (internal, name) = (self.internal.0.clone(), Arc::clone(&name));
@@ -38,13 +41,20 @@ impl Store {
             if let Some(eds) = &eds {
                 self.want_endpoints(&name, eds);
             }
+            self.want_secrets(&name);
             for former in before {
-                if Some(&former) != eds.as_ref() {
-                    self.drop_endpoints(&name, &former);
-                }
+                self.release_cluster(&name, &former);
             }
         }
         added
+    }
+
+    /// What a former version of a cluster was subscribed to, unless another one is.
+    pub(super) fn release_cluster(&mut self, name: &str, former: &Cluster) {
+        if let Some(eds) = &former.eds {
+            self.drop_endpoints(name, eds);
+        }
+        self.drop_secrets(name, former);
     }
 
     pub(super) fn eds_of(&self, name: &str) -> Vec<Arc<Eds>> {

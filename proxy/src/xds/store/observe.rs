@@ -30,7 +30,8 @@ impl Store {
                         }
                     }
                 }
-                Kind::RouteConfiguration | Kind::VirtualHost | Kind::Secret => {}
+                Kind::Secret => self.secrets.count_failure(&key.source),
+                Kind::RouteConfiguration | Kind::VirtualHost => {}
             }
         }
     }
@@ -42,6 +43,7 @@ impl Store {
         match key.kind {
             Kind::Cluster => self.stats.cluster_manager().cds_update_rejected().inc(),
             Kind::Listener => self.stats.listener_manager().lds_update_rejected().inc(),
+            Kind::Secret => self.secrets_rejected(&key.source),
             _ => {}
         }
     }

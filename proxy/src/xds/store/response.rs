@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use prost::{Message, Name};
-use tidegate_api::{cluster, endpoint, listener, route};
+use tidegate_api::{cluster, endpoint, listener, route, tls};
 
 use crate::config::dynamic::{self, Valid};
 use crate::config::error::{ConfigError, Problem};
@@ -33,6 +33,7 @@ named! {
     listener::Listener: name;
     route::RouteConfiguration: name;
     route::VirtualHost: name;
+    tls::Secret: name;
 }
 
 /// A resource that follows the rules of the API.
@@ -93,6 +94,11 @@ impl Rejections {
     /// Those that were refused, with what to show.
     pub(super) fn refused(&self) -> impl Iterator<Item = (&Arc<str>, &str)> {
         self.refused.iter().map(|(name, reason)| (name, reason.as_str()))
+    }
+
+    /// Whether the whole response was thrown away.
+    pub(super) fn are_all(&self) -> bool {
+        self.nothing_applied
     }
 
     pub(super) fn is_empty(&self) -> bool {
