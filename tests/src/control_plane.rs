@@ -11,9 +11,11 @@ mod server;
 mod snapshot;
 mod tls;
 
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use hyper::header::HeaderMap;
@@ -27,6 +29,7 @@ use tidegate_api::wkt::{Any, Duration as ProtoDuration};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::netns::Netns;
+use crate::script::GUARD;
 use mailbox::Mailbox;
 use server::{Handler, NewPoll, NewStream, Out, Reply, Server};
 
@@ -55,7 +58,17 @@ impl Endpoint {
     fn restart(&mut self, handler: Arc<dyn Handler>) -> Result<()> {
         self.server = None;
         let address = self.address;
-        let bind = move || TcpListener::bind(address); // with SO_REUSEADDR, as std has it
+        // With SO_REUSEADDR, as std has it. A client that connects while nobody listens may have got this port for its
+        // own end, and then talks to itself until it notices.
+        let deadline = Instant::now() + GUARD;
+        let bind = move || loop {
+            match TcpListener::bind(address) {
+                Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                bound => break bound,
+            }
+        };
         let listener = match &self.netns {
             Some(netns) => netns.enter(bind)?,
             None => bind(),

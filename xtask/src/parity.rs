@@ -5,6 +5,7 @@ mod cases;
 mod exceptions;
 mod hello;
 mod observe;
+mod xds;
 
 use std::path::PathBuf;
 
@@ -22,7 +23,8 @@ use crate::cargo;
 /// Arguments of `parity`.
 #[derive(Args, Debug)]
 pub(crate) struct Parity {
-    /// Show only cases whose name contains this text (all of them run, since they share one configuration).
+    /// Show only cases whose name contains this text (all of them run, since they share one configuration), and run
+    /// only such scripts of xDS.
     filter: Option<String>,
     /// Print what one proxy does, and compare nothing.
     #[arg(long, value_name = "PROXY")]
@@ -30,9 +32,21 @@ pub(crate) struct Parity {
     /// Use this Envoy instead of installing one into target/tools.
     #[arg(long, value_name = "PATH")]
     envoy: Option<PathBuf>,
+    /// Only what control planes hear (`xds`), or only what clients see (`traffic`).
+    #[arg(long, value_name = "PART")]
+    only: Option<Part>,
     /// Print the facts that agree too.
     #[arg(long)]
     verbose: bool,
+}
+
+/// What is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Connections, access logs, stats.
+    Traffic,
+    /// Requests to control planes.
+    Xds,
 }
 
 /// Which proxy `--show` runs.
@@ -55,11 +69,27 @@ impl Parity {
         crate::root::become_root()?;
         crate::root::clean_up_on_signals()?;
         tool::require(&[("ip", "iproute2"), ("nft", "nftables")])?;
+        let traffic = if self.only == Some(Part::Xds) { Ok(()) } else { self.traffic() };
+        let xds = if self.only == Some(Part::Traffic) { Ok(()) } else { self.xds() };
+        traffic.and(xds)
+    }
+
+    fn traffic(&self) -> Result<()> {
         let cases = cases::all();
         match self.show {
             Some(shown) => self.show(shown, &cases),
             None => self.compare(&cases),
         }
+    }
+
+    fn xds(&self) -> Result<()> {
+        let filter = self.filter.as_deref();
+        match self.show {
+            Some(Shown::Envoy) => xds::show_all(&self.envoy()?, filter),
+            Some(Shown::Tidegate) => xds::show_all(&Engine::Tidegate, filter),
+            None => return xds::compare(&self.envoy()?, filter, self.verbose),
+        }
+        Ok(())
     }
 
     fn envoy(&self) -> Result<Engine> {

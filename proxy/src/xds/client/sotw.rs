@@ -207,14 +207,17 @@ impl State {
             _ => {}
         }
         let replaced = matches!(ask, Ask::Replace(_));
+        let was_empty = self.wanted.is_empty();
         self.wanted.apply(ask);
+        if was_empty && !self.wanted.is_empty() {
+            // What it stood for is forgotten: with it, a server might think that we have what we ask for.
+            self.version.clear();
+        }
         if replaced && !self.wanted.wildcard {
             let names = &self.wanted.names;
             self.timers.retain(|name| names.contains(name));
         }
         if self.wanted.is_empty() {
-            // What it stood for is forgotten. (It says nothing of responses that are still being judged.)
-            self.version.clear();
             self.timers = Timers::default();
             // Nothing on this stream, or everything by silence: there are no words to end that.
             return self.requested && self.named;
