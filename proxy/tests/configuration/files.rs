@@ -11,6 +11,7 @@ use tidegate::config::filter_chain::Terminal;
 use tidegate::config::listener::{ListenerFilter, TrafficDirection};
 use tidegate::config::proto::Source as Text;
 use tidegate::config::tcp_proxy::ClusterChoice;
+use tidegate::config::tls::{DataSource, Provided, UpstreamTls, Use};
 use tidegate::config::{Loaded, Sources, load, static_options};
 
 fn directory() -> PathBuf {
@@ -83,8 +84,10 @@ fn every_file_has_a_test() {
         "xds-ads.yaml",
         "xds-delta.yaml",
         "xds-files.yaml",
+        "xds-istio-mtls.yaml",
         "xds-istio.yaml",
         "xds-rest.yaml",
+        "xds-sds.yaml",
     ];
     assert_eq!(names, known, "add a test for the new file here");
 }
@@ -243,6 +246,7 @@ fn xds_over_one_stream() {
         ("xds-ads.yaml", Protocol::AggregatedGrpc, "control_plane"),
         ("xds-delta.yaml", Protocol::AggregatedDeltaGrpc, "control_plane"),
         ("xds-istio.yaml", Protocol::AggregatedDeltaGrpc, "xds-grpc"),
+        ("xds-istio-mtls.yaml", Protocol::AggregatedDeltaGrpc, "xds-grpc"),
     ] {
         let (lds, cds, ads, clusters) = sources(name);
         assert_eq!((lds, cds), (Source::Ads, Source::Ads), "{name}");
@@ -271,6 +275,40 @@ fn xds_istio_is_a_sidecar_for_istiod() {
     assert_eq!(text("DNS_CAPTURE"), "false");
     let lds = loaded.bootstrap.dynamic.lds.unwrap();
     assert_eq!(lds.initial_fetch_timeout, None, "nothing is served before istiod has spoken");
+}
+
+/// TLS of the cluster of this name.
+fn tls(bootstrap: &Bootstrap, cluster: &str) -> UpstreamTls {
+    let found = bootstrap.clusters.iter().find(|it| &*it.name == cluster).unwrap();
+    UpstreamTls::clone(found.tls.as_ref().unwrap())
+}
+
+#[test]
+fn xds_istio_mtls_reads_what_pilot_agent_writes() {
+    let loaded = file("xds-istio-mtls.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    let tls = tls(&loaded.bootstrap, "xds-grpc");
+    let path = |source: &DataSource| source.path().map(|path| path.display().to_string());
+    let Some(Provided::Here(own)) = &tls.certificate else { panic!("{tls:?}") };
+    let files = [path(&own.chain), path(&own.private_key), tls.validation.trusted_ca.as_ref().and_then(path)];
+    let expected = ["cert-chain.pem", "key.pem", "root-cert.pem"];
+    assert_eq!(files, expected.map(|name| Some(format!("/etc/istio-output-certs/{name}"))));
+    assert_eq!((tls.sni.as_deref(), tls.validation.names.len()), (Some("istiod.istio-system.svc"), 1));
+}
+
+#[test]
+fn xds_sds_takes_secrets_from_a_server_and_from_a_file() {
+    let loaded = file("xds-sds.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    let tls = tls(&loaded.bootstrap, "control_plane");
+    let mut secrets = tls.secrets();
+    let (own, wanted) = secrets.next().unwrap();
+    assert_eq!((&*own.name, wanted), ("node-1", Use::Certificate));
+    let Source::Api(api) = &own.config.source else { panic!("{own:?}") };
+    assert_eq!((api.protocol, &*api.cluster), (Protocol::Grpc, "secrets"));
+    let (ca, wanted) = secrets.next().unwrap();
+    assert_eq!((&*ca.name, wanted), ("control-plane-ca", Use::Validation { has_ca: false }));
+    assert!(matches!(&ca.config.source, Source::Path(path) if path.path.ends_with("control-plane-ca.yaml")));
 }
 
 #[test]

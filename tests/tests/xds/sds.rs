@@ -1,6 +1,8 @@
 //! Secrets: fetched, validated, waited for, rotated and shown, for TLS to control planes.
 
 use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -12,7 +14,7 @@ use tidegate_tests::control_plane::{
     Authority, ControlPlane, Identity, Kind, Method, Served, Stream, delta_response, response, wrapped,
     write_atomically,
 };
-use tidegate_tests::proxy::{Proxy, Setup};
+use tidegate_tests::proxy::{PATIENCE, Proxy, Setup};
 use tidegate_tests::run::TempDir;
 
 use crate::world::{LISTENER, World, with_log};
@@ -541,5 +543,144 @@ fn keys_never_leak() -> Result<()> {
         texts.push(String::from_utf8_lossy(&std::fs::read(entry?.path())?).into_owned());
     }
     assert_hidden(&[&pki.first, &pki.second], &texts.iter().map(String::as_str).collect::<Vec<_>>());
+    Ok(())
+}
+
+/// A bootstrap of `config/`, with this in the place of that.
+fn example(name: &str, replacements: &[(&str, &str)]) -> Result<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config").join(name);
+    let mut text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    for (from, to) in replacements {
+        ensure!(text.contains(from), "{name} has no {from}");
+        text = text.replace(from, to);
+    }
+    Ok(text.replace("port_value: 15000", "port_value: 0"))
+}
+
+#[test]
+fn example_for_istio_as_it_is_written() -> Result<()> {
+    let (world, pki, dir) = (World::new()?, Pki::new()?, TempDir::new("sds")?);
+    let mut plane = pki.plane(&world)?;
+    let put = |name: &str, text: &str| write_atomically(&dir.path().join(name), text.as_bytes());
+    put("cert-chain.pem", pki.first.chain_pem())?;
+    put("key.pem", &pki.first.key_pem())?;
+    put("root-cert.pem", &pki.authority.pem())?;
+    let port = format!("port_value: {}", plane.address().port());
+    let bootstrap = example(
+        "xds-istio-mtls.yaml",
+        &[
+            ("/etc/istio-output-certs", &dir.path().display().to_string()),
+            ("{ address: istiod.istio-system.svc", "{ address: 127.0.0.1"),
+            ("port_value: 15012", &port),
+        ],
+    )?;
+    let mut proxy = Setup::new(&bootstrap).netns(&world.netns).spawn()?;
+    proxy.wait_answering()?;
+    let stream = with_log(plane.stream(Method::DELTA_ADS), &proxy)?;
+    assert_eq!(stream.certificate.as_deref(), Some(pki.first.der()));
+    // Renewed files are for the next connection, whatever the order in which they come.
+    put("cert-chain.pem", pki.second.chain_pem())?;
+    put("key.pem", &pki.second.key_pem())?;
+    plane.restart()?;
+    let stream = with_log(plane.stream(Method::DELTA_ADS), &proxy)?;
+    assert_eq!(stream.certificate.as_deref(), Some(pki.second.der()));
+    let certs: Value = serde_json::from_str(&proxy.admin().read("/certs")?.body)?;
+    assert_eq!(
+        certs["certificates"][0]["cert_chain"][0]["path"],
+        json!(dir.path().join("cert-chain.pem").display().to_string())
+    );
+    Ok(())
+}
+
+#[test]
+fn example_with_sds_as_it_is_written() -> Result<()> {
+    let (world, dir, authority) = (World::new()?, TempDir::new("sds")?, Authority::new()?);
+    let server = authority.issue(&["control-plane.example.com"])?.for_known_clients();
+    let plane = ControlPlane::start_tls(Some(&world.netns), server)?;
+    let sds = ControlPlane::start(Some(&world.netns))?;
+    let node = authority.issue(&["node-1"])?;
+    let path = |name: &str| dir.path().join(name);
+    write_atomically(&path("control-plane-ca.pem"), authority.pem().as_bytes())?;
+    // As docs/xds.md has it.
+    let secret = format!(
+        r#"version_info: "1"
+resources:
+- "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret
+  name: control-plane-ca
+  validation_context:
+    trusted_ca: {{ filename: {} }}
+"#,
+        path("control-plane-ca.pem").display()
+    );
+    write_atomically(&path("control-plane-ca.yaml"), secret.as_bytes())?;
+    let ports = [&plane, &sds].map(|plane| format!("port_value: {}", plane.address().port()));
+    let bootstrap = example(
+        "xds-sds.yaml",
+        &[
+            ("/etc/tidegate/sds", &dir.path().display().to_string()),
+            ("{ address: control-plane.example.com", "{ address: 127.0.0.1"),
+            ("port_value: 18443", &ports[0]),
+            ("port_value: 8234", &ports[1]),
+        ],
+    )?;
+    let mut proxy = Setup::new(&bootstrap).netns(&world.netns).spawn()?;
+    proxy.wait_answering()?;
+    let stream = with_log(sds.stream(Method { kind: Some(Kind::Secret), delta: false }), &proxy)?;
+    assert_eq!(stream.request_for(Kind::Secret)?.resource_names, ["node-1"]);
+    stream.send(&response(
+        Kind::Secret,
+        "1",
+        "1",
+        vec![certificate("node-1", node.chain_pem(), &node.key_pem())?.packed()],
+    ));
+    let stream = with_log(plane.stream(Method::ADS), &proxy)?;
+    assert_eq!(stream.certificate.as_deref(), Some(node.der()));
+    configure(&stream)?;
+    with_log(world.reaches(LISTENER, "a"), &proxy)
+}
+
+#[test]
+fn p57_two_users_share_a_subscription() -> Result<()> {
+    let (world, pki) = (World::new()?, Pki::new()?);
+    let plane = pki.plane(&world)?;
+    let sds = ControlPlane::start(Some(&world.netns))?;
+    let context = from(&from_server("GRPC"));
+    let mut fields = http2();
+    config::merge(&mut fields, context.clone());
+    let other = config::cluster("other", &[&plane.address().to_string()], fields);
+    let mut bootstrap = bootstrap(&plane, context, vec![sds_cluster(&sds, http2()), other]);
+    bootstrap["dynamic_resources"]["lds_config"] = json!({"resource_api_version": "V3", "api_config_source": {
+        "api_type": "GRPC", "transport_api_version": "V3",
+        "grpc_services": [{"envoy_grpc": {"cluster_name": "other"}}]}});
+    let proxy = start(&world, &bootstrap)?;
+    let stream = sds.stream(Method { kind: Some(Kind::Secret), delta: false })?;
+    let mut names = stream.request_for(Kind::Secret)?.resource_names;
+    names.sort();
+    assert_eq!(names, ["ca", "own"]);
+    // What start-up waits for has a name.
+    let deadline = Instant::now() + PATIENCE;
+    while !proxy.admin().read("/init_dump")?.body.contains("\"own\"") {
+        ensure!(Instant::now() < deadline, "/init_dump does not name the secret");
+        sleep(Duration::from_millis(20));
+    }
+    stream.send(&response(
+        Kind::Secret,
+        "1",
+        "1",
+        vec![own(&pki.first)?.packed(), ca(&pki.authority.pem())?.packed()],
+    ));
+    accepted(&stream, Kind::Secret)?;
+    let clusters = with_log(plane.stream(Method::ADS), &proxy)?;
+    clusters.request_for(Kind::Cluster)?;
+    clusters.send(&response(Kind::Cluster, "1", "1", vec![]));
+    let listeners = with_log(plane.stream(Method { kind: Some(Kind::Listener), delta: false }), &proxy)?;
+    for stream in [&clusters, &listeners] {
+        assert_eq!(stream.certificate.as_deref(), Some(pki.first.der()));
+    }
+    assert_eq!((stream.unread(), sds.untaken_streams().len()), (vec![], 0), "one subscription, one stream");
+    for user in [SECURE, "other"] {
+        let updates = format!("cluster.{user}.client_ssl_socket_factory.ssl_context_update_by_sds");
+        assert_eq!(proxy.stat(&updates)?, 2);
+    }
     Ok(())
 }

@@ -293,6 +293,14 @@ mod tests {
     }
 
     #[test]
+    fn a_text_without_quotes_is_not_shown_as_a_whole() {
+        // It may be a key.
+        let key = "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg";
+        let Err((_, Reason::Syntax(text))) = parse(&format!("{{\"inline_bytes\": {key}}}")) else { panic!() };
+        assert!(text.contains(&key[..QUOTED]) && !text.contains(&key[..=QUOTED]), "{text}");
+    }
+
+    #[test]
     fn says_where_it_broke() {
         let (mark, reason) = parse("{\n  \"a\": [1,\n    nope]\n}").unwrap_err();
         assert_eq!(mark, Some(Mark { line: 3, column: 5 }));

@@ -92,7 +92,6 @@ impl Store {
                 })
             }
             Kind::Secret => {
-                self.count_secret_attempts(&key.source);
                 let rejections =
                     self.with(kind, version, resources, unreadable, |store, checked, rejections| {
                         store.apply_secrets(&key.source, checked, rejections);

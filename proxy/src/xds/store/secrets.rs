@@ -30,6 +30,8 @@ type Id = (Source, Arc<str>);
 pub(super) struct Secrets {
     stats: Arc<Stats>,
     entries: HashMap<Id, Entry>,
+    /// Those that were not asked for yet.
+    unasked: Vec<Id>,
     /// The last number.
     numbers: u64,
 }
@@ -79,7 +81,7 @@ impl Entry {
 
 impl Secrets {
     pub(super) fn new(stats: &Arc<Stats>) -> Self {
-        Self { stats: Arc::clone(stats), entries: HashMap::new(), numbers: 0 }
+        Self { stats: Arc::clone(stats), entries: HashMap::new(), unasked: Vec::new(), numbers: 0 }
     }
 
     /// What a cluster needs for handshakes; notes that it wants the secrets in there.
@@ -98,8 +100,9 @@ impl Secrets {
 
     fn entry(&mut self, source: &SecretSource) -> &mut Entry {
         let id = (source.config.source.clone(), Arc::clone(&source.name));
-        let (numbers, stats) = (&mut self.numbers, &self.stats);
-        self.entries.entry(id).or_insert_with(|| {
+        let (numbers, unasked, stats) = (&mut self.numbers, &mut self.unasked, &self.stats);
+        self.entries.entry(id.clone()).or_insert_with(|| {
+            unasked.push(id);
             *numbers += 1;
             Entry {
                 number: *numbers,
@@ -142,18 +145,19 @@ impl Secrets {
 impl Store {
     /// Asks for the secrets whose servers can be reached by now.
     pub(super) fn subscribe_secrets(&mut self) {
-        let unasked = self.secrets.entries.iter().filter(|(_, entry)| entry.fetch == Fetch::Unasked);
-        let unasked: Vec<Id> = unasked.map(|(id, _)| id.clone()).collect();
-        for id in unasked {
+        for id in std::mem::take(&mut self.secrets.unasked) {
             let server = match &id.0 {
                 Source::Ads => self.dynamic.ads.as_ref().map(|ads| &ads.cluster),
                 Source::Api(api) => Some(&api.cluster),
                 Source::Path(_) => None,
             };
-            if server.is_some_and(|server| !self.clusters.is_active(server)) {
+            let can_be_asked = server.is_none_or(|server| self.clusters.is_active(server));
+            let entry = self.secrets.entries.get_mut(&id).filter(|entry| entry.fetch == Fetch::Unasked);
+            let Some(entry) = entry else { continue }; // nobody wants it any more
+            if !can_be_asked {
+                self.secrets.unasked.push(id);
                 continue;
             }
-            let Some(entry) = self.secrets.entries.get_mut(&id) else { continue };
             entry.fetch = Fetch::Waiting;
             entry.stats.update_attempt().inc();
             let (timeout, (source, name)) = (entry.timeout, id);
@@ -249,11 +253,13 @@ impl Store {
         for resource in checked {
             let Checked { name, wrapper_name, valid, held, .. } = resource;
             let id = (source.clone(), Arc::clone(&name));
-            if !self.secrets.entries.contains_key(&id) {
-                let wanted: Vec<_> = self.secrets.from(source).map(|((_, name), _)| &**name).collect();
+            let Some(entry) = self.secrets.entries.get(&id) else {
+                let wanted: Vec<_> =
+                    self.secrets.from(source).map(|((_, name), _)| &**name).take(10).collect();
                 tracing::warn!(secret = %name, "nobody asked for it; what is wanted from there is {wanted:?}");
                 continue;
-            }
+            };
+            entry.stats.update_attempt().inc();
             let label = response::label(Kind::Secret, &name);
             let taken = match dynamic::secret(valid, &label) {
                 Ok(converted) => {
@@ -382,10 +388,5 @@ impl Store {
             }
             self.settle_secret(&id);
         }
-    }
-
-    /// A response came from there.
-    pub(super) fn count_secret_attempts(&self, source: &Source) {
-        self.secrets.from(source).for_each(|(_, entry)| entry.stats.update_attempt().inc());
     }
 }
