@@ -14,6 +14,8 @@ pub mod cluster;
 pub mod config;
 pub mod connection;
 pub mod drain;
+#[cfg(test)]
+mod fuzz;
 pub mod intercept;
 pub mod listener;
 pub mod log;

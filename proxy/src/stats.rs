@@ -13,6 +13,7 @@ mod declare;
 mod histogram;
 mod prometheus;
 mod query;
+mod readout;
 mod text;
 
 use std::collections::BTreeMap;
@@ -32,6 +33,8 @@ pub use blocks::{
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
 pub use query::{Format, Query, QueryError};
+pub use readout::Readout;
+use readout::Readouts;
 
 /// The scope of what the kernel counts.
 const INTERCEPT: &str = "tidegate.intercept.";
@@ -40,6 +43,7 @@ const INTERCEPT: &str = "tidegate.intercept.";
 /// the handles that their snapshot carries.
 pub struct Stats {
     workers: usize,
+    readouts: Readouts,
     blocks: Mutex<Blocks>,
     intercept: Mutex<BTreeMap<String, (Kind, u64)>>,
     /// Blocks that exist once, kept from the start.
@@ -97,6 +101,7 @@ impl Stats {
         };
         let stats = Self {
             workers,
+            readouts: Readouts::default(),
             blocks: Mutex::default(),
             intercept: Mutex::default(),
             single,
@@ -106,6 +111,11 @@ impl Stats {
             lock(&stats.blocks).insert((kind(block.layout()), "".into()), Arc::downgrade(&block));
         }
         Arc::new(stats)
+    }
+
+    /// Sets a text.
+    pub fn set_readout(&self, readout: Readout, text: &str) {
+        self.readouts.set(readout, text);
     }
 
     /// `cluster.<name>.*`

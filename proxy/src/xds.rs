@@ -124,6 +124,12 @@ pub enum Event {
         /// Why, for logs and `/config_dump`.
         reason: String,
     },
+    /// So many requests of a stream wait for a token of a rate limit: that of `rate_limit_settings`, or the one for
+    /// rejections. 0: none do any more.
+    RateLimited {
+        /// How many.
+        pending: usize,
+    },
     /// A stream stands again, or a poll succeeded after a failure.
     Connected {
         /// The subscriptions that it concerns.

@@ -5,6 +5,7 @@ mod build_ebpf;
 mod cargo;
 mod demo;
 mod deny;
+mod fuzz;
 mod gen_api;
 mod parity;
 mod root;
@@ -22,6 +23,9 @@ enum Xtask {
     Demo(demo::Demo),
     /// Run every test: unit, property, in-process, namespaces and eBPF.
     Test(test::Test),
+    /// Mutate what others write (responses of control planes, configuration, PROXY headers, TLS hellos) for longer than
+    /// the tests do.
+    Fuzz(fuzz::Fuzz),
     /// Run the same cases against the real Envoy and tidegate, and print the differences.
     Parity(parity::Parity),
     /// Measure tidegate, Envoy and HAProxy side by side: memory, and CPU per byte, request and connection.
@@ -38,6 +42,7 @@ fn main() -> ExitCode {
     let outcome = match Xtask::parse() {
         Xtask::Demo(args) => args.run(),
         Xtask::Test(args) => args.run(),
+        Xtask::Fuzz(args) => args.run(),
         Xtask::Parity(args) => args.run(),
         Xtask::Bench(args) => args.run(),
         Xtask::Deny(args) => args.run(),

@@ -57,8 +57,8 @@ pub struct Query {
     pub format: Format,
     pub(super) used_only: bool,
     pub(super) kind: Option<Kind>,
-    /// `type=TextReadouts`, of which there are none.
-    pub(super) nothing: bool,
+    /// `type=TextReadouts`.
+    texts_only: bool,
     pub(super) buckets: Buckets,
     filter: Option<Regex>,
     invert_filter: bool,
@@ -71,7 +71,7 @@ impl Query {
             format,
             used_only: false,
             kind: None,
-            nothing: false,
+            texts_only: false,
             buckets: if format == Format::Prometheus { Buckets::Cumulative } else { Buckets::Summary },
             filter: None,
             invert_filter: false,
@@ -110,7 +110,7 @@ impl Query {
     }
 
     fn set_type(&mut self, value: &str) -> Result<(), QueryError> {
-        (self.kind, self.nothing) = match value.to_ascii_lowercase().as_str() {
+        (self.kind, self.texts_only) = match value.to_ascii_lowercase().as_str() {
             "all" => (None, false),
             "counters" => (Some(Kind::Counter), false),
             "gauges" => (Some(Kind::Gauge), false),
@@ -123,7 +123,12 @@ impl Query {
 
     /// Whether stats of this kind are asked for.
     pub(super) fn wants_kind(&self, kind: Kind) -> bool {
-        !self.nothing && self.kind.is_none_or(|wanted| wanted == kind)
+        !self.texts_only && self.kind.is_none_or(|wanted| wanted == kind)
+    }
+
+    /// Whether texts are asked for.
+    pub(super) fn wants_texts(&self) -> bool {
+        self.kind.is_none()
     }
 
     /// Whether the filter lets this name pass.

@@ -62,6 +62,23 @@ fn block_values(
     Ok(())
 }
 
+/// Every text that is asked for, by name. As in Envoy they come first.
+fn for_each_text(
+    stats: &Stats,
+    query: &Query,
+    each: &mut dyn FnMut(&str, &str) -> io::Result<()>,
+) -> io::Result<()> {
+    if !query.wants_texts() {
+        return Ok(());
+    }
+    for (name, text) in stats.readouts.all() {
+        if query.wants_name(name) && (!query.used_only || text.is_some()) {
+            each(name, &text.unwrap_or_default())?;
+        }
+    }
+    Ok(())
+}
+
 /// Every histogram that is asked for, by name.
 fn for_each_histogram(
     stats: &Stats,
@@ -84,6 +101,8 @@ fn for_each_histogram(
 
 /// One `name: value` per line; histograms come last.
 pub(super) fn write(stats: &Stats, query: &Query, out: &mut impl Write) -> io::Result<()> {
+    // Envoy escapes nothing either.
+    for_each_text(stats, query, &mut |name, text| writeln!(out, "{name}: \"{text}\""))?;
     for_each_value(stats, query, &mut |name, value| writeln!(out, "{name}: {value}"))?;
     for_each_histogram(stats, query, &mut |name, value| {
         if value.count() == 0 {
@@ -143,6 +162,9 @@ fn totals(value: &HistogramValue) -> impl Iterator<Item = (f64, f64, u64)> {
 pub(super) fn write_json(stats: &Stats, query: &Query, out: &mut impl Write) -> io::Result<()> {
     write!(out, "{{\"stats\":[")?;
     let mut first = true;
+    for_each_text(stats, query, &mut |name, text| {
+        write!(out, "{}{}", comma(&mut first), json!({"name": name, "value": text}))
+    })?;
     for_each_value(stats, query, &mut |name, value| {
         write!(out, "{}{}", comma(&mut first), json!({"name": name, "value": value}))
     })?;
@@ -229,7 +251,7 @@ impl fmt::Debug for Stats {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::{Format, set_shard};
+    use super::super::{Format, Readout, set_shard};
     use super::*;
 
     fn text(stats: &Stats, parameters: &[(&str, &str)]) -> String {
@@ -254,6 +276,23 @@ mod tests {
         let active = listener.downstream_cx_active().guard();
         stats.set_intercept_counter("captured", 5);
         (stats, (cluster, listener, active))
+    }
+
+    #[test]
+    fn texts_come_first_and_in_quotes() {
+        let stats = Stats::new(1);
+        stats.set_readout(Readout::CdsVersion, "v\"7");
+        let texts = "cluster_manager.cds.version_text: \"v\"7\"\n\
+                     control_plane.identifier: \"\"\n\
+                     listener_manager.lds.version_text: \"\"\n";
+        assert_eq!(text(&stats, &[("type", "TextReadouts")]), texts);
+        assert!(text(&stats, &[]).starts_with(texts));
+        let used = [("type", "TextReadouts"), ("usedonly", "")];
+        assert_eq!(text(&stats, &used), texts.lines().next().unwrap().to_owned() + "\n");
+        assert_eq!(text(&stats, &[("type", "Gauges"), ("filter", "_text")]), "");
+        let json = text(&stats, &[("format", "json"), ("type", "TextReadouts"), ("filter", "cds")]);
+        let expected = json!({"stats": [{"name": "cluster_manager.cds.version_text", "value": "v\"7"}]});
+        assert_eq!(json, expected.to_string());
     }
 
     #[test]
@@ -321,7 +360,6 @@ mod tests {
             "cluster.foo.membership_healthy: 0\n"
         );
         assert_eq!(text(&stats, &[("type", "Counters"), ("filter", "membership_h")]), "");
-        assert_eq!(text(&stats, &[("type", "TextReadouts")]), "");
         assert!(!text(&stats, &[("invert_filter", ""), ("filter", "cluster")]).contains("cluster"));
     }
 

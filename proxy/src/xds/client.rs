@@ -27,6 +27,8 @@ use crate::config::config_source::{ApiSource, Protocol, Source};
 
 mod backoff;
 mod delta;
+#[cfg(test)]
+mod fuzz;
 mod grpc;
 mod json;
 pub mod node;

@@ -41,6 +41,8 @@ mod secrets;
 pub use changes::{Bound, Changes, Draining};
 use clusters::{Clusters, Origin};
 use listeners::Listeners;
+#[cfg(test)]
+pub(crate) use response::judge;
 use routes::Routes;
 use secrets::Secrets;
 
@@ -99,6 +101,8 @@ pub struct Store {
     internal: (mpsc::UnboundedSender<Internal>, mpsc::UnboundedReceiver<Internal>),
     /// Endpoints whose connections end; those of STRICT_DNS clusters go without an event of ours.
     losses: mpsc::UnboundedReceiver<Lost>,
+    /// How often in a row each has failed.
+    failing: HashMap<Key, u64>,
     deadlines: BinaryHeap<Reverse<(Instant, u64)>>,
     deadline_ids: HashMap<u64, Deadline>,
     next_deadline: u64,
@@ -197,6 +201,7 @@ impl Store {
             resolver: None,
             internal: mpsc::unbounded_channel(),
             losses,
+            failing: HashMap::new(),
             deadlines: BinaryHeap::new(),
             deadline_ids: HashMap::new(),
             next_deadline: 0,
@@ -256,6 +261,7 @@ impl Store {
             Happened::Event(Event::Update(update)) => self.update(update),
             Happened::Event(Event::Rejected { key, reason, .. }) => self.rejected(&key, &reason),
             Happened::Event(Event::Failed { keys, reason }) => self.failed(&keys, &reason),
+            Happened::Event(Event::RateLimited { pending }) => self.rate_limited(pending),
             Happened::Event(Event::Connected { keys, identifier }) => {
                 self.connected(&keys, identifier.as_deref());
             }

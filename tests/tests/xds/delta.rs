@@ -204,3 +204,51 @@ fn p56_virtual_hosts_come_by_themselves() -> Result<()> {
     assert_eq!(live.state()?, State::Open);
     Ok(())
 }
+
+/// An incremental server has to say what it has removed meanwhile.
+#[test]
+fn p48_a_server_that_comes_back_with_less_says_what_it_removed() -> Result<()> {
+    let mut ads = configured()?;
+    ads.accepted_delta(Kind::Listener, vec![listener("2", SECOND, "b")?], &[])?;
+    with_log(ads.world.reaches(SECOND, "b"), &ads.proxy)?;
+    ads.plane.restart()?;
+    let stream = ads.plane.stream(Method::DELTA_ADS)?;
+    ads.replace_stream(stream);
+    ads.accepted_delta(Kind::Listener, vec![listener("3", LISTENER, "b")?], &[])?;
+    with_log(ads.world.reaches(LISTENER, "b"), &ads.proxy)?;
+    assert_eq!(ads.world.ask(SECOND)?, "b", "what is not mentioned stays");
+    ads.accepted_delta(Kind::Listener, vec![], &["127.0.0.1_10001"])?;
+    with_log(ads.world.refused(SECOND), &ads.proxy)
+}
+
+/// The wildcard of virtual hosts next to names of other kinds: both come back with the stream, each as it was, and what the
+/// server then removes or repeats decides.
+#[test]
+fn p21_wildcards_and_names_come_back_with_the_stream() -> Result<()> {
+    let mut ads = configured()?;
+    let http = resource::listener(SECOND, json!({}), &http_rds("r", &resource::ads()))?;
+    ads.send_delta(Kind::Listener, vec![wrapped("2", &http)], &[])?;
+    assert_eq!(ads.delta_subscription(Kind::Route)?.resource_names_subscribe, ["r"]);
+    let routes: RouteConfiguration =
+        resource::from_json(&json!({"name": "r", "vhds": {"config_source": resource::ads()}}))?;
+    ads.send_delta(Kind::Route, vec![wrapped("1", &routes)], &[])?;
+    let host: VirtualHost = resource::from_json(&json!({
+        "name": "r/any", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "a"}}],
+    }))?;
+    let first = ads.delta_subscription(Kind::VirtualHost)?;
+    assert!(first.initial_resource_versions.is_empty());
+    ads.accepted_delta(Kind::VirtualHost, vec![wrapped("1", &host)], &[])?;
+    with_log(ads.world.reaches(SECOND, "a"), &ads.proxy)?;
+    ads.plane.restart()?;
+    let stream = ads.plane.stream(Method::DELTA_ADS)?;
+    ads.replace_stream(stream);
+    assert_eq!(ads.delta_subscription(Kind::Route)?.resource_names_subscribe, ["r"]);
+    let again = ads.delta_subscription(Kind::VirtualHost)?;
+    assert_eq!(again.resource_names_subscribe, first.resource_names_subscribe, "the wildcard, as before");
+    let versions: Vec<_> = again.initial_resource_versions.into_iter().collect();
+    assert_eq!(versions, [("r/any".to_owned(), "1".to_owned())]);
+    assert_eq!(ads.world.ask(SECOND)?, "a");
+    ads.accepted_delta(Kind::VirtualHost, vec![], &["r/any"])?;
+    // No host is left: it ends without a word from an upstream.
+    with_log(ads.world.connect(SECOND)?.end(), &ads.proxy).map(drop)
+}

@@ -2,10 +2,11 @@
 //!
 //! Tests of one rule of the protocol have its number in their names: `p22`, as in the unit tests of `xds::client`. Under
 //! `TIDEGATE_TEST_ENVOY` the tests run against that Envoy, which shows whether a test expects what Envoy does. Of Envoy
-//! 1.40 these don't hold, for the reasons in docs/xds.md ("Where it differs from Envoy"): `p41_make_before_break`,
-//! `p8_p9_p10_…` (it applies the first of two), `sotw::p49_p50_…`, `p28_…` (it takes the resource under its own name);
-//! those of `removal` (the policy is ours), but for `envoy_s_fields_…`; and those with HTTP listeners that carry plain TCP
-//! (`p39_…`, `p56_…`) or with interception, which it does not have.
+//! 1.40 these don't hold, for the reasons in docs/xds.md ("Where it differs from Envoy"): `p6_…` (it answers everything),
+//! `p41_make_before_break`, `p8_p9_p10_…` (it applies the first of two), `sotw::p49_p50_…`, `p12_p13_…` and
+//! `p28_…` (it takes the resource under its own name); those of `removal` (the policy is ours), but for
+//! `envoy_s_fields_…`; and those with HTTP listeners that carry plain TCP (`p39_…`, `p56_…`, `p21_…`) or with
+//! interception, which it does not have.
 
 mod ads;
 mod delta;

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tidegate_api::wkt::Any;
 use tidegate_tests::config::{http_rds, tcp_proxy};
 use tidegate_tests::control_plane::resource::{self, Transport};
-use tidegate_tests::control_plane::{Kind, Method, Served, packed_wrapper, undecodable, with_ttl};
+use tidegate_tests::control_plane::{Kind, Method, Served, packed_wrapper, response, undecodable, with_ttl};
 
 use crate::ads::Ads;
 use crate::world::{LISTENER, State, World, with_log};
@@ -320,6 +320,7 @@ fn p43_p44_p45_the_stream_comes_back_with_what_was_accepted() -> Result<()> {
     ads.plane.stop();
     ads.stream.ended()?;
     assert_eq!(live.state()?, State::Open);
+    ads.proxy.wait_stat("cluster.xds_cluster.upstream_cx_connect_fail", |count| count > 0)?;
     assert_eq!(ads.world.ask(LISTENER)?, "a");
     ads.plane.restart()?;
     let stream = ads.plane.stream(Method::ADS)?;
@@ -400,4 +401,80 @@ fn p49_p50_a_resource_lives_as_long_as_its_heart_beats() -> Result<()> {
     with_log(ads.world.refused(SECOND), &ads.proxy)?;
     assert_eq!(ads.world.ask(LISTENER)?, "a");
     Ok(())
+}
+
+/// The clock is the proxy's own: the life of a listener. Envoy 1.40 sends as many rejections as the server sends responses.
+#[test]
+fn p6_a_server_that_repeats_itself_is_not_answered_as_often() -> Result<()> {
+    let ads = configured()?;
+    let mortal = with_ttl("127.0.0.1_10001", "2", Some(listener(SECOND, "b")?), 2000);
+    ads.accepted(Kind::Listener, "2", vec![listener(LISTENER, "a")?, packed_wrapper(&mortal)])?;
+    with_log(ads.world.reaches(SECOND, "b"), &ads.proxy)?;
+    let mut rejections = 0;
+    while ads.world.ask(SECOND).is_ok() {
+        let (version, _) = ads.rejected(Kind::Cluster, "bad", vec![undecodable(Kind::Cluster)])?;
+        assert_eq!(version, "1");
+        rejections += 1;
+    }
+    // Ten at once, then ten a second, for two seconds.
+    assert!((5..=40).contains(&rejections), "{rejections} rejections");
+    assert_eq!(with_log(ads.world.ask(LISTENER), &ads.proxy)?, "a", "what was accepted serves on");
+    assert!(ads.proxy.stat("control_plane.rate_limit_enforced")? > 0);
+    ads.accepted(Kind::Cluster, "2", vec![fixed("a", World::B)?])?;
+    ads.proxy.wait_stat("control_plane.pending_requests", |pending| pending == 0)?;
+    with_log(ads.world.reaches(LISTENER, "b"), &ads.proxy)
+}
+
+#[test]
+fn p11_what_is_of_no_kind_that_was_asked_for_disturbs_nobody() -> Result<()> {
+    let ads = configured()?;
+    ads.stream.send(&response(Kind::Secret, "1", "unwanted", vec![]));
+    let mut unknown = response(Kind::Cluster, "1", "unknown", vec![undecodable(Kind::Cluster)]);
+    unknown.type_url = "type.googleapis.com/no.such.Type".into();
+    ads.stream.send(&unknown);
+    ads.accepted(Kind::Cluster, "2", vec![fixed("a", World::B)?])?;
+    with_log(ads.world.reaches(LISTENER, "b"), &ads.proxy)?;
+    let unread = ads.stream.unread();
+    assert!(unread.is_empty(), "nobody is told of what nobody asked for: {unread:?}");
+    assert!(ads.plane.untaken_streams().is_empty(), "the stream stays up");
+    Ok(())
+}
+
+#[test]
+fn p12_p13_kinds_and_responses_don_t_wait_for_each_other() -> Result<()> {
+    let ads = configured()?;
+    // Of each kind two, before the first answer is read.
+    let clusters = |extra: &str| -> Result<Vec<Any>> { Ok(vec![fixed("a", World::A)?, eds(extra)?]) };
+    let sent = [
+        (Kind::Cluster, "c2", ads.send(Kind::Cluster, "c2", clusters("e")?)?),
+        (Kind::Listener, "l2", ads.send(Kind::Listener, "l2", vec![listener(LISTENER, "a")?])?),
+        (Kind::Cluster, "c3", ads.send(Kind::Cluster, "c3", clusters("f")?)?),
+        (Kind::Listener, "l3", ads.send(Kind::Listener, "l3", vec![listener(SECOND, "a")?])?),
+    ];
+    for (kind, version, nonce) in sent {
+        let answer = ads.answer(kind, &nonce)?;
+        assert!(answer.error.is_none() && answer.version == version, "{kind:?} {version}: {answer:?}");
+    }
+    // Endpoints were asked for, and asked for again, though nobody has answered.
+    while ads.subscription(Kind::Endpoints)?.resource_names != ["f"] {}
+    let nonce = ads.send(Kind::Endpoints, "e1", vec![endpoints("f", World::A)?])?;
+    assert_eq!(ads.answer(Kind::Endpoints, &nonce)?.version, "e1");
+    with_log(ads.world.reaches(SECOND, "a"), &ads.proxy)
+}
+
+#[test]
+fn p48_a_server_that_comes_back_with_less_has_removed_the_rest() -> Result<()> {
+    let mut ads = configured()?;
+    ads.accepted(Kind::Listener, "2", vec![listener(LISTENER, "a")?, listener(SECOND, "b")?])?;
+    with_log(ads.world.reaches(SECOND, "b"), &ads.proxy)?;
+    ads.plane.restart()?;
+    let stream = ads.plane.stream(Method::ADS)?;
+    ads.replace_stream(stream);
+    // Until it has said something, all holds.
+    assert_eq!(ads.world.ask(SECOND)?, "b");
+    ads.accepted(Kind::Listener, "1", vec![listener(LISTENER, "a")?])?;
+    with_log(ads.world.refused(SECOND), &ads.proxy)?;
+    ads.accepted(Kind::Cluster, "1", vec![fixed("b", World::B)?])?;
+    ads.world.connect(LISTENER)?.end()?;
+    ads.proxy.lines("proxy.log", "flags=NC", 1).map(drop)
 }

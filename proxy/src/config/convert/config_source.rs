@@ -11,6 +11,9 @@ use tidegate_api::core::config_source::ConfigSourceSpecifier;
 use tidegate_api::core::grpc_service::{self, TargetSpecifier};
 use tidegate_api::core::transport_socket::ConfigType;
 use tidegate_api::core::{self, ApiVersion};
+use tidegate_api::http_connection_manager::HttpConnectionManager;
+use tidegate_api::http_connection_manager::http_connection_manager::RouteSpecifier;
+use tidegate_api::listener::filter::ConfigType as FilterConfig;
 use tidegate_api::tls::UpstreamTlsContext;
 use tidegate_api::tls::common_tls_context::ValidationContextType;
 
@@ -408,8 +411,29 @@ pub(super) fn server_clusters(bootstrap: &Bootstrap) -> HashSet<String> {
         .for_each(&mut source);
     // A server of secrets may ask for TLS, too.
     clusters().flat_map(secret_sources).for_each(|config| source(&config));
+    let listeners = bootstrap.static_resources.iter().flat_map(|it| &it.listeners);
+    listeners.flat_map(route_sources).for_each(|config| source(&config));
     bootstrap.dynamic_resources.iter().filter_map(|it| it.ads_config.as_ref()).for_each(api);
     names
+}
+
+/// Where a listener's routes come from.
+fn route_sources(listener: &tidegate_api::listener::Listener) -> Vec<core::ConfigSource> {
+    let chains = listener.filter_chains.iter().chain(&listener.default_filter_chain);
+    let managers = chains.flat_map(|chain| &chain.filters).filter_map(|filter| match &filter.config_type {
+        // What can't be read is reported when the listener is converted.
+        Some(FilterConfig::TypedConfig(any)) => unpack::<HttpConnectionManager>(any).ok(),
+        _ => None,
+    });
+    managers
+        .flat_map(|manager| match manager.route_specifier {
+            Some(RouteSpecifier::Rds(rds)) => rds.config_source.into_iter().collect(),
+            Some(RouteSpecifier::RouteConfig(routes)) => {
+                routes.vhds.and_then(|vhds| vhds.config_source).into_iter().collect()
+            }
+            _ => Vec::new(),
+        })
+        .collect()
 }
 
 /// Where a cluster's secrets come from.
@@ -602,9 +626,21 @@ static_resources:
   - name: a
     type: EDS
     eds_cluster_config: {eds_config: {api_config_source: {api_type: GRPC, grpc_services: [{envoy_grpc: {cluster_name: eds}}]}}}
+  listeners:
+  - name: l
+    address: {socket_address: {address: 127.0.0.1, port_value: 1}}
+    filter_chains:
+    - filters:
+      - name: hcm
+        typed_config:
+          \"@type\": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: s
+          rds:
+            route_config_name: r
+            config_source: {api_config_source: {api_type: GRPC, grpc_services: [{envoy_grpc: {cluster_name: rds}}]}}
 ";
         let parsed = parse_bootstrap(&Text::yaml("t", yaml), &[], &Options::default()).unwrap();
         let names = server_clusters(&parsed.message);
-        assert_eq!(names, ["ads", "cds", "lds", "eds"].map(str::to_owned).into());
+        assert_eq!(names, ["ads", "cds", "lds", "eds", "rds"].map(str::to_owned).into());
     }
 }

@@ -554,6 +554,10 @@ impl Protocol for Delta {
         }
     }
 
+    fn pending(&self) -> usize {
+        self.ready.len()
+    }
+
     fn unanswered(&self) -> usize {
         self.kinds.values().map(|state| state.judging.len() + state.answers.len()).sum()
     }

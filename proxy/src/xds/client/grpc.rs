@@ -65,6 +65,8 @@ struct Driver<P: Protocol> {
     source: Source,
     task: Task,
     verdicts: Verdicts,
+    /// Until when requests wait for a token.
+    waits: Option<Instant>,
     /// The operator knows that this stream's server sends what nobody asked for.
     complained: bool,
 }
@@ -84,7 +86,16 @@ impl<P: Protocol> Driver<P> {
     fn new(protocol: P, api: Arc<ApiSource>, task: Task) -> Self {
         let kind = (!is_aggregated(&api)).then_some(task.key.kind);
         let source = task.key.source.clone();
-        Self { protocol, api, kind, source, task, verdicts: Verdicts::default(), complained: false }
+        Self {
+            protocol,
+            api,
+            kind,
+            source,
+            task,
+            verdicts: Verdicts::default(),
+            waits: None,
+            complained: false,
+        }
     }
 
     async fn run(mut self) {
@@ -95,6 +106,9 @@ impl<P: Protocol> Driver<P> {
             }
             let end = self.stream().await;
             self.protocol.closed();
+            if self.waits.take().is_some() {
+                self.tell(Event::RateLimited { pending: 0 });
+            }
             match end {
                 End::Unwanted => return,
                 End::Failed { reason, answered } => {
@@ -230,8 +244,18 @@ impl<P: Protocol> Driver<P> {
                     tracing::trace!(?request, "xDS request");
                     permit.send(request);
                 }
-                Next::Wait(at) => return (Some(expires.map_or(at, |expires| expires.min(at))), false),
-                Next::Idle => return (expires, false),
+                Next::Wait(at) => {
+                    if self.waits.replace(at) != Some(at) {
+                        self.tell(Event::RateLimited { pending: self.protocol.pending() });
+                    }
+                    return (Some(expires.map_or(at, |expires| expires.min(at))), false);
+                }
+                Next::Idle => {
+                    if self.waits.take().is_some() {
+                        self.tell(Event::RateLimited { pending: 0 });
+                    }
+                    return (expires, false);
+                }
             }
         }
     }

@@ -431,7 +431,7 @@ mod tests {
                 match watched.events.recv().await.unwrap() {
                     Event::Update(_) => break,
                     Event::Failed { .. } | Event::Connected { .. } => {}
-                    other @ Event::Rejected { .. } => panic!("{other:?}"),
+                    other @ (Event::Rejected { .. } | Event::RateLimited { .. }) => panic!("{other:?}"),
                 }
             }
             std::fs::rename(&inner, dir.path().join("old")).unwrap();
@@ -445,7 +445,7 @@ mod tests {
                         break;
                     }
                     Event::Failed { .. } | Event::Connected { .. } => {}
-                    other @ Event::Rejected { .. } => panic!("{other:?}"),
+                    other @ (Event::Rejected { .. } | Event::RateLimited { .. }) => panic!("{other:?}"),
                 }
             }
         });

@@ -59,6 +59,9 @@ pub(super) trait Protocol: 'static {
     /// Responses that are not answered yet.
     fn unanswered(&self) -> usize;
 
+    /// Kinds that may have something to send.
+    fn pending(&self) -> usize;
+
     /// So many responses are not answered yet that the server has to wait.
     fn is_saturated(&self) -> bool {
         self.unanswered() >= MAX_UNANSWERED

@@ -476,6 +476,10 @@ impl Protocol for Sotw {
         }
     }
 
+    fn pending(&self) -> usize {
+        self.ready.len()
+    }
+
     fn unanswered(&self) -> usize {
         self.kinds.values().map(|state| state.judging.len() + state.answers.len()).sum()
     }

@@ -241,7 +241,7 @@ impl Bench {
         loop {
             match self.event().await {
                 Event::Update(update) => return update,
-                Event::Connected { .. } => {}
+                Event::Connected { .. } | Event::RateLimited { .. } => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -254,7 +254,7 @@ impl Bench {
                     assert!(!keys.is_empty());
                     return reason;
                 }
-                Event::Connected { .. } => {}
+                Event::Connected { .. } | Event::RateLimited { .. } => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -564,7 +564,7 @@ fn what_the_client_rejects_itself_is_told_to_store_and_server() {
                     assert_eq!((key.kind, &*version), (Kind::Cluster, "1"));
                     break;
                 }
-                Event::Connected { .. } => {}
+                Event::Connected { .. } | Event::RateLimited { .. } => {}
                 other => panic!("{other:?}"),
             }
         }

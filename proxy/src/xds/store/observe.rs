@@ -6,11 +6,24 @@ use std::sync::Arc;
 use super::Store;
 use crate::config::config_source::{Protocol, Source};
 use crate::listener::Listener;
+use crate::stats::Readout;
 use crate::xds::{Key, Kind, Verdict};
 
 impl Store {
     pub(super) fn failed(&mut self, keys: &[Key], reason: &str) {
-        tracing::warn!("{}: {reason}; what was accepted holds", services(keys));
+        let failures = keys.first().map_or(1, |key| {
+            let failures = self.failing.entry(key.clone()).or_default();
+            *failures += 1;
+            *failures
+        });
+        // One that fails often, as a poll does, is told of less and less.
+        if failures == 1 {
+            tracing::warn!("{}: {reason}; what was accepted holds", services(keys));
+        } else if failures.is_power_of_two() {
+            tracing::warn!("{}: failed {failures} times in a row: {reason}", services(keys));
+        } else {
+            tracing::debug!("{}: {reason}", services(keys));
+        }
         if keys.iter().any(has_stream) {
             self.stats.control_plane().connected_state().set(0);
         }
@@ -52,9 +65,25 @@ impl Store {
         if keys.iter().any(has_stream) {
             self.stats.control_plane().connected_state().set(1);
         }
+        let failures: u64 = keys.iter().filter_map(|key| self.failing.remove(key)).sum();
+        if let Some(server) = identifier {
+            self.stats.set_readout(Readout::ControlPlaneIdentifier, server);
+        }
+        if failures > 1 {
+            tracing::info!("{}: works again after {failures} failures", services(keys));
+        }
         match identifier {
             Some(server) => tracing::info!("{}: connected to control plane {server}", services(keys)),
             None => tracing::info!("{}: connected", services(keys)),
+        }
+    }
+
+    /// Requests wait for a token of a rate limit, or do no more.
+    pub(super) fn rate_limited(&self, pending: usize) {
+        let stats = self.stats.control_plane();
+        stats.pending_requests().set(pending as u64);
+        if pending > 0 {
+            stats.rate_limit_enforced().inc();
         }
     }
 
@@ -78,6 +107,7 @@ impl Store {
                 if accepted {
                     stats.cds_update_success().inc();
                     stats.cds_version().set(version(text));
+                    self.stats.set_readout(Readout::CdsVersion, text);
                 } else {
                     stats.cds_update_rejected().inc();
                 }
@@ -88,6 +118,7 @@ impl Store {
                 if accepted {
                     stats.lds_update_success().inc();
                     stats.lds_version().set(version(text));
+                    self.stats.set_readout(Readout::LdsVersion, text);
                 } else {
                     stats.lds_update_rejected().inc();
                 }

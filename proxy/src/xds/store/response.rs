@@ -196,3 +196,49 @@ pub(super) fn reason(error: &ConfigError) -> String {
     };
     error.problems().iter().map(line).collect::<Vec<_>>().join("; ")
 }
+
+/// What the store would say of resources by themselves, for fuzzing: no socket is opened, no log written.
+#[cfg(test)]
+pub(crate) fn judge(
+    kind: Kind,
+    version: &str,
+    resources: Vec<Resource>,
+    unreadable: Vec<Unreadable>,
+) -> Verdict {
+    use dynamic::Converted;
+    fn each<M: Named, T>(
+        (kind, version): (Kind, &str),
+        (resources, unreadable): (Vec<Resource>, Vec<Unreadable>),
+        convert: impl Fn(Valid<M>, &Arc<str>) -> Result<Option<Converted<T>>, ConfigError>,
+    ) -> Verdict {
+        let rejections = match check::<M>(kind, version, resources, unreadable, false) {
+            Err(rejections) => rejections,
+            Ok((checked, mut rejections)) => {
+                for Checked { name, valid, .. } in checked {
+                    if let Err(error) = convert(valid, &label(kind, &name)) {
+                        rejections.refuse(name, reason(&error));
+                    }
+                }
+                rejections
+            }
+        };
+        rejections.verdict(kind)
+    }
+    let (about, what) = ((kind, version), (resources, unreadable));
+    match kind {
+        Kind::Cluster => {
+            each::<cluster::Cluster, _>(about, what, |valid, label| dynamic::cluster(valid, label).map(Some))
+        }
+        Kind::Listener => each::<listener::Listener, _>(about, what, |valid, label| {
+            let runtime = crate::config::runtime::Runtime::default();
+            let around = dynamic::Surroundings { is_cluster: &|_| true, runtime: &runtime };
+            dynamic::listener(valid, label, &around).map(Some)
+        }),
+        Kind::ClusterLoadAssignment => {
+            each::<endpoint::ClusterLoadAssignment, ()>(about, what, |_, _| Ok(None))
+        }
+        Kind::RouteConfiguration => each::<route::RouteConfiguration, ()>(about, what, |_, _| Ok(None)),
+        Kind::VirtualHost => each::<route::VirtualHost, ()>(about, what, |_, _| Ok(None)),
+        Kind::Secret => each::<tls::Secret, ()>(about, what, |_, _| Ok(None)),
+    }
+}
