@@ -69,7 +69,7 @@ pub(in crate::config) fn config_source(
         Some(ConfigSourceSpecifier::Self_(_)) => {
             report.unsupported(
                 &path.field("self"),
-                "self is not supported in this version; name the source that the resource came from (ads: {}, …)",
+                "self is not supported, nor is it in Envoy 1.40; name the source that the resource came from (ads: {}, …)",
             );
             None
         }
@@ -257,7 +257,7 @@ fn grpc_server(
         }
         Err(services) => {
             let message = format!(
-                "{} servers: failing over between them is not supported in this version; keep one",
+                "{} servers: failing over between them is not supported, as in Envoy by default; keep one",
                 services.len()
             );
             report.unsupported(&field, message);
