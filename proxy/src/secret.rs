@@ -5,6 +5,7 @@
 //! each handshake. Nothing here ever shows a key: not in errors, not in `Debug`.
 
 use std::fmt;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
@@ -13,6 +14,7 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+use webpki::EndEntityCert;
 
 use crate::config::tls::{Certificate, DataSource, Secret, SecretContent, SubjectAltName, Use, Validation};
 
@@ -23,6 +25,9 @@ mod watch;
 pub use credentials::{Credentials, CurrentCredentials, NotReady, Publication, Slot};
 pub use view::{CertificateView, SanView};
 pub use watch::Watcher;
+
+/// Largest file with certificates or a key, in bytes: ten times a bundle of all public authorities.
+const MAX_FILE: u64 = 4 << 20;
 
 /// What does the cryptography.
 pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> =
@@ -155,6 +160,15 @@ impl Identity {
         let Certificate { chain: source, private_key, watched_directories: _ } = certificate;
         let place = source.to_string();
         let chain = certificates(source, "certificate_chain", "certificate chain")?;
+        for (index, certificate) in chain.iter().enumerate() {
+            if EndEntityCert::try_from(certificate).is_err() {
+                return Err(SecretError::Bad {
+                    what: "certificate chain",
+                    place,
+                    reason: format!("certificate {} is not valid X.509", index + 1),
+                });
+            }
+        }
         let bad_key = |reason: &str| SecretError::Bad {
             what: "private key",
             place: private_key.to_string(),
@@ -171,7 +185,7 @@ impl Identity {
                     place: place.clone(),
                     reason: "its first certificate has no usable public key".to_owned(),
                 },
-                _ => bad_key("it is of no supported kind; use RSA, ECDSA (P-256, P-384) or Ed25519"),
+                _ => bad_key("it is of no supported kind; use RSA (2048 bits or more), ECDSA (P-256, P-384) or Ed25519"),
             })?;
         Ok(Self { key: Arc::new(certified), der: Arc::new(key), place })
     }
@@ -252,12 +266,25 @@ fn read(source: &DataSource, what: &'static str) -> Result<Vec<u8>, SecretError>
     let unreadable = |reason: String| SecretError::Unreadable { what, place: source.to_string(), reason };
     match source {
         DataSource::Inline(bytes) => Ok(bytes.to_vec()),
-        DataSource::File(path) => std::fs::read(path).map_err(|error| unreadable(error.to_string())),
+        DataSource::File(path) => read_file(path).map_err(|error| unreadable(error.to_string())),
         DataSource::Environment(name) => match std::env::var_os(name) {
             Some(value) => Ok(value.into_encoded_bytes()),
             None => Err(unreadable("it is not set".to_owned())),
         },
     }
+}
+
+/// A control plane may name any file: one that has no end, or that nobody writes to, must not hold the process up.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let mut content = Vec::new();
+    std::fs::File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_FILE {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("larger than {MAX_FILE} bytes")));
+    }
+    Ok(content)
 }
 
 /// At least one certificate.
@@ -273,11 +300,6 @@ fn certificates(
     let found = found.map_err(|_| bad("it is not valid PEM".to_owned()))?;
     if found.is_empty() {
         return Err(bad("there is no certificate in it (PEM: -----BEGIN CERTIFICATE-----)".to_owned()));
-    }
-    for (index, certificate) in found.iter().enumerate() {
-        if x509_parser::parse_x509_certificate(certificate).is_err() {
-            return Err(bad(format!("certificate {} is not valid X.509", index + 1)));
-        }
     }
     Ok(found)
 }
@@ -409,6 +431,13 @@ pub(crate) mod tests {
             error.starts_with("trusted_ca can't be read from /") && error.contains("No such file"),
             "{error}"
         );
+        for path in ["/dev/zero", "/proc/self"] {
+            let error = Trust::load(&of(DataSource::File(path.into()))).unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{error}");
+        }
+        std::fs::File::create(&path).unwrap().set_len(MAX_FILE + 1).unwrap();
+        let error = Trust::load(&from_file).unwrap_err().to_string();
+        assert!(error.contains("larger than 4194304 bytes"), "{error}");
         std::fs::write(&path, ca.pem()).unwrap();
         assert_eq!(Trust::load(&from_file).unwrap().authorities.len(), 1);
         let unset = of(DataSource::Environment("TIDEGATE_NO_SUCH_VARIABLE".into()));

@@ -123,10 +123,11 @@ impl Store {
 
     pub(super) fn drop_endpoints(&mut self, cluster: &str, eds: &Eds) {
         // A version that is still in force may use it.
-        if self.eds_of(cluster).iter().any(|used| **used == *eds) {
+        let id = (eds.config.source.clone(), Arc::clone(&eds.service_name));
+        if self.eds_of(cluster).iter().any(|used| (&used.config.source, &used.service_name) == (&id.0, &id.1))
+        {
             return;
         }
-        let id = (eds.config.source.clone(), Arc::clone(&eds.service_name));
         let Some(assignment) = self.assignments.get_mut(&id) else { return };
         assignment.users.retain(|user| **user != *cluster);
         if assignment.users.is_empty() {

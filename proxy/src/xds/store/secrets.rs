@@ -221,13 +221,14 @@ impl Store {
     pub(super) fn drop_secrets(&mut self, cluster: &str, former: &config::cluster::Cluster) {
         let Some(tls) = &former.tls else { return };
         for (source, wanted) in tls.secrets() {
-            let still =
-                |tls: &Arc<config::tls::UpstreamTls>| tls.secrets().any(|used| used == (source, wanted));
+            let id = (source.config.source.clone(), Arc::clone(&source.name));
+            let is_it = |(used, what): (&SecretSource, Use)| {
+                (&used.config.source, &used.name, what) == (&id.0, &id.1, wanted)
+            };
             let mut versions = self.clusters.versions(cluster).filter_map(|it| it.config().tls.as_ref());
-            if versions.any(still) {
+            if versions.any(|tls| tls.secrets().any(is_it)) {
                 continue; // a version that is still in force uses it
             }
-            let id = (source.config.source.clone(), Arc::clone(&source.name));
             let Some(entry) = self.secrets.entries.get_mut(&id) else { continue };
             entry.users.retain(|(user, what)| **user != *cluster || *what != wanted);
             if !entry.users.is_empty() {
@@ -266,7 +267,13 @@ impl Store {
                     response::log_warnings(&name, &converted.warnings);
                     self.take_secret(&id, converted.value, &held)
                 }
-                Err(error) => Err(response::reason(&error)),
+                Err(error) => {
+                    // What was refused before is out of date, whatever becomes of its files.
+                    if let Some(entry) = self.secrets.entries.get_mut(&id) {
+                        entry.refused = None;
+                    }
+                    Err(response::reason(&error))
+                }
             };
             if let Err(error) = taken {
                 self.refuse(Kind::Secret, &name, wrapper_name, &held, &error, rejections);

@@ -677,3 +677,18 @@ fn the_address_of_a_version_that_never_came_into_force_is_free_again() {
         assert_eq!(fixture.listeners(), ["l"]);
     });
 }
+
+#[test]
+fn endpoints_are_wanted_further_when_only_the_patience_changes() {
+    local(|| {
+        let mut fixture = Fixture::started(&json!({}));
+        fixture.accepted(Kind::Cluster, vec![cluster("a", json!({}))]);
+        fixture.accepted(Kind::ClusterLoadAssignment, vec![endpoints("a", &[1])]);
+        let mut config = file("eds");
+        config["initial_fetch_timeout"] = json!("1s");
+        let patient = json!({ "eds_cluster_config": { "eds_config": config } });
+        fixture.accepted(Kind::Cluster, vec![cluster("a", patient)]);
+        fixture.accepted(Kind::ClusterLoadAssignment, vec![endpoints("a", &[2])]);
+        assert_eq!(fixture.clusters()["a"], [2]);
+    });
+}

@@ -187,6 +187,11 @@ fn p57_a_secret_is_wanted_as_long_as_anybody_wants_it() {
         fixture.accepted(Kind::Secret, vec![own.clone(), authority("ca", &ca.pem())]);
         fixture.delta(Kind::Cluster, vec![], &["s"]);
         assert_eq!((fixture.ready("t"), fixture.secrets().len()), (Ok(()), 2));
+        // Another version wants the same, but does not wait as long.
+        let mut patient = tls();
+        patient.validation_secret.as_mut().unwrap().config.initial_fetch_timeout = None;
+        fixture.add(secure("t", Some(patient)), 4);
+        assert_eq!((fixture.ready("t"), fixture.secrets().len()), (Ok(()), 2));
         // Another version wants the CA only, and then nothing.
         let own_certificate = Provided::Here(Certificate {
             chain: inline(&chain),
