@@ -32,7 +32,10 @@ const WORDS: &[&[u8]] = &[
     b"type.googleapis.com/envoy.config.cluster.v3.Cluster",
     b"type.googleapis.com/envoy.config.listener.v3.Listener",
     b"type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+    b"type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
     b"type.googleapis.com/envoy.service.discovery.v3.Resource",
+    b"-----BEGIN CERTIFICATE-----\n",
+    b"-----BEGIN PRIVATE KEY-----\n",
     b"type.googleapis.com/",
     b"\x0a\x01a",
     b"\x12\x00",
@@ -114,10 +117,11 @@ where
         (Kind::Listener, &["*"]),
         (Kind::ClusterLoadAssignment, &["a", "b"]),
         (Kind::RouteConfiguration, &["r"]),
+        (Kind::Secret, &["own", "ca"]),
     ] {
         client.ask(kind, replace(names));
     }
-    assert_eq!(sent(&mut client, now).len(), 4);
+    assert_eq!(sent(&mut client, now).len(), 5);
     // Bytes that are no response end the stream.
     let Ok(response) = P::Response::decode(input) else { return (Vec::new(), 0) };
     let (type_url, nonce, version) = response.head();
@@ -165,7 +169,7 @@ where
     client.closed();
     client.opened();
     let again = sent(&mut client, now);
-    assert_eq!(again.len(), 4);
+    assert_eq!(again.len(), 5);
     for answer in again.iter().map(P::Response::answer) {
         assert!(answer.nonce.is_empty() && answer.error.is_none());
         let accepted = refused.is_none() && answer.type_url == type_url;

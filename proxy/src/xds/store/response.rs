@@ -239,6 +239,8 @@ pub(crate) fn judge(
         }
         Kind::RouteConfiguration => each::<route::RouteConfiguration, ()>(about, what, |_, _| Ok(None)),
         Kind::VirtualHost => each::<route::VirtualHost, ()>(about, what, |_, _| Ok(None)),
-        Kind::Secret => each::<tls::Secret, ()>(about, what, |_, _| Ok(None)),
+        Kind::Secret => {
+            each::<tls::Secret, _>(about, what, |valid, label| dynamic::secret(valid, label).map(Some))
+        }
     }
 }
