@@ -7,6 +7,9 @@
 //! `p28_…` (it takes the resource under its own name); those of `removal` (the policy is ours), but for
 //! `envoy_s_fields_…`; and those with HTTP listeners that carry plain TCP (`p39_…`, `p56_…`, `p21_…`) or with
 //! interception, which it does not have.
+//! Of `sds`, `files_rotated_by_rename`, `static_secrets_serve_by_name` and `example_with_sds_…` hold of Envoy; others expect
+//! one subscription for all secrets of a source, renewed files at the next connection, or our words, and `ads_brings_…`
+//! crashes it.
 
 mod ads;
 mod delta;
