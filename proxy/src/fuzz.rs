@@ -299,3 +299,22 @@ fn hex(_: &Path, content: Vec<u8>) -> Option<Vec<u8>> {
     let pairs = digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
     pairs.collect()
 }
+
+/// The driver gets away from its seeds, and a property that does not hold ends the run.
+#[test]
+fn what_does_not_hold_is_found() {
+    let target = Target { name: "proxy_header", seed: hex, words: &[] };
+    let found = std::cell::RefCell::new(Vec::new());
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        run(&target, |input| {
+            // No seed has it.
+            if input.contains(&0xee) {
+                input.clone_into(&mut found.borrow_mut());
+                panic!("as it should");
+            }
+        });
+    }));
+    assert!(outcome.is_err(), "nothing was found");
+    // The same bytes once more, to learn the file's name.
+    std::fs::remove_file(keep("proxy_header", &found.borrow())).unwrap();
+}

@@ -73,6 +73,28 @@ fn serves_us(transport: Transport) -> Result<()> {
     serves(transport, |setup| setup)
 }
 
+/// Twenty polls that fail are no twenty warnings. When the server is back, the log says so.
+#[test]
+fn p52_polls_that_keep_failing_are_told_less_and_less() -> Result<()> {
+    let world = World::new()?;
+    let mut plane = plane(&world, Transport::Rest)?;
+    let bootstrap = format!("{:#}", Transport::Rest.bootstrap(plane.address()));
+    let proxy = Setup::new(&bootstrap).netns(&world.netns).start()?;
+    plane.stop();
+    proxy.wait_stat("cluster_manager.cds.update_failure", |failures| failures >= 20)?;
+    let told: Vec<_> = proxy
+        .log()
+        .lines()
+        .filter(|line| line.contains("WARN") && line.contains("CDS: "))
+        .map(str::to_owned)
+        .collect();
+    // At the 1st, 2nd, 4th, 8th and 16th; more may have failed by now.
+    assert!((5..=8).contains(&told.len()), "{told:#?}");
+    assert!(told[0].contains("what was accepted holds") && told[4].contains("failed 16 times"), "{told:#?}");
+    plane.restart()?;
+    proxy.lines("proxy.log", "CDS: works again after", 1).map(drop)
+}
+
 #[test]
 fn ads() -> Result<()> {
     serves_us(Transport::Ads)
