@@ -79,8 +79,8 @@ fn inspect_v1(bytes: &[u8]) -> Outcome {
         };
     };
     let len = end + 2;
-    let Ok(line) = std::str::from_utf8(&head[..len]) else { return Outcome::Malformed(VERSION) };
-    let addresses = match ppp::v1::Header::try_from(line).map(|header| header.addresses) {
+    // As bytes: ppp cuts a line at its first CR, which in a text may be in the middle of a character, and panics.
+    let addresses = match ppp::v1::Header::try_from(&head[..len]).map(|header| header.addresses) {
         Ok(ppp::v1::Addresses::Unknown) => None,
         Ok(ppp::v1::Addresses::Tcp4(a)) => {
             Some((socket(a.source_address, a.source_port), socket(a.destination_address, a.destination_port)))
@@ -176,6 +176,14 @@ pub(crate) mod tests {
     fn header_of(version: ProxyProtocolVersion, len: usize, addresses: Option<(&str, &str)>) -> Outcome {
         let addresses = addresses.map(|(a, b)| (a.parse().unwrap(), b.parse().unwrap()));
         Outcome::Header(Header { version, len, addresses })
+    }
+
+    #[test]
+    fn a_stray_cr_is_malformed_wherever_it_stands() {
+        for line in ["PROXY UNKNOWN\ré\r\n", "PROXY TCP4\r 1.2.3.4 5.6.7.8 1 2\r\n", "PROXY UNKNOWN$\rԬ\r\n"]
+        {
+            assert_eq!(plain(line.as_bytes()), Outcome::Malformed(V1), "{line:?}");
+        }
     }
 
     #[test]

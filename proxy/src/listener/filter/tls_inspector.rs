@@ -61,13 +61,14 @@ pub fn inspect(bytes: &[u8], max_client_hello_size: usize) -> Outcome {
             Some(total) => total - joined.len(),
             None => HANDSHAKE_HEADER - joined.len(),
         };
-        if bytes.len() + missing > max_client_hello_size {
+        at += RECORD_HEADER + record.fragment.len();
+        // From here on, not from the end of what is there: that may have some of what is missing.
+        if at + missing > max_client_hello_size {
             return Outcome::TooLarge;
         }
         if record.missing > 0 {
-            return need(bytes.len() + missing.min(record.missing), max_client_hello_size);
+            return need(at + missing.min(record.missing), max_client_hello_size);
         }
-        at += RECORD_HEADER + record.fragment.len();
     }
 }
 
@@ -272,6 +273,13 @@ pub(crate) mod tests {
         }
         assert_eq!(inspect(b"\x16\x03\x01\x40\x01", MAX), Outcome::NotTls, "fragment over 2^14");
         assert_eq!(inspect(b"\x16\x03\x01\x00\x04\x02", MAX), Outcome::NotTls, "a ServerHello");
+    }
+
+    #[test]
+    fn a_hello_that_just_fits_may_come_in_several_records_at_once() {
+        let hello = records(&message(Some("a.b"), &[], 5000), 3000);
+        assert_eq!(inspect(&hello, hello.len()), expected("a.b", &[]));
+        assert_eq!(inspect(&hello[..hello.len() - 1], hello.len() - 1), Outcome::TooLarge);
     }
 
     #[test]
