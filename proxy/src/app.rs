@@ -20,6 +20,7 @@ use crate::cluster::removal::Lost;
 use crate::config::bootstrap::{Bootstrap, FailMode, Interception as Wanted, Node};
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::audit::{Audit, Health};
+use crate::intercept::destinations::{BLACK_HOLE, is_black_hole};
 use crate::intercept::{self, Destinations, EbpfLog, InterceptError, Interception, OnPod, PodEvent};
 use crate::log::Log;
 use crate::signal::{Request, Signals};
@@ -53,6 +54,9 @@ const EBPF_LOG_INTERVAL: Duration = Duration::from_millis(100);
 /// Events of control planes that are handled before what they change is published. Enough that the work for each
 /// publication is small beside them, few enough that signals are heard.
 const EVENTS_AT_ONCE: usize = 256;
+
+/// Captured and refused destinations that the start is logged with.
+const ANNOUNCED: usize = 100;
 
 /// How often `/init_dump` is brought up to date: with thousands of resources it costs more than handling one.
 const UNREADY_INTERVAL: Duration = Duration::from_millis(200);
@@ -161,6 +165,8 @@ struct Proxy {
     record: Option<takeover::Record>,
     /// Nothing is intercepted before a kubelet has made its cgroup.
     awaits_kubepods: bool,
+    /// The configuration has a cluster that refuses.
+    black_hole: bool,
 }
 
 async fn serve(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<()> {
@@ -236,6 +242,7 @@ impl Proxy {
             sockets: 0,
             record: None,
             awaits_kubepods: false,
+            black_hole: false,
         };
         proxy.count_configuration();
         Ok(proxy)
@@ -335,7 +342,10 @@ impl Proxy {
         for bound in listen {
             self.listen(bound, state);
         }
-        if (clusters || listeners)
+        let refuses =
+            self.snapshot().cluster(BLACK_HOLE).is_some_and(|cluster| is_black_hole(cluster.config()));
+        let refused_before = std::mem::replace(&mut self.black_hole, refuses);
+        if (listeners || refuses != refused_before)
             && let Some(interception) = &self.interception
             && let Err(error) = interception.apply(&self.destinations())
         {
@@ -459,7 +469,7 @@ impl Proxy {
     fn destinations(&self) -> Destinations {
         let listeners: Vec<_> =
             self.store.listeners().iter().map(|listener| Arc::clone(&listener.config)).collect();
-        Destinations::of(&listeners, &self.store.cluster_configs())
+        Destinations::of(&listeners, self.snapshot().cluster(BLACK_HOLE).map(|cluster| &**cluster.config()))
     }
 
     /// Gives the capture sockets of pods to the workers. Runs on the pods thread.
@@ -505,8 +515,15 @@ impl Proxy {
         for attach_point in interception.attach_points() {
             tracing::info!("intercepting connects from cgroup {}", attach_point.display());
         }
-        for line in self.destinations().to_string().lines() {
+        let destinations = self.destinations().to_string();
+        let (count, mut lines) = (destinations.lines().count(), destinations.lines());
+        for line in lines.by_ref().take(ANNOUNCED) {
             tracing::info!("{line}");
+        }
+        // What happens to everything else is the last one.
+        if let Some(last) = lines.last() {
+            tracing::info!("and {} more", count - ANNOUNCED - 1);
+            tracing::info!("{last}");
         }
         for pod in interception.status().map(|status| status.pods).unwrap_or_default() {
             tracing::info!("pod {}: {:?}", pod.name, pod.state);
@@ -526,7 +543,10 @@ impl Proxy {
                 },
                 stopping = state.stop_requested() => return stopping,
                 happened = self.store.next() => self.take(happened, state),
-                _ = sweep.tick() => self.snapshot().clusters().for_each(|cluster| cluster.sweep()),
+                _ = sweep.tick() => {
+                    self.shared.publisher.sweep();
+                    self.snapshot().clusters().for_each(|cluster| cluster.sweep());
+                }
                 _ = second.tick() => {
                     state.tick();
                     self.store.save();

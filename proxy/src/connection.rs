@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::response_flag::ResponseFlag;
 use crate::snapshot::Snapshot;
 use crate::stats::GaugeGuard;
 use crate::sys;
-use crate::uring::{self, Interest};
+use crate::uring::{self, PendingHangUp, Source};
 use crate::worker::Worker;
 
 pub mod destination;
@@ -35,6 +35,9 @@ pub mod record;
 use dial::Dial;
 use meter::Meter;
 use record::{CloseType, LogType, Record, Retransmitted};
+
+/// How long an upstream is connected to before somebody looks whether the downstream is still there.
+const WATCH_AFTER: Duration = Duration::from_millis(5);
 
 /// What an accept loop hands over.
 #[derive(Debug)]
@@ -96,6 +99,8 @@ struct Admission {
 struct Established {
     upstream: Socket,
     guard: UpstreamGuard,
+    /// A wait for the end of the downstream, if connecting took so long that one was begun.
+    hang_up: Option<PendingHangUp>,
     proxy: Arc<TcpProxy>,
     deadline: Option<Instant>,
 }
@@ -290,21 +295,23 @@ impl Connection {
             capture: self.capture.as_deref(),
             accepted_on: self.record.downstream_direct_local,
         };
+        let mut downstream = Source::new(self.downstream.as_fd());
         let connecting = connect::connect(&dial, &proxy.config, self.original_dst, &mut self.record);
         let connected = tokio::select! {
             biased;
             connected = connecting => connected.map_err(EndedEarly::NoUpstream)?,
             _ = open.killed() => return Err(EndedEarly::Killed),
             () = until(deadline) => return Err(EndedEarly::MaxDuration),
-            _ = uring::ready(self.downstream.as_fd(), Interest::HangUp) => return Err(EndedEarly::DownstreamGone),
+            () = gone(&mut downstream) => return Err(EndedEarly::DownstreamGone),
         };
+        let hang_up = downstream.take_hang_up();
         let (upstream, guard) = connected.into_parts();
-        Ok(Established { upstream, guard, proxy, deadline })
+        Ok(Established { upstream, guard, hang_up, proxy, deadline })
     }
 
     /// Moves bytes until both directions have ended.
     async fn relay(&mut self, established: Established, open: &Open) {
-        let Established { upstream, mut guard, proxy, deadline } = established;
+        let Established { upstream, mut guard, hang_up, proxy, deadline } = established;
         open.set_host(&guard.endpoint().host);
         if proxy.config.flush_access_log_on_connected {
             proxy.access_log.write(&self.record, LogType::TcpUpstreamConnected);
@@ -320,7 +327,8 @@ impl Connection {
         };
         let worker = Rc::clone(&self.worker);
         let outcome = {
-            let pumped = pump::run(&worker.pump, &self.downstream, &upstream, &options, &meter.counters);
+            let pumped =
+                pump::run(&worker.pump, [&self.downstream, &upstream], hang_up, &options, &meter.counters);
             let mut pumped = pin!(pumped);
             let mut pumped = poll_fn(|cx| {
                 let polled = pumped.as_mut().poll(cx);
@@ -449,6 +457,12 @@ fn max_duration(proxy: &TcpProxy) -> Option<Duration> {
     let duration = proxy.config.max_downstream_connection_duration?;
     let jitter = proxy.config.max_downstream_connection_duration_jitter_percentage.unwrap_or(0.0);
     Some(duration.mul_f64(1.0 + fastrand::f64() * jitter / 100.0))
+}
+
+/// The downstream is gone. Nobody looks before connecting takes long: what that costs is spent on every connection.
+async fn gone(downstream: &mut Source<BorrowedFd<'_>>) {
+    tokio::time::sleep(WATCH_AFTER).await;
+    let _ = poll_fn(|cx| downstream.poll_hang_up(cx)).await;
 }
 
 async fn until(deadline: Option<Instant>) {

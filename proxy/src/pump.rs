@@ -31,6 +31,7 @@ use socket2::Socket;
 
 use crate::connection::record::CloseType;
 use crate::drain;
+use crate::uring::PendingHangUp;
 
 pub use counters::Counters;
 pub use resources::{PipeBudget, Resources};
@@ -128,19 +129,20 @@ pub enum Cause {
     Killed,
 }
 
-/// Moves bytes between the two sockets (both nonblocking, with `TCP_NODELAY`) until the connection has ended.
+/// Moves bytes between two sockets, the downstream's and the upstream's (both nonblocking, with `TCP_NODELAY`), until
+/// the connection has ended. `hang_up` is a wait for the end of the downstream's, where one was begun.
 ///
 /// Must be called in a runtime of [`crate::uring::start`]. `counters` may be read at any time meanwhile. A
 /// caller that drops the future instead ends both connections by closing the sockets: with a FIN, or with a
 /// RST if something was left unread.
 pub async fn run(
     resources: &Resources,
-    downstream: &Socket,
-    upstream: &Socket,
+    sockets: [&Socket; 2],
+    hang_up: Option<PendingHangUp>,
     options: &Options<'_>,
     counters: &Counters,
 ) -> Outcome {
-    let mut duplex = duplex::Duplex::new(resources, downstream, upstream, options, counters);
+    let mut duplex = duplex::Duplex::new(resources, sockets, hang_up, options, counters);
     let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
     poll_fn(|cx| duplex.poll(timer.as_mut(), cx)).await
 }

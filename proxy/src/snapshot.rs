@@ -1,9 +1,8 @@
 //! The configuration in force, as one immutable value. The main thread builds and publishes it; each worker
 //! looks at it at its next accept, without a lock and without touching a reference count.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::{ArcSwap, Cache};
 
@@ -11,50 +10,79 @@ use crate::cluster::Cluster;
 use crate::config::listener::TrafficDirection;
 use crate::listener::{Listener, wildcard_of};
 
-/// Listeners and clusters that belong together.
-#[derive(Debug, Default)]
+mod sharded;
+
+use sharded::Sharded;
+
+/// Listeners and clusters that belong together. A copy costs little, and so does a change to one: what did not change
+/// is shared.
+#[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    listeners: HashMap<Arc<str>, Arc<Listener>>,
-    by_address: HashMap<SocketAddr, Arc<Listener>>,
-    clusters: HashMap<Arc<str>, Arc<Cluster>>,
+    listeners: Sharded<Arc<str>, Arc<Listener>>,
+    by_address: Sharded<SocketAddr, Arc<Listener>>,
+    clusters: Sharded<Arc<str>, Arc<Cluster>>,
     /// The listener that captured connections arrive on: the one with `use_original_dst`.
     capture: Option<Arc<Listener>>,
 }
 
 impl Snapshot {
-    /// Puts a snapshot together. Of two listeners with one address the first owns it.
+    /// Of these.
     pub fn build(listeners: Vec<Arc<Listener>>, clusters: Vec<Arc<Cluster>>) -> Self {
-        Self::with_lingering(listeners, clusters, &[])
+        let mut snapshot = Self::default();
+        listeners.into_iter().for_each(|listener| snapshot.set_listener(listener));
+        clusters.into_iter().for_each(|cluster| snapshot.set_cluster(cluster));
+        snapshot
     }
 
-    /// The same, with listeners that are gone or have moved: they still own addresses that nobody else has.
-    pub fn with_lingering(
-        listeners: Vec<Arc<Listener>>,
-        clusters: Vec<Arc<Cluster>>,
-        lingering: &[Arc<Listener>],
-    ) -> Self {
-        let mut snapshot = Self::default();
-        for listener in listeners {
-            for address in &listener.config.addresses {
-                snapshot.by_address.entry(*address).or_insert_with(|| Arc::clone(&listener));
-            }
-            // Not virtualInbound: what pods send out is captured, not what they receive.
-            let restores = listener.config.use_original_dst
-                && listener.config.bind_to_port
-                && listener.config.traffic_direction != TrafficDirection::Inbound;
-            if restores && snapshot.capture.is_none() {
-                snapshot.capture = Some(Arc::clone(&listener));
-            }
-            snapshot.listeners.insert(Arc::clone(&listener.config.name), listener);
+    /// Adds a cluster, or replaces the one of its name.
+    pub fn set_cluster(&mut self, cluster: Arc<Cluster>) {
+        self.clusters.insert(Arc::clone(cluster.name()), cluster);
+    }
+
+    /// Drops a cluster.
+    pub fn remove_cluster(&mut self, name: &str) {
+        self.clusters.remove(name);
+    }
+
+    /// Adds a listener, or replaces the one of its name. Of two with one address the first owns it.
+    pub fn set_listener(&mut self, listener: Arc<Listener>) {
+        let name = &listener.config.name;
+        let was_capture = self.capture.as_ref().is_some_and(|capture| capture.config.name == *name);
+        self.remove_listener(name);
+        self.own(&listener);
+        if restores(&listener) && (was_capture || self.capture.is_none()) {
+            self.capture = Some(Arc::clone(&listener));
         }
-        for listener in lingering {
-            for address in &listener.config.addresses {
-                snapshot.by_address.entry(*address).or_insert_with(|| Arc::clone(listener));
+        self.listeners.insert(Arc::clone(&listener.config.name), listener);
+    }
+
+    /// Drops a listener and its addresses.
+    pub fn remove_listener(&mut self, name: &str) {
+        let Some(former) = self.listeners.get(name).cloned() else { return };
+        self.listeners.remove(name);
+        for address in &former.config.addresses {
+            if self.by_address.get(address).is_some_and(|owner| Arc::ptr_eq(owner, &former)) {
+                self.by_address.remove(address);
             }
         }
-        snapshot.clusters =
-            clusters.into_iter().map(|cluster| (Arc::clone(cluster.name()), cluster)).collect();
-        snapshot
+        if self.capture.as_ref().is_some_and(|capture| Arc::ptr_eq(capture, &former)) {
+            self.capture = self.listeners.values().find(|listener| restores(listener)).cloned();
+        }
+    }
+
+    /// With listeners that are gone or have moved: they still own addresses that nobody else has.
+    #[must_use]
+    pub fn with_lingering(mut self, lingering: &[Arc<Listener>]) -> Self {
+        lingering.iter().for_each(|listener| self.own(listener));
+        self
+    }
+
+    fn own(&mut self, listener: &Arc<Listener>) {
+        for address in &listener.config.addresses {
+            if self.by_address.get(address).is_none() {
+                self.by_address.insert(*address, Arc::clone(listener));
+            }
+        }
     }
 
     /// A listener by name.
@@ -89,29 +117,49 @@ impl Snapshot {
     }
 }
 
+/// Captured connections arrive on such a listener. Not virtualInbound: what pods send out is captured, not what they
+/// receive.
+fn restores(listener: &Listener) -> bool {
+    let config = &listener.config;
+    config.use_original_dst && config.bind_to_port && config.traffic_direction != TrafficDirection::Inbound
+}
+
 /// The one place where snapshots are published. Only the main thread calls [`Publisher::publish`].
 #[derive(Clone, Debug)]
-pub struct Publisher(Arc<ArcSwap<Snapshot>>);
+pub struct Publisher {
+    current: Arc<ArcSwap<Snapshot>>,
+    /// Former ones that somebody may still look at. Kept, so that it is the main thread that frees them: it takes
+    /// milliseconds, which a worker has not.
+    former: Arc<Mutex<Vec<Arc<Snapshot>>>>,
+}
 
 impl Publisher {
     /// Starts with a snapshot.
     pub fn new(snapshot: Snapshot) -> Self {
-        Self(Arc::new(ArcSwap::from_pointee(snapshot)))
+        Self { current: Arc::new(ArcSwap::from_pointee(snapshot)), former: Arc::default() }
     }
 
     /// Puts a snapshot in force for connections accepted from now on.
     pub fn publish(&self, snapshot: Snapshot) {
-        self.0.store(Arc::new(snapshot));
+        let former = self.current.swap(Arc::new(snapshot));
+        self.former.lock().unwrap_or_else(PoisonError::into_inner).push(former);
+        self.sweep();
+    }
+
+    /// Frees former snapshots that nobody looks at any more. Called by the main thread now and then.
+    pub fn sweep(&self) {
+        let mut former = self.former.lock().unwrap_or_else(PoisonError::into_inner);
+        former.retain(|snapshot| Arc::strong_count(snapshot) > 1);
     }
 
     /// The snapshot in force.
     pub fn current(&self) -> Arc<Snapshot> {
-        self.0.load_full()
+        self.current.load_full()
     }
 
     /// A worker's own view.
     pub fn view(&self) -> WorkerView {
-        WorkerView(Cache::new(Arc::clone(&self.0)))
+        WorkerView(Cache::new(Arc::clone(&self.current)))
     }
 }
 

@@ -31,7 +31,7 @@ use thiserror::Error;
 
 use crate::sys::socket;
 
-pub use source::{File, Interest, Readiness, Source, ready};
+pub use source::{File, Interest, PendingHangUp, Readiness, Source, ready};
 
 /// Submission queue entries: how many waits are handed to the kernel at once before it must be entered early.
 const SUBMISSIONS: u32 = 512;

@@ -220,6 +220,14 @@ impl Stream {
         }
     }
 
+    /// The same, for a client that may take so long.
+    pub fn delta_request_within(&self, patience: Duration) -> Result<DeltaDiscoveryRequest> {
+        match self.requests.take_within(patience, "request", |_| true)? {
+            Some(Request::Delta(request)) => Ok(*request),
+            other => bail!("expected a DeltaDiscoveryRequest, got {other:?}"),
+        }
+    }
+
     /// The next request of this kind; those of other kinds stay where they are.
     pub fn delta_request_for(&self, kind: Kind) -> Result<DeltaDiscoveryRequest> {
         match self.next_for(kind)? {

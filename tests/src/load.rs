@@ -8,9 +8,10 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use hdrhistogram::Histogram;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use socket2::{Domain, Socket, Type};
 
@@ -85,31 +86,63 @@ impl Drop for Server {
     }
 }
 
+/// Longest time that is told from longer ones, in nanoseconds.
+const LONGEST: u64 = 300_000_000_000;
+
+/// How long things took, to three digits.
+#[derive(Debug)]
+pub struct Latencies(Histogram<u64>);
+
+impl Default for Latencies {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Latencies {
+    /// None yet.
+    pub fn new() -> Self {
+        Self(Histogram::new_with_max(LONGEST, 3).expect("a valid range and precision"))
+    }
+
+    /// Adds one.
+    pub fn record(&mut self, took: Duration) {
+        self.0.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    /// The longest of the `fraction` (0 to 1) that took least; zero of nothing.
+    pub fn quantile(&self, fraction: f64) -> Duration {
+        Duration::from_nanos(self.0.value_at_quantile(fraction))
+    }
+}
+
 /// Clients at work.
 #[derive(Debug)]
 pub struct Load {
     done: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<Result<()>>>,
+    threads: Vec<JoinHandle<Result<Latencies>>>,
 }
 
 impl Load {
     /// Downloads from a [`Server::source`]; counts bytes.
     pub fn bulk(to: SocketAddr, streams: usize) -> Result<Self> {
-        Self::start(streams, move |done, stop| download(to, done, stop))
+        Self::start(streams, move |done, stop, _| download(to, done, stop))
     }
 
     /// Sends a message and waits for its echo, on all connections at once; counts echoes.
     pub fn requests(to: SocketAddr, connections: usize) -> Result<Self> {
         let streams = connect_all(to, connections)?;
-        Self::start(1, move |done, stop| exchange(&streams, done, stop))
+        Self::start(1, move |done, stop, latencies| exchange(&streams, done, stop, latencies))
     }
 
     /// Connects, exchanges one message and closes, again and again; counts connections.
     pub fn short(to: SocketAddr) -> Result<Self> {
-        Self::start(SHORT_THREADS, move |done, stop| {
+        Self::start(SHORT_THREADS, move |done, stop, latencies| {
             while !stop.load(Ordering::Relaxed) {
+                let begun = Instant::now();
                 ping(&mut connect(to)?)?;
+                latencies.record(begun.elapsed());
                 done.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())
@@ -118,13 +151,16 @@ impl Load {
 
     fn start<W>(threads: usize, work: W) -> Result<Self>
     where
-        W: Fn(&AtomicU64, &AtomicBool) -> Result<()> + Clone + Send + 'static,
+        W: Fn(&AtomicU64, &AtomicBool, &mut Latencies) -> Result<()> + Clone + Send + 'static,
     {
         let (done, stop): (Arc<AtomicU64>, Arc<AtomicBool>) = Default::default();
         let threads = (0..threads)
             .map(|_| {
                 let (done, stop, work) = (Arc::clone(&done), Arc::clone(&stop), work.clone());
-                thread::Builder::new().name("load-client".to_owned()).spawn(move || work(&done, &stop))
+                thread::Builder::new().name("load-client".to_owned()).spawn(move || {
+                    let mut latencies = Latencies::new();
+                    work(&done, &stop, &mut latencies).map(|()| latencies)
+                })
             })
             .collect::<io::Result<_>>()?;
         Ok(Self { done, stop, threads })
@@ -135,13 +171,15 @@ impl Load {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Ends it; fails when a connection failed, since the figures would then mean something else.
-    pub fn finish(mut self) -> Result<()> {
+    /// Ends it; fails when a connection failed, since the figures would then mean something else. How long each
+    /// request (or short connection) took; nothing for bulk.
+    pub fn finish(mut self) -> Result<Latencies> {
         self.stop.store(true, Ordering::Relaxed);
+        let mut latencies = Latencies::new();
         for thread in self.threads.drain(..) {
-            thread.join().map_err(|_| anyhow::anyhow!("a load thread panicked"))??;
+            latencies.0 += thread.join().map_err(|_| anyhow::anyhow!("a load thread panicked"))??.0;
         }
-        Ok(())
+        Ok(latencies)
     }
 }
 
@@ -209,7 +247,12 @@ fn download(to: SocketAddr, done: &AtomicU64, stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-fn exchange(streams: &[TcpStream], done: &AtomicU64, stop: &AtomicBool) -> Result<()> {
+fn exchange(
+    streams: &[TcpStream],
+    done: &AtomicU64,
+    stop: &AtomicBool,
+    latencies: &mut Latencies,
+) -> Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let message = [b'm'; MESSAGE];
     for (index, stream) in streams.iter().enumerate() {
@@ -218,6 +261,7 @@ fn exchange(streams: &[TcpStream], done: &AtomicU64, stop: &AtomicBool) -> Resul
         (&*stream).write_all(&message)?;
     }
     let mut received = vec![0; streams.len()];
+    let mut sent = vec![Instant::now(); streams.len()];
     let mut events = vec![EpollEvent::empty(); streams.len()];
     let mut quiet = Duration::ZERO;
     while !stop.load(Ordering::Relaxed) {
@@ -237,6 +281,9 @@ fn exchange(streams: &[TcpStream], done: &AtomicU64, stop: &AtomicBool) -> Resul
             if received[index] == MESSAGE {
                 received[index] = 0;
                 done.fetch_add(1, Ordering::Relaxed);
+                let now = Instant::now();
+                latencies.record(now - sent[index]);
+                sent[index] = now;
                 stream.write_all(&message)?;
             }
         }

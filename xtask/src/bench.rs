@@ -7,6 +7,7 @@ mod process;
 mod report;
 mod subject;
 mod workload;
+mod xds;
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, Subcommand};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::Pid;
@@ -28,7 +29,11 @@ use crate::{cargo, root};
 
 /// Arguments of `bench`.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Bench {
+    /// Something else than the data path.
+    #[command(subcommand)]
+    of: Option<Of>,
     /// Fewer and shorter rounds: about 90 seconds instead of 10 minutes.
     #[arg(long)]
     quick: bool,
@@ -49,11 +54,25 @@ pub(crate) struct Bench {
     tidegate: Option<PathBuf>,
 }
 
+/// What else is measured.
+#[derive(Subcommand, Debug)]
+enum Of {
+    /// Thousands of clusters and listeners from a control plane: time, memory, and what traffic feels of it.
+    Xds(xds::Xds),
+}
+
 /// The figures of one metric and one subject, round by round.
 type Samples = BTreeMap<(Metric, Kind), Vec<f64>>;
 
 impl Bench {
     pub(crate) fn run(&self) -> Result<()> {
+        match &self.of {
+            Some(Of::Xds(xds)) => xds.run(),
+            None => self.data_path(),
+        }
+    }
+
+    fn data_path(&self) -> Result<()> {
         let tidegate = match &self.tidegate {
             Some(path) => path.clone(),
             None => cargo::build_release()?,

@@ -287,6 +287,9 @@ pub fn check_encoded<M: Message + Name + Default>(
         problem(String::new(), Reason::Invalid(format!("not a valid {type_name}: {error}")))
     };
     let message = M::decode(bytes).map_err(malformed)?;
+    if rules::wire::holds(&M::full_name(), bytes) {
+        return Ok(Checked { message, broken: Vec::new(), nested: Vec::new(), unknown_fields: Vec::new() });
+    }
     let dynamic = DynamicMessage::decode(schema_of::<M>()?.descriptor.clone(), bytes).map_err(malformed)?;
     let (mut broken, mut nested, mut unknown_fields) = (Vec::new(), Vec::new(), Vec::new());
     rules::inspect(&dynamic, &FieldPath::ROOT, rules::InsideAny::Check, &mut |path, found| match found {
@@ -301,6 +304,11 @@ pub fn check_encoded<M: Message + Name + Default>(
         }
     });
     Ok(Checked { message, broken, nested, unknown_fields })
+}
+
+/// The string in a field of an encoded message, which is not decoded for it.
+pub fn string_field(bytes: &[u8], number: u32) -> Option<&str> {
+    rules::wire::string_field(bytes, number)
 }
 
 /// A message with its descriptors, for [`to_json()`].

@@ -14,7 +14,7 @@ use crate::config::listener::{Listener, TrafficDirection};
 use crate::config::tcp_proxy::{ClusterChoice, TcpProxy};
 
 /// Istio's name for the cluster that refuses: STATIC, without endpoints.
-const BLACK_HOLE: &str = "BlackHoleCluster";
+pub const BLACK_HOLE: &str = "BlackHoleCluster";
 
 /// The rules of one configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,9 +77,10 @@ impl Leads {
 
 impl Destinations {
     /// Decides for a configuration. Of two listeners with one address the first has it, as at hand-off.
-    pub fn of(listeners: &[Arc<Listener>], clusters: &[Arc<Cluster>]) -> Self {
+    /// `black_hole` is the cluster called `BlackHoleCluster`, if there is one: no other matters.
+    pub fn of(listeners: &[Arc<Listener>], black_hole: Option<&Cluster>) -> Self {
         let mut this = Self::default();
-        let black_hole = clusters.iter().any(|cluster| is_black_hole(cluster));
+        let black_hole = black_hole.is_some_and(is_black_hole);
         let outbound = || listeners.iter().filter(|l| l.traffic_direction != TrafficDirection::Inbound);
         for listener in outbound().filter(|listener| !listener.bind_to_port) {
             let chains = listener.filter_chains.iter().chain(&listener.default_filter_chain);
@@ -184,7 +185,7 @@ fn wildcard_key(address: &SocketAddr) -> (bool, u16) {
 }
 
 /// A cluster that can only refuse. One without that shape is the proxy's business, whatever its name.
-fn is_black_hole(cluster: &Cluster) -> bool {
+pub fn is_black_hole(cluster: &Cluster) -> bool {
     let empty = cluster.load_assignment.localities.iter().all(|locality| locality.endpoints.is_empty());
     &*cluster.name == BLACK_HOLE && cluster.discovery == Discovery::Static && empty
 }
@@ -282,6 +283,10 @@ mod tests {
         })
     }
 
+    fn black_hole(clusters: &[Arc<Cluster>]) -> Option<&Cluster> {
+        clusters.iter().find(|cluster| &*cluster.name == BLACK_HOLE).map(|cluster| &**cluster)
+    }
+
     fn clusters() -> Vec<Arc<Cluster>> {
         vec![
             cluster("BlackHoleCluster", Discovery::Static, None),
@@ -358,7 +363,7 @@ mod tests {
 
     fn explain(listeners: Vec<Listener>) -> Vec<String> {
         let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
-        Destinations::of(&listeners, &clusters()).to_string().lines().map(str::to_owned).collect()
+        Destinations::of(&listeners, black_hole(&clusters())).to_string().lines().map(str::to_owned).collect()
     }
 
     fn port(port: u16) -> FilterChainMatch {
@@ -483,7 +488,7 @@ mod tests {
     fn only_a_black_hole_that_exists_refuses() {
         let listeners = [Arc::new(listener("l", &["10.0.0.1:1"], vec![to("BlackHoleCluster")]))];
         let verdict = |clusters: &[Arc<Cluster>]| {
-            Destinations::of(&listeners, clusters).rules.into_values().next().unwrap().verdict
+            Destinations::of(&listeners, black_hole(clusters)).rules.into_values().next().unwrap().verdict
         };
         assert_eq!(verdict(&clusters()), Verdict::Refuse);
         assert_eq!(verdict(&[]), Verdict::Capture);
@@ -520,7 +525,12 @@ mod tests {
         ] {
             let shown = format!("{terminal:?}");
             let listeners = [Arc::new(listener("l", &["10.0.0.1:1"], vec![chain(port(1), terminal)]))];
-            let got = Destinations::of(&listeners, &clusters()).rules.into_values().next().unwrap().verdict;
+            let got = Destinations::of(&listeners, black_hole(&clusters()))
+                .rules
+                .into_values()
+                .next()
+                .unwrap()
+                .verdict;
             assert_eq!(got, verdict, "{shown}");
         }
     }
@@ -531,7 +541,7 @@ mod tests {
             Arc::new(listener("a", &["0.0.0.0:80", "10.0.0.1:1"], vec![to("foo")])),
             Arc::new(listener("b", &["[::]:80"], vec![to("BlackHoleCluster")])),
         ];
-        let rules = Destinations::of(&listeners, &clusters()).kernel_rules();
+        let rules = Destinations::of(&listeners, black_hole(&clusters())).kernel_rules();
         let rule = |address: &str| rules.get(&address.parse::<SocketAddr>().unwrap().into()).copied();
         assert_eq!(rules.len(), 3);
         assert_eq!(rule("0.0.0.0:80"), Some(Verdict::Capture));

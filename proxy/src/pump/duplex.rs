@@ -13,7 +13,7 @@ use super::lane::{Fault, Lane, Turn};
 use super::{Cause, Counters, Options, Outcome, Resources, Side};
 use crate::connection::record::CloseType;
 use crate::sys::{clock, socket};
-use crate::uring::{self, Source};
+use crate::uring::{self, PendingHangUp, Source};
 
 /// Bytes that one direction moves per poll of the task; then others have their turn. A wait for readiness
 /// that is there already costs two system calls, which is little for a megabyte.
@@ -56,18 +56,20 @@ pub(super) struct Duplex<'a> {
 impl<'a> Duplex<'a> {
     pub(super) fn new(
         resources: &'a Resources,
-        downstream: &'a Socket,
-        upstream: &'a Socket,
+        [downstream, upstream]: [&'a Socket; 2],
+        hang_up: Option<PendingHangUp>,
         options: &'a Options<'a>,
         counters: &'a Counters,
     ) -> Self {
+        let mut sources = [Source::new(downstream), Source::new(upstream)];
+        sources[Side::Downstream as usize].adopt(hang_up);
         // A client has often sent something by now. An endpoint has just been connected to: wait first.
         let lane = |side, limit, readable| Lane::new(options.mode, readable, limit, counters.from(side));
         Self {
             resources,
             options,
             counters,
-            sources: [Source::new(downstream), Source::new(upstream)],
+            sources,
             lanes: [
                 lane(Side::Downstream, options.upstream_buffer_limit, true),
                 lane(Side::Upstream, options.downstream_buffer_limit, false),
@@ -410,7 +412,7 @@ mod tests {
         let outcome = uring::start(uring::Engine::IoUring, async {
             let (resources, counters, options) =
                 (Resources::default(), Counters::default(), Options::default());
-            let mut duplex = Duplex::new(&resources, &downstream, &upstream, &options, &counters);
+            let mut duplex = Duplex::new(&resources, [&downstream, &upstream], None, &options, &counters);
             let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
             let mut told = false;
             poll_fn(|cx| {

@@ -179,7 +179,7 @@ fn serve(spec: &Spec, downstream: Socket, upstream: Socket, buffered: &Arc<Atomi
             upstream_buffer_limit: spec.buffer_limit,
             killed: Some(&open),
         };
-        let outcome = run(&resources, &downstream, &upstream, &options, &counters).await;
+        let outcome = run(&resources, [&downstream, &upstream], None, &options, &counters).await;
         watcher.abort();
         drop((downstream, upstream));
         report(outcome, &counters, &resources)

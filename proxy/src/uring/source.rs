@@ -75,6 +75,10 @@ pub struct Source<F: File> {
     fin_spoils: bool,
 }
 
+/// A wait for the end of a connection between two owners. It holds the file: give it to [`Source::adopt`].
+#[must_use]
+pub struct PendingHangUp(op::Poll);
+
 /// What may be waited for: types that name one and the same open descriptor as long as they live.
 pub trait File: AsFd + sealed::Sealed {}
 
@@ -187,6 +191,17 @@ impl<F: File> Source<F> {
     /// The peer's FIN has come, so later waits need not find out that it spoils them.
     pub fn peer_has_sent_fin(&mut self) {
         self.fin_spoils = true;
+    }
+
+    /// Gives up the wait for [`Interest::HangUp`], if there is one, for another source of the same file to
+    /// [adopt](Self::adopt). Cancelling it would have the kernel look at every wait of the worker.
+    pub fn take_hang_up(&mut self) -> Option<PendingHangUp> {
+        self.hang_up.take().map(PendingHangUp)
+    }
+
+    /// Goes on with a wait that another source of the same file had begun.
+    pub fn adopt(&mut self, pending: Option<PendingHangUp>) {
+        self.hang_up = pending.map(|pending| pending.0);
     }
 
     /// Forgets its waits without cancelling them: they have completed, as far as the kernel is concerned.

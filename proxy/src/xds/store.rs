@@ -96,6 +96,8 @@ pub struct Store {
     secrets: Secrets,
     /// Tells when files that secrets name were replaced.
     files: Watcher<u64>,
+    /// Listeners and clusters in force; what changes is changed here too.
+    snapshot: Snapshot,
     assignments: HashMap<(Source, Arc<str>), Assignment>,
     resolver: Option<Arc<dns::Resolver>>,
     internal: (mpsc::UnboundedSender<Internal>, mpsc::UnboundedReceiver<Internal>),
@@ -197,6 +199,7 @@ impl Store {
             unknown_fields,
             runtime: bootstrap.runtime.clone(),
             dynamic: bootstrap.dynamic.clone(),
+            snapshot: Snapshot::default(),
             assignments: HashMap::new(),
             resolver: None,
             internal: mpsc::unbounded_channel(),
@@ -283,18 +286,9 @@ impl Store {
         self.listeners.active()
     }
 
-    /// What clusters in force were built from.
-    pub fn cluster_configs(&self) -> Vec<Arc<Cluster>> {
-        self.clusters.active().map(|cluster| Arc::clone(cluster.config())).collect()
-    }
-
     /// What is in force now. `lingering` listeners keep those of their addresses that nobody else has.
     pub fn snapshot(&self, lingering: &[Arc<Listener>]) -> Snapshot {
-        Snapshot::with_lingering(
-            self.listeners.active(),
-            self.clusters.active().cloned().collect(),
-            lingering,
-        )
+        self.snapshot.clone().with_lingering(lingering)
     }
 
     /// For `/init_dump`: what is waited for, by kind.
@@ -325,6 +319,9 @@ impl Store {
         loop {
             for (name, former) in self.clusters.settle(&mut self.changes) {
                 self.tables.lock().kind_mut(Kind::Cluster).activate(&name);
+                if let Some(cluster) = self.clusters.in_force(&name) {
+                    self.snapshot.set_cluster(Arc::clone(cluster));
+                }
                 if let Some(former) = former {
                     self.release_cluster(&name, &former);
                 }
@@ -334,6 +331,9 @@ impl Store {
                 self.listeners.settle(&self.clusters, |chain| self.routes.ready(chain), &mut self.changes);
             for (name, former) in settled {
                 self.tables.lock().kind_mut(Kind::Listener).activate(&name);
+                if let Some(listener) = self.listeners.in_force(&name) {
+                    self.snapshot.set_listener(Arc::clone(listener));
+                }
                 if former.is_some_and(|former| former.rds_chains().next().is_some()) {
                     self.forget_routes();
                 }

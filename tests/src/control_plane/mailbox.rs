@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
@@ -31,7 +31,17 @@ impl<T: fmt::Debug> Mailbox<T> {
 
     /// Takes the first one that is wanted. `what` names it in the error when it does not come.
     pub(super) fn take(&self, what: &str, wanted: impl Fn(&T) -> bool) -> Result<T> {
-        let deadline = Instant::now() + GUARD;
+        self.take_within(GUARD, what, wanted)
+    }
+
+    /// The same with a time of the caller's.
+    pub(super) fn take_within(
+        &self,
+        patience: Duration,
+        what: &str,
+        wanted: impl Fn(&T) -> bool,
+    ) -> Result<T> {
+        let deadline = Instant::now() + patience;
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(at) = queue.iter().position(&wanted) {

@@ -34,7 +34,7 @@ impl Report {
     /// Notes machine, versions and settings before anything runs.
     pub(super) fn start(settings: Settings, programs: &Programs) -> Result<Self> {
         let mut about = Map::new();
-        about.insert("date".to_owned(), json!(output(Command::new("date").args(["-u", "+%F %R UTC"]))?));
+        about.insert("date".to_owned(), json!(date()?));
         about.insert("machine".to_owned(), machine()?);
         about.insert("versions".to_owned(), versions(programs)?);
         about.insert(
@@ -60,31 +60,16 @@ impl Report {
         print!("{}{}", self.header(), table(samples));
         let mut document = self.about.clone();
         document.insert("metrics".to_owned(), Value::Array(metrics(samples)));
-        let dir = program::target().join("bench");
-        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let path = dir.join("bench.json");
-        fs::write(&path, format!("{:#}\n", Value::Object(document)))
-            .with_context(|| format!("write {}", path.display()))?;
-        give_back(&[&dir, &path])?;
-        println!("\nall figures of all rounds: {}", path.display());
-        Ok(())
+        write("bench.json", document)
     }
 
     fn header(&self) -> String {
-        let (machine, versions, settings) =
-            (&self.about["machine"], &self.about["versions"], &self.about["settings"]);
-        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let (versions, settings) = (&self.about["versions"], &self.about["settings"]);
         format!(
-            "{}: {} CPUs of {}, {} GiB, Linux {}; load average {} before, {} after\n\
+            "{}\n\
              tidegate {}, Envoy {}, HAProxy {}; one worker thread each, loopback{}; {} rounds of {} s\n\
              medians; x: ratio of tidegate to it, median over the rounds\n\n",
-            text(&self.about["date"]),
-            machine["cpus"],
-            text(&machine["cpu"]),
-            machine["memory_gib"],
-            text(&machine["kernel"]),
-            text(&self.about["load_average_before"]),
-            text(&self.about["load_average_after"]),
+            describe_machine(&self.about),
             text(&versions["tidegate"]),
             text(&versions["envoy"]),
             text(&versions["haproxy"]),
@@ -93,6 +78,37 @@ impl Report {
             settings["seconds_per_measurement"],
         )
     }
+}
+
+/// Writes a document into target/bench, and says so.
+pub(super) fn write(name: &str, document: Map<String, Value>) -> Result<()> {
+    let dir = program::target().join("bench");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let path = dir.join(name);
+    fs::write(&path, format!("{:#}\n", Value::Object(document)))
+        .with_context(|| format!("write {}", path.display()))?;
+    give_back(&[&dir, &path])?;
+    println!("\nall figures of all rounds: {}", path.display());
+    Ok(())
+}
+
+/// When, where and beside what a run was made: the first line of its report.
+pub(super) fn describe_machine(about: &Map<String, Value>) -> String {
+    let machine = &about["machine"];
+    format!(
+        "{}: {} CPUs of {}, {} GiB, Linux {}; load average {} before, {} after",
+        text(&about["date"]),
+        machine["cpus"],
+        text(&machine["cpu"]),
+        machine["memory_gib"],
+        text(&machine["kernel"]),
+        text(&about["load_average_before"]),
+        text(&about["load_average_after"]),
+    )
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 /// Makes files below target/ its owner's: under sudo they are made by root.
@@ -135,11 +151,6 @@ fn table(samples: &Samples) -> String {
 }
 
 fn metrics(samples: &Samples) -> Vec<Value> {
-    let spread = |values: &[f64]| {
-        let (least, most) =
-            values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
-        json!({"median": median(values), "min": least, "max": most, "rounds": values})
-    };
     let metric = |metric: Metric| {
         let own = samples.get(&(metric, Kind::Tidegate)).map_or(&[][..], Vec::as_slice);
         let (mut subjects, mut ratios) = (Map::new(), Map::new());
@@ -161,18 +172,25 @@ fn metrics(samples: &Samples) -> Vec<Value> {
     measured(samples).into_iter().map(metric).collect()
 }
 
+/// Median, extremes and everything.
+pub(super) fn spread(values: &[f64]) -> Value {
+    let (least, most) =
+        values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(*v), b.max(*v)));
+    json!({"median": median(values), "min": least, "max": most, "rounds": values})
+}
+
 /// Round by round: what disturbed one round disturbed both.
-fn ratios_by_round(own: &[f64], theirs: &[f64]) -> Vec<f64> {
+pub(super) fn ratios_by_round(own: &[f64], theirs: &[f64]) -> Vec<f64> {
     own.iter().zip(theirs).map(|(own, theirs)| own / theirs).collect()
 }
 
-fn ratio_text(own: &[f64], theirs: &[f64]) -> String {
+pub(super) fn ratio_text(own: &[f64], theirs: &[f64]) -> String {
     let ratio = median(&ratios_by_round(own, theirs));
     if ratio.is_finite() { format!("{ratio:.2}") } else { "-".to_owned() }
 }
 
 /// NaN of nothing.
-fn median(values: &[f64]) -> f64 {
+pub(super) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
@@ -183,7 +201,7 @@ fn median(values: &[f64]) -> f64 {
 }
 
 /// Three digits that matter.
-fn number(value: f64) -> String {
+pub(super) fn number(value: f64) -> String {
     match value {
         value if value.is_nan() => "-".to_owned(),
         value if value >= 100.0 => format!("{value:.0}"),
@@ -193,7 +211,7 @@ fn number(value: f64) -> String {
     }
 }
 
-fn machine() -> Result<Value> {
+pub(super) fn machine() -> Result<Value> {
     let field = |path: &str, name: &str| -> Result<String> {
         let text = fs::read_to_string(path).with_context(|| path.to_owned())?;
         let line = text.lines().find(|line| line.starts_with(name));
@@ -208,7 +226,13 @@ fn machine() -> Result<Value> {
     }))
 }
 
-fn versions(programs: &Programs) -> Result<Value> {
+/// Now.
+pub(super) fn date() -> Result<String> {
+    output(Command::new("date").args(["-u", "+%F %R UTC"]))
+}
+
+/// The commit that is measured.
+pub(super) fn commit() -> String {
     let mut git = Command::new("git");
     // The owner of the repository may be another user than root.
     git.current_dir(program::repository()).args([
@@ -218,13 +242,16 @@ fn versions(programs: &Programs) -> Result<Value> {
         "--always",
         "--dirty",
     ]);
-    let commit = output(&mut git).unwrap_or_else(|_| "of an unknown commit".to_owned());
-    let haproxy = output(Command::new(&programs.haproxy).arg("-v"))?;
-    let haproxy = haproxy.split_whitespace().nth(2).unwrap_or("unknown").to_owned();
-    Ok(json!({"tidegate": commit, "envoy": tool::ENVOY_VERSION, "haproxy": haproxy}))
+    output(&mut git).unwrap_or_else(|_| "of an unknown commit".to_owned())
 }
 
-fn load_average() -> Result<String> {
+fn versions(programs: &Programs) -> Result<Value> {
+    let haproxy = output(Command::new(&programs.haproxy).arg("-v"))?;
+    let haproxy = haproxy.split_whitespace().nth(2).unwrap_or("unknown").to_owned();
+    Ok(json!({"tidegate": commit(), "envoy": tool::ENVOY_VERSION, "haproxy": haproxy}))
+}
+
+pub(super) fn load_average() -> Result<String> {
     let text = fs::read_to_string("/proc/loadavg")?;
     Ok(text.split_whitespace().next().unwrap_or_default().to_owned())
 }

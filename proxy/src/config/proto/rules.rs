@@ -2,12 +2,13 @@
 
 mod number;
 mod text;
+pub(super) mod wire;
 
 use prost_reflect::{DynamicMessage, Kind, MapKey, ReflectMessage, Value};
 use tidegate_api::validate::field_rules::Type;
 use tidegate_api::validate::{BytesRules, EnumRules, FieldRules, MapRules, MessageRules, RepeatedRules};
 
-use number::{NumberRules, duration, is_zero};
+use number::{NumberRules, duration, is_zero, nanoseconds, nanoseconds_broken};
 use text::string;
 
 use super::any;

@@ -280,7 +280,7 @@ fn dropping_the_pump_closes_both_sides() {
             uring::start(engine, async {
                 let (resources, counters) = (Resources::default(), Counters::default());
                 let options = Options::default();
-                let running = run(&resources, &downstream, &upstream, &options, &counters);
+                let running = run(&resources, [&downstream, &upstream], None, &options, &counters);
                 assert!(tokio::time::timeout(Duration::from_millis(50), running).await.is_err());
                 drop((downstream, upstream));
                 // The runtime goes on, as a worker's does.

@@ -150,7 +150,7 @@ fn the_future_is_small() {
     let (_client, downstream) = pair();
     let (_server, upstream) = pair();
     let (resources, counters, options) = (Resources::default(), Counters::default(), Options::default());
-    let future = run(&resources, &downstream, &upstream, &options, &counters);
+    let future = run(&resources, [&downstream, &upstream], None, &options, &counters);
     let size = size_of_val(&future);
     println!("{size} bytes");
     assert!(size <= 800, "{size} bytes");
@@ -170,11 +170,11 @@ fn bulk_does_not_starve_a_neighbour() {
                 let shared = Rc::clone(&resources);
                 let bulk = tokio::task::spawn_local(async move {
                     let (options, counters) = (Options::default(), Counters::default());
-                    run(&shared, &bulk_down, &bulk_up, &options, &counters).await;
+                    run(&shared, [&bulk_down, &bulk_up], None, &options, &counters).await;
                     counters.downstream.sent.get()
                 });
                 let (options, counters) = (Options::default(), Counters::default());
-                run(&resources, &downstream, &upstream, &options, &counters).await;
+                run(&resources, [&downstream, &upstream], None, &options, &counters).await;
                 bulk.abort();
                 bulk.await.ok()
             })

@@ -8,12 +8,12 @@ use tidegate_api::{
 };
 
 use super::clusters::{self, Origin};
-use super::response::{self, Checked, Rejections};
+use super::response::{self, Checked, Contents, Rejections};
 use super::{Deadline, Fetch, Store, UnknownFields, listeners};
 use crate::config::config_source::Source;
 use crate::config::dynamic::{self, Surroundings, Valid};
 use crate::config::error::ConfigError;
-use crate::xds::tables::Held;
+use crate::xds::tables::{All, Held};
 use crate::xds::{Change, Key, Kind, Resource, Unreadable, Update, Verdict, Wanted};
 
 impl Store {
@@ -68,33 +68,33 @@ impl Store {
         let kind = key.kind;
         self.fetched(kind);
         let rejections = match kind {
-            Kind::Cluster => self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                store.apply_clusters(checked, rejections, absent);
+            Kind::Cluster => self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                store.apply_clusters(contents, rejections, absent);
             }),
             Kind::Listener => {
-                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                    store.apply_listeners(checked, rejections, absent);
+                self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                    store.apply_listeners(contents, rejections, absent);
                 })
             }
             Kind::ClusterLoadAssignment => {
-                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                    store.apply_assignments(&key.source, checked, rejections);
+                self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                    store.apply_assignments(&key.source, contents, rejections);
                 })
             }
             Kind::RouteConfiguration => {
-                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                    store.apply_routes(&key.source, checked, rejections);
+                self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                    store.apply_routes(&key.source, contents.checked, rejections);
                 })
             }
             Kind::VirtualHost => {
-                self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                    store.apply_hosts(checked, rejections, absent);
+                self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                    store.apply_hosts(contents.checked, rejections, absent);
                 })
             }
             Kind::Secret => {
                 let rejections =
-                    self.with(kind, version, resources, unreadable, |store, checked, rejections| {
-                        store.apply_secrets(&key.source, checked, rejections);
+                    self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                        store.apply_secrets(&key.source, contents.checked, rejections);
                     });
                 self.note_refused_secrets(&key.source, version, &rejections);
                 rejections
@@ -108,19 +108,51 @@ impl Store {
 
     pub(super) fn with<M: response::Named>(
         &mut self,
-        kind: Kind,
+        key: &Key,
         version: &str,
         resources: Vec<Resource>,
         unreadable: Vec<Unreadable>,
-        apply: impl FnOnce(&mut Self, Vec<Checked<M>>, &mut Rejections),
+        apply: impl FnOnce(&mut Self, Contents<M>, &mut Rejections),
     ) -> Rejections {
-        match response::check::<M>(kind, version, resources, unreadable, self.reading_cache) {
+        let checked = {
+            let tables = self.tables.lock();
+            let is_known = |name: &str, body: &[u8]| self.is_known(&tables, key, name, body);
+            response::check::<M>(key.kind, version, resources, unreadable, is_known, self.reading_cache)
+        };
+        match checked {
             Err(rejections) => rejections,
-            Ok((checked, mut rejections)) => {
-                let checked = self.note_unknown_fields(kind, checked, &mut rejections);
-                apply(self, checked, &mut rejections);
+            Ok((contents, mut rejections)) => {
+                let checked = self.note_unknown_fields(key.kind, contents.checked, &mut rejections);
+                let contents = Contents { checked, ..contents };
+                if !contents.unchanged.is_empty() {
+                    let mut tables = self.tables.lock();
+                    let table = tables.kind_mut(key.kind);
+                    contents.unchanged.iter().for_each(|name| table.confirm(name));
+                }
+                apply(self, contents, &mut rejections);
                 rejections
             }
+        }
+    }
+
+    /// Whether a resource is what was accepted last, so that nothing would come of applying it. A control plane that
+    /// sends the state of the world sends everything for every change.
+    fn is_known(&self, tables: &All, key: &Key, name: &str, body: &[u8]) -> bool {
+        match key.kind {
+            Kind::Cluster | Kind::Listener => {
+                let record = tables.kind(key.kind).and_then(|table| table.records.get(name));
+                let latest = record.and_then(|record| record.warming.as_ref().or(record.active.as_ref()));
+                latest.is_some_and(|latest| *latest.body == *body)
+            }
+            Kind::ClusterLoadAssignment => {
+                let id = (key.source.clone(), Arc::from(name));
+                self.assignments.get(&id).is_some_and(|assignment| {
+                    assignment.known.as_deref() == Some(body)
+                        // A version of a cluster that warms waits for it.
+                        && !assignment.users.iter().any(|user| self.clusters.is_warming(user))
+                })
+            }
+            Kind::RouteConfiguration | Kind::VirtualHost | Kind::Secret => false,
         }
     }
 
@@ -156,12 +188,12 @@ impl Store {
 
     pub(super) fn apply_clusters(
         &mut self,
-        checked: Vec<Checked<cluster_api::Cluster>>,
+        contents: Contents<cluster_api::Cluster>,
         rejections: &mut Rejections,
         absent: Absent,
     ) {
-        let gone = absent.gone(&checked, rejections, self.clusters.dynamic());
-        for resource in checked {
+        let gone = absent.gone(&contents, rejections, || self.clusters.dynamic());
+        for resource in contents.checked {
             let Checked { name, wrapper_name, valid, held, .. } = resource;
             let content = content(&held);
             let label = response::label(Kind::Cluster, &name);
@@ -195,6 +227,7 @@ impl Store {
         }
         for name in gone {
             let Some(former) = self.clusters.remove(&name, &mut self.changes) else { continue };
+            self.snapshot.remove_cluster(&name);
             self.stats.cluster_manager().cluster_removed().inc();
             self.tables.lock().kind_mut(Kind::Cluster).remove(&name);
             for former in former {
@@ -205,18 +238,19 @@ impl Store {
 
     pub(super) fn apply_listeners(
         &mut self,
-        checked: Vec<Checked<listener_api::Listener>>,
+        contents: Contents<listener_api::Listener>,
         rejections: &mut Rejections,
         absent: Absent,
     ) {
         // First what goes: its addresses may be wanted.
-        for name in absent.gone(&checked, rejections, self.listeners.dynamic()) {
+        for name in absent.gone(&contents, rejections, || self.listeners.dynamic()) {
             if self.listeners.remove(&name, &mut self.changes).is_some() {
+                self.snapshot.remove_listener(&name);
                 self.stats.listener_manager().listener_removed().inc();
                 self.tables.lock().kind_mut(Kind::Listener).remove(&name);
             }
         }
-        for resource in checked {
+        for resource in contents.checked {
             let Checked { name, wrapper_name, valid, held, .. } = resource;
             if let Err(error) = self.add_listener(&name, valid, &held) {
                 self.stats.listener_manager().listener_create_failure().inc();
@@ -268,10 +302,18 @@ impl Store {
     pub(super) fn apply_assignments(
         &mut self,
         source: &Source,
-        checked: Vec<Checked<endpoint_api::ClusterLoadAssignment>>,
+        contents: Contents<endpoint_api::ClusterLoadAssignment>,
         rejections: &mut Rejections,
     ) {
-        for resource in checked {
+        for name in contents.unchanged {
+            let id = (source.clone(), name);
+            let Some(assignment) = self.assignments.get(&id) else { continue };
+            for version in assignment.users.iter().flat_map(|user| self.versions_of(user, source, &id.1)) {
+                version.stats().update_no_rebuild().inc();
+                version.stats().update_success().inc();
+            }
+        }
+        for resource in contents.checked {
             let Checked { name, wrapper_name, valid, held, .. } = resource;
             let id = (source.clone(), Arc::clone(&name));
             let Some(assignment) = self.assignments.get_mut(&id) else { continue }; // nobody asked for it
@@ -363,6 +405,9 @@ impl Store {
 
     /// Drops the subscriptions of routes that no listener names any more.
     pub(super) fn forget_routes(&mut self) {
+        if self.routes.is_empty() {
+            return;
+        }
         let in_use: HashSet<_> = self
             .listeners
             .versions()
@@ -380,8 +425,8 @@ impl Store {
         let mut rejections = Rejections::default();
         let absent = Absent::Removed(names.to_vec());
         match key.kind {
-            Kind::Cluster => self.apply_clusters(Vec::new(), &mut rejections, absent),
-            Kind::Listener => self.apply_listeners(Vec::new(), &mut rejections, absent),
+            Kind::Cluster => self.apply_clusters(Contents::default(), &mut rejections, absent),
+            Kind::Listener => self.apply_listeners(Contents::default(), &mut rejections, absent),
             Kind::VirtualHost => self.apply_hosts(Vec::new(), &mut rejections, absent),
             // As in Envoy, endpoints, routes and secrets stay until there are others.
             Kind::ClusterLoadAssignment | Kind::RouteConfiguration | Kind::Secret => {}
@@ -413,18 +458,22 @@ pub(super) enum Absent {
 
 impl Absent {
     /// Those of the known ones that are gone.
-    fn gone<M>(self, checked: &[Checked<M>], rejections: &Rejections, known: Vec<Arc<str>>) -> Vec<Arc<str>> {
+    fn gone<M>(
+        self,
+        contents: &Contents<M>,
+        rejections: &Rejections,
+        known: impl FnOnce() -> Vec<Arc<str>>,
+    ) -> Vec<Arc<str>> {
         match self {
             Self::Removed(names) => names,
             Self::State { all: false, .. } => Vec::new(),
             Self::State { all: true, unchanged } => {
+                let checked = contents.checked.iter().map(|resource| &*resource.name);
                 let present: HashSet<&str> = checked
-                    .iter()
-                    .map(|resource| &*resource.name)
-                    .chain(unchanged.iter().map(|name| &**name))
+                    .chain(contents.unchanged.iter().chain(&unchanged).map(|name| &**name))
                     .chain(rejections.refused().map(|(name, _)| &**name))
                     .collect();
-                known.into_iter().filter(|name| !present.contains(&**name)).collect()
+                known().into_iter().filter(|name| !present.contains(&**name)).collect()
             }
         }
     }

@@ -31,6 +31,8 @@ pub(super) struct Clusters {
     entries: HashMap<Arc<str>, Entry>,
     /// How many entries have something warming.
     warming: usize,
+    /// How many have something in force.
+    active: usize,
     /// Names of those that may come into force.
     ready: Vec<Arc<str>>,
 }
@@ -79,7 +81,8 @@ pub(super) enum Added {
 
 impl Clusters {
     pub(super) fn new(stats: &Arc<Stats>, losses: UnboundedSender<Lost>) -> Self {
-        Self { stats: Arc::clone(stats), losses, entries: HashMap::new(), warming: 0, ready: Vec::new() }
+        let (stats, entries) = (Arc::clone(stats), HashMap::new());
+        Self { stats, losses, entries, warming: 0, active: 0, ready: Vec::new() }
     }
 
     /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't (and [`Clusters::secrets_ready`],
@@ -144,6 +147,7 @@ impl Clusters {
         if let Some(active) = &entry.active {
             active.cluster.note_removal();
         }
+        self.active -= usize::from(entry.active.is_some());
         changes.clusters |= entry.active.is_some();
         changes.clusters_gone |= entry.active.is_some();
         let versions = entry.active.into_iter().chain(entry.warming.map(|warming| warming.version));
@@ -163,6 +167,7 @@ impl Clusters {
                 warming.version.cluster.note_successor_of(&former.cluster);
             }
             let replaced = entry.active.replace(warming.version);
+            self.active += usize::from(replaced.is_none());
             changes.clusters = true;
             changes.clusters_gone |= replaced.is_some();
             let former = replaced.map(|replaced| Arc::clone(replaced.cluster.config()));
@@ -189,6 +194,16 @@ impl Clusters {
             warming.secrets = true;
             self.ready.push(Arc::clone(name));
         }
+    }
+
+    /// The version of a cluster that is in force.
+    pub(super) fn in_force(&self, name: &str) -> Option<&Arc<Cluster>> {
+        self.entries.get(name)?.active.as_ref().map(|version| &version.cluster)
+    }
+
+    /// A version of this cluster warms.
+    pub(super) fn is_warming(&self, name: &str) -> bool {
+        self.entries.get(name).is_some_and(|entry| entry.warming.is_some())
     }
 
     /// The versions of a cluster: in force, then warming.
@@ -228,11 +243,6 @@ impl Clusters {
         dynamic.map(|(name, _)| Arc::clone(name)).collect()
     }
 
-    /// Clusters in force.
-    pub(super) fn active(&self) -> impl Iterator<Item = &Arc<Cluster>> {
-        self.entries.values().filter_map(|entry| entry.active.as_ref()).map(|version| &version.cluster)
-    }
-
     /// Names of those that warm.
     pub(super) fn warming(&self) -> impl Iterator<Item = &Arc<str>> {
         self.entries.iter().filter(|(_, entry)| entry.warming.is_some()).map(|(name, _)| name)
@@ -245,6 +255,6 @@ impl Clusters {
 
     /// How many are in force.
     pub(super) fn active_len(&self) -> usize {
-        self.entries.values().filter(|entry| entry.active.is_some()).count()
+        self.active
     }
 }

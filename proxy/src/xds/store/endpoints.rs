@@ -167,7 +167,12 @@ impl Store {
     }
 
     /// The versions of a cluster that have their endpoints from there.
-    fn versions_of(&self, cluster: &str, source: &Source, service: &str) -> Vec<Arc<RuntimeCluster>> {
+    pub(super) fn versions_of(
+        &self,
+        cluster: &str,
+        source: &Source,
+        service: &str,
+    ) -> Vec<Arc<RuntimeCluster>> {
         let uses = |version: &&Arc<RuntimeCluster>| {
             let eds = version.config().eds.as_ref();
             eds.is_some_and(|eds| eds.config.source == *source && *eds.service_name == *service)

@@ -25,7 +25,9 @@ pub(super) struct Listeners {
     entries: HashMap<Arc<str>, Entry>,
     /// Who has which address, warming or in force.
     owners: HashMap<SocketAddr, Arc<str>>,
+    /// How many have something warming, and something in force.
     warming: usize,
+    active: usize,
     /// Counts listeners, so that of two with one address the older one has it.
     next: u64,
 }
@@ -72,7 +74,16 @@ pub(super) enum Added {
 impl Listeners {
     pub(super) fn new(stats: &Arc<Stats>, logs: &Registry, workers: usize) -> Self {
         let (stats, logs) = (Arc::clone(stats), logs.clone());
-        Self { stats, logs, workers, entries: HashMap::new(), owners: HashMap::new(), warming: 0, next: 0 }
+        Self {
+            stats,
+            logs,
+            workers,
+            entries: HashMap::new(),
+            owners: HashMap::new(),
+            warming: 0,
+            active: 0,
+            next: 0,
+        }
     }
 
     /// Takes a listener: opens its logs and binds its sockets. It is in force from a [`Listeners::settle`] on.
@@ -161,7 +172,13 @@ impl Listeners {
         }
         let entry = self.entries.remove(name)?;
         self.warming -= usize::from(entry.warming.is_some());
-        self.owners.retain(|_, owner| **owner != *name);
+        self.active -= usize::from(entry.active.is_some());
+        let versions = entry.active.iter().chain(entry.warming.as_ref().map(|warming| &warming.listener));
+        for address in versions.flat_map(|version| owned(&version.config)) {
+            if self.owners.get(&address).is_some_and(|owner| **owner == *name) {
+                self.owners.remove(&address);
+            }
+        }
         if let Some(active) = &entry.active {
             changes.listeners = true;
             if active.config.bind_to_port {
@@ -208,6 +225,7 @@ impl Listeners {
                 }
             }
             let former = entry.active.replace(Arc::clone(&warming.listener));
+            self.active += usize::from(former.is_none());
             if let Some(former) = &former {
                 for address in owned(&former.config).filter(|address| !config.addresses.contains(address)) {
                     self.owners.remove(&address);
@@ -217,6 +235,11 @@ impl Listeners {
             activated.push((Arc::clone(name), former));
         }
         activated
+    }
+
+    /// The version of a listener that is in force.
+    pub(super) fn in_force(&self, name: &str) -> Option<&Arc<Listener>> {
+        self.entries.get(name)?.active.as_ref()
     }
 
     /// Listeners in force, older ones first.
@@ -255,7 +278,7 @@ impl Listeners {
 
     /// How many are in force.
     pub(super) fn active_len(&self) -> usize {
-        self.entries.values().filter(|entry| entry.active.is_some()).count()
+        self.active
     }
 }
 

@@ -9,18 +9,22 @@ use tidegate_api::{cluster, endpoint, listener, route, tls};
 
 use crate::config::dynamic::{self, Valid};
 use crate::config::error::{ConfigError, Problem};
+use crate::config::proto;
 use crate::xds::tables::{Held, Refused};
 use crate::xds::{Kind, MAX_ERROR_DETAIL, Resource, Unreadable, Verdict};
 
 /// Messages that are resources.
 pub(super) trait Named: Message + Name + Default {
+    /// Number of the field that has their name.
+    const NAME_FIELD: u32;
     /// What they call themselves.
     fn name(&self) -> &str;
 }
 
 macro_rules! named {
-    ($($message:ty: $field:ident;)+) => {
+    ($($message:ty: $field:ident = $number:literal;)+) => {
         $(impl Named for $message {
+            const NAME_FIELD: u32 = $number;
             fn name(&self) -> &str {
                 &self.$field
             }
@@ -28,12 +32,12 @@ macro_rules! named {
     };
 }
 named! {
-    cluster::Cluster: name;
-    endpoint::ClusterLoadAssignment: cluster_name;
-    listener::Listener: name;
-    route::RouteConfiguration: name;
-    route::VirtualHost: name;
-    tls::Secret: name;
+    cluster::Cluster: name = 1;
+    endpoint::ClusterLoadAssignment: cluster_name = 1;
+    listener::Listener: name = 1;
+    route::RouteConfiguration: name = 1;
+    route::VirtualHost: name = 1;
+    tls::Secret: name = 1;
 }
 
 /// A resource that follows the rules of the API.
@@ -45,6 +49,20 @@ pub(super) struct Checked<M> {
     pub(super) held: Held,
     /// Of JSON and YAML.
     pub(super) unknown_fields: Vec<String>,
+}
+
+/// The resources of a response, as far as they could be read.
+pub(super) struct Contents<M> {
+    /// New, or changed.
+    pub(super) checked: Vec<Checked<M>>,
+    /// Names of those that are byte for byte what was accepted last.
+    pub(super) unchanged: Vec<Arc<str>>,
+}
+
+impl<M> Default for Contents<M> {
+    fn default() -> Self {
+        Self { checked: Vec::new(), unchanged: Vec::new() }
+    }
 }
 
 /// What is wrong with a response.
@@ -107,22 +125,36 @@ impl Rejections {
 }
 
 /// Checks the resources of a response by the rules of the API. One that breaks them, or is there twice, spoils them
-/// all, as in Envoy. Those that could not be read from text only spoil themselves. `stale`: they come from the cache on disk.
+/// all, as in Envoy. Those that could not be read from text only spoil themselves. `is_known` says of a name and a body
+/// whether they are what was accepted last: such a resource is not looked at again. `stale`: they come from the cache on
+/// disk.
 pub(super) fn check<M: Named>(
     kind: Kind,
     version: &str,
     resources: Vec<Resource>,
     unreadable: Vec<Unreadable>,
+    is_known: impl Fn(&str, &[u8]) -> bool,
     stale: bool,
-) -> Result<(Vec<Checked<M>>, Rejections), Rejections> {
+) -> Result<(Contents<M>, Rejections), Rejections> {
     let mut rejections = Rejections::default();
     for Unreadable { name, error } in unreadable {
         rejections.refuse(name.unwrap_or_else(|| "?".into()), error);
     }
-    let (mut seen, mut checked) = (HashSet::new(), Vec::with_capacity(resources.len()));
+    let mut contents = Contents { checked: Vec::with_capacity(resources.len()), unchanged: Vec::new() };
+    let mut seen = HashSet::new();
     let mut spoilt = Rejections::default();
     for resource in resources {
         let Resource { name: wrapper_name, version: own, body, unknown_fields } = resource;
+        if let Some(name) = proto::string_field(&body.value, M::NAME_FIELD)
+            && wrapper_name.as_deref().is_none_or(|wrapper| wrapper == name)
+            && is_known(name, &body.value)
+        {
+            let name = Arc::<str>::from(name);
+            if seen.insert(Arc::clone(&name)) {
+                contents.unchanged.push(name);
+                continue;
+            }
+        }
         let label = label(kind, wrapper_name.as_deref().unwrap_or("(unnamed)"));
         let valid = match dynamic::check::<M>(&body, &label) {
             Ok(valid) => valid,
@@ -156,9 +188,9 @@ pub(super) fn check<M: Named>(
         }
         let version = if own.is_empty() { version } else { &own };
         let held = Held { version: version.into(), body: body.value.into(), at: SystemTime::now(), stale };
-        checked.push(Checked { name, wrapper_name, valid, held, unknown_fields });
+        contents.checked.push(Checked { name, wrapper_name, valid, held, unknown_fields });
     }
-    if spoilt.is_empty() { Ok((checked, rejections)) } else { Err(spoilt.all()) }
+    if spoilt.is_empty() { Ok((contents, rejections)) } else { Err(spoilt.all()) }
 }
 
 /// What stands where a file's name would in messages about a resource.

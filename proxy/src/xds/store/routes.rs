@@ -57,6 +57,11 @@ impl Routes {
         Self { stats: Arc::clone(stats), logs: logs.clone(), routes: HashMap::new() }
     }
 
+    /// Nobody wants any.
+    pub(super) fn is_empty(&self) -> bool {
+        self.routes.is_empty()
+    }
+
     /// Notes the route configurations of a listener. Returns those that nobody wanted yet.
     pub(super) fn add(&mut self, listener: &Listener) -> Vec<(ConfigSource, Arc<str>)> {
         let mut new = Vec::new();

@@ -28,24 +28,26 @@ impl<T: PartialOrd + Display + Debug + Copy> NumberRules<'_, T> {
     /// How a value breaks them.
     pub(super) fn broken(&self, value: &T) -> Option<String> {
         let low = match (self.gt, self.gte) {
-            (Some(gt), _) => Some((*value > gt, format!("greater than {gt}"))),
-            (None, Some(gte)) => Some((*value >= gte, format!("at least {gte}"))),
+            (Some(gt), _) => Some((*value > gt, "greater than", gt)),
+            (None, Some(gte)) => Some((*value >= gte, "at least", gte)),
             (None, None) => None,
         };
         let high = match (self.lt, self.lte) {
-            (Some(lt), _) => Some((*value < lt, format!("less than {lt}"))),
-            (None, Some(lte)) => Some((*value <= lte, format!("at most {lte}"))),
+            (Some(lt), _) => Some((*value < lt, "less than", lt)),
+            (None, Some(lte)) => Some((*value <= lte, "at most", lte)),
             (None, None) => None,
         };
         let range = match (low, high) {
             // Bounds that cross name the range that is forbidden.
-            (Some((above, low)), Some((below, high))) if self.crossed() => {
-                (!(above || below)).then(|| format!("{low} or {high}"))
+            (Some((above, over, low)), Some((below, under, high))) if self.crossed() => {
+                (!(above || below)).then(|| format!("{over} {low} or {under} {high}"))
             }
-            (Some((above, low)), Some((below, high))) => {
-                (!(above && below)).then(|| format!("{low} and {high}"))
+            (Some((above, over, low)), Some((below, under, high))) => {
+                (!(above && below)).then(|| format!("{over} {low} and {under} {high}"))
             }
-            (Some((false, text)), None) | (None, Some((false, text))) => Some(text),
+            (Some((false, text, bound)), None) | (None, Some((false, text, bound))) => {
+                Some(format!("{text} {bound}"))
+            }
             _ => None,
         };
         if let Some(range) = range {
@@ -69,15 +71,24 @@ impl<T: PartialOrd + Display + Debug + Copy> NumberRules<'_, T> {
 
 /// How a duration breaks its rules.
 pub(super) fn duration(message: &DynamicMessage, rules: &DurationRules) -> Option<Reason> {
-    let nanos = |seconds: i64, nanos: i32| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
     let field = |number| message.get_field_by_number(number);
-    let value = nanos(
+    let value = nanoseconds(
         field(1).and_then(|value| value.as_i64()).unwrap_or_default(),
         field(2).and_then(|value| value.as_i32()).unwrap_or_default(),
     );
-    let bound = |bound: &Option<Duration>| bound.as_ref().map(|d| Seconds(nanos(d.seconds, d.nanos)));
-    let list =
-        |list: &[Duration]| list.iter().map(|d| Seconds(nanos(d.seconds, d.nanos))).collect::<Vec<_>>();
+    nanoseconds_broken(value, rules).map(Reason::Constraint)
+}
+
+/// All of a duration.
+pub(super) fn nanoseconds(seconds: i64, nanos: i32) -> i128 {
+    i128::from(seconds) * 1_000_000_000 + i128::from(nanos)
+}
+
+/// How so many nanoseconds break the rules.
+pub(super) fn nanoseconds_broken(value: i128, rules: &DurationRules) -> Option<String> {
+    let seconds = |d: &Duration| Seconds(nanoseconds(d.seconds, d.nanos));
+    let bound = |bound: &Option<Duration>| bound.as_ref().map(seconds);
+    let list = |list: &[Duration]| list.iter().map(seconds).collect::<Vec<_>>();
     NumberRules {
         r#const: bound(&rules.r#const),
         lt: bound(&rules.lt),
@@ -88,7 +99,6 @@ pub(super) fn duration(message: &DynamicMessage, rules: &DurationRules) -> Optio
         not_in: &list(&rules.not_in),
     }
     .broken(&Seconds(value))
-    .map(Reason::Constraint)
 }
 
 /// Nanoseconds that print as seconds: `0.25s`.

@@ -24,13 +24,13 @@ pub(super) fn string(value: &str, rules: &StringRules) -> Option<String> {
     {
         return Some(format!("may have at most {max} characters, has {bytes}"));
     }
-    let is = quoted(value);
+    let is = || quoted(value);
     if rules.len.is_some_and(|len| chars != len) || rules.len_bytes.is_some_and(|len| bytes != len) {
         let len = rules.len.or(rules.len_bytes).unwrap_or_default();
         return Some(format!("must have exactly {len} characters, has {bytes}"));
     }
     if let Some(wanted) = rules.r#const.as_ref().filter(|wanted| *wanted != value) {
-        return Some(format!("must be {wanted:?}, is {is}"));
+        return Some(format!("must be {wanted:?}, is {}", is()));
     }
     let part = [
         ("start with", &rules.prefix, rules.prefix.as_ref().is_none_or(|part| value.starts_with(part))),
@@ -38,22 +38,22 @@ pub(super) fn string(value: &str, rules: &StringRules) -> Option<String> {
         ("contain", &rules.contains, rules.contains.as_ref().is_none_or(|part| value.contains(part))),
     ];
     if let Some((verb, Some(wanted), _)) = part.into_iter().find(|(_, _, holds)| !holds) {
-        return Some(format!("must {verb} {wanted:?}, is {is}"));
+        return Some(format!("must {verb} {wanted:?}, is {}", is()));
     }
     if rules.not_contains.as_ref().is_some_and(|part| value.contains(part)) {
-        return Some(format!("must not contain {:?}, is {is}", rules.not_contains()));
+        return Some(format!("must not contain {:?}, is {}", rules.not_contains(), is()));
     }
     if !rules.r#in.is_empty() && !rules.r#in.iter().any(|allowed| allowed == value) {
-        return Some(format!("must be one of {}, is {is}", rules.r#in.join(", ")));
+        return Some(format!("must be one of {}, is {}", rules.r#in.join(", "), is()));
     }
     if rules.not_in.iter().any(|forbidden| forbidden == value) {
-        return Some(format!("must not be {is}"));
+        return Some(format!("must not be {}", is()));
     }
     if let Some(pattern) = rules.pattern.as_ref().filter(|pattern| !matches_pattern(value, pattern)) {
-        return Some(format!("must match {pattern}, is {is}"));
+        return Some(format!("must match {pattern}, is {}", is()));
     }
     let wanted = rules.well_known.and_then(|format| not_in_format(value, format, rules.strict()))?;
-    Some(format!("must be {wanted}, is {is}"))
+    Some(format!("must be {wanted}, is {}", is()))
 }
 
 fn matches_pattern(value: &str, pattern: &str) -> bool {
