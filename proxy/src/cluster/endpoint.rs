@@ -126,6 +126,11 @@ impl HostSet {
             at.excluded += usize::from(endpoint.is_excluded());
             at.hosts.push(endpoint);
         }
+        for at in &mut priorities {
+            at.hosts.shrink_to_fit();
+            at.healthy.shrink_to_fit();
+            at.degraded.shrink_to_fit();
+        }
         let availability: Vec<Availability> = priorities
             .iter()
             .map(|at| Availability {

@@ -243,10 +243,10 @@ pub(crate) fn judge(
         (resources, unreadable): (Vec<Resource>, Vec<Unreadable>),
         convert: impl Fn(Valid<M>, &Arc<str>) -> Result<Option<Converted<T>>, ConfigError>,
     ) -> Verdict {
-        let rejections = match check::<M>(kind, version, resources, unreadable, false) {
+        let rejections = match check::<M>(kind, version, resources, unreadable, |_, _| false, false) {
             Err(rejections) => rejections,
-            Ok((checked, mut rejections)) => {
-                for Checked { name, valid, .. } in checked {
+            Ok((contents, mut rejections)) => {
+                for Checked { name, valid, .. } in contents.checked {
                     if let Err(error) = convert(valid, &label(kind, &name)) {
                         rejections.refuse(name, reason(&error));
                     }

@@ -1,6 +1,7 @@
 //! The store, driven by what a client would tell it.
 
 mod secrets;
+mod unchanged;
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
