@@ -149,7 +149,7 @@ fn clusters(tables: &All, pick: impl Fn(&Record) -> Option<&Held>) -> Vec<Value>
 
 /// Those that warm, and those that were never accepted.
 fn warming_clusters(tables: &All) -> Vec<Value> {
-    let mut all = clusters(tables, |record| record.warming.as_ref());
+    let mut all = clusters(tables, |record| record.warming.as_deref());
     let never = |record: &&Record| record.active.is_none() && record.warming.is_none();
     all.extend(
         records(tables, Kind::Cluster)
@@ -164,7 +164,7 @@ fn dynamic_listeners(tables: &All) -> Vec<Value> {
     let dump = |(name, record): (&Arc<str>, &Record)| {
         let mut fields = Map::new();
         fields.insert("name".into(), (**name).into());
-        for (field, held) in [("active_state", &record.active), ("warming_state", &record.warming)] {
+        for (field, held) in [("active_state", record.active.as_ref()), ("warming_state", record.warming.as_deref())] {
             if let Some(held) = held {
                 fields.insert(field.into(), state(Kind::Listener, held, "listener").into());
             }

@@ -1,6 +1,6 @@
 //! The live state of endpoints, which outlives the sets that they are members of.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -172,7 +172,7 @@ impl Drop for ActiveConnection {
 
 /// The hosts of one cluster by address. Held by the cluster and its successors of the same name.
 #[derive(Debug, Default)]
-pub struct HostRegistry(Mutex<HashMap<SocketAddr, Weak<Host>>>);
+pub struct HostRegistry(Mutex<BTreeMap<SocketAddr, Weak<Host>>>);
 
 impl HostRegistry {
     /// The host at this address: the one that is still referred to, else a new one.
@@ -213,7 +213,7 @@ impl HostRegistry {
     }
 
     /// The map is consistent after every statement, so a panic while it was locked spoils nothing.
-    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Weak<Host>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<SocketAddr, Weak<Host>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

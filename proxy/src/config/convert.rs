@@ -223,7 +223,12 @@ fn each<T, R>(
     mut convert: impl FnMut(T, &FieldPath<'_>) -> Option<R>,
 ) -> Vec<R> {
     let path = path.field(field);
-    items.into_iter().enumerate().filter_map(|(index, item)| convert(item, &path.index(index))).collect()
+    let items = items.into_iter().enumerate();
+    let mut converted: Vec<_> =
+        items.filter_map(|(index, item)| convert(item, &path.index(index))).collect();
+    // Collected in place, it has the memory of the messages, which are several times as large.
+    converted.shrink_to_fit();
+    converted
 }
 
 /// A duration that is not negative.

@@ -134,7 +134,7 @@ impl Cache {
             let table = tables.kind(kind)?;
             let latest = |(name, record): (&Arc<str>, &super::tables::Record)| {
                 // What warms was accepted too, and is what the control plane wants.
-                Some((Arc::clone(name), record.warming.as_ref().or(record.active.as_ref())?.clone()))
+                Some((Arc::clone(name), record.warming.as_deref().or(record.active.as_ref())?.clone()))
             };
             let resources = table.records.iter().filter_map(latest).collect();
             Some(File { path: self.path(kind), kind, version: table.version.clone(), resources })

@@ -33,9 +33,9 @@ pub struct Record {
     /// In force.
     pub active: Option<Held>,
     /// Accepted, and waiting for what it needs.
-    pub warming: Option<Held>,
+    pub warming: Option<Box<Held>>,
     /// Why the last update of it was refused.
-    pub error: Option<Refused>,
+    pub error: Option<Box<Refused>>,
 }
 
 /// An accepted resource.
@@ -105,14 +105,14 @@ impl Table {
     /// A resource was accepted; it warms until [`Table::activate`].
     pub fn accept(&mut self, name: &Arc<str>, held: Held) {
         let record = self.records.entry(Arc::clone(name)).or_default();
-        record.warming = Some(held);
+        record.warming = Some(Box::new(held));
         record.error = None;
     }
 
     /// A control plane sent what is there already.
     pub fn confirm(&mut self, name: &str) {
         if let Some(record) = self.records.get_mut(name) {
-            for held in record.active.iter_mut().chain(&mut record.warming) {
+            for held in record.active.iter_mut().chain(record.warming.as_deref_mut()) {
                 held.stale = false;
             }
             record.error = None;
@@ -124,25 +124,25 @@ impl Table {
         if let Some(record) = self.records.get_mut(name)
             && let Some(held) = record.warming.take()
         {
-            record.active = Some(held);
+            record.active = Some(*held);
         }
     }
 
     /// An update was refused.
     pub fn refuse(&mut self, name: &Arc<str>, refused: Refused) {
-        self.records.entry(Arc::clone(name)).or_default().error = Some(refused);
+        self.records.entry(Arc::clone(name)).or_default().error = Some(Box::new(refused));
     }
 
     /// An update was refused before anybody could read it; if it is known why, that stays.
     pub fn refuse_unread(&mut self, name: &Arc<str>, version: &str, details: &str) {
         let record = self.records.entry(Arc::clone(name)).or_default();
         if record.error.as_ref().is_none_or(|known| known.details != details) {
-            record.error = Some(Refused {
+            record.error = Some(Box::new(Refused {
                 version: version.into(),
                 details: details.to_owned(),
                 body: Arc::default(),
                 at: SystemTime::now(),
-            });
+            }));
         }
     }
 

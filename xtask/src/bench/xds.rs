@@ -210,8 +210,9 @@ impl Xds {
                 what("memory without resources");
                 let empty = {
                     let mut plane = Plane::start(&nothing)?;
+                    let prepared = plane.prepare()?;
                     let node = Node::start(kind, program, &plane)?;
-                    plane.serve_start(&node)?;
+                    plane.serve_start(&node, prepared)?;
                     sleep(SETTLE);
                     process::rss(node.pid())?
                 };
@@ -244,9 +245,10 @@ impl Round<'_> {
         note: &mut dyn FnMut(Metric, f64),
     ) -> Result<()> {
         what("start");
+        let prepared = self.plane.prepare()?;
         let started = Instant::now();
         let node = Node::start(self.kind, program, &self.plane)?;
-        self.plane.serve_start(&node)?;
+        self.plane.serve_start(&node, prepared)?;
         note(Metric::Ready, started.elapsed().as_secs_f64());
         note(Metric::ReadyCpu, process::cpu_ns(node.pid())? as f64 / 1e9);
         sleep(SETTLE);
@@ -275,9 +277,10 @@ impl Round<'_> {
         sleep(Duration::from_secs(2));
         let quiet = load.finish()?.quantile(0.99);
         what("everything changes");
+        let prepared = self.plane.prepare_change()?;
         let load = Load::requests(node.echo(), REQUEST_CONNECTIONS)?;
         let (before, begun) = (process::cpu_ns(node.pid())?, Instant::now());
-        self.plane.change_everything()?;
+        self.plane.change_everything(prepared)?;
         note(Metric::PushTime, begun.elapsed().as_secs_f64());
         note(Metric::PushCpu, (process::cpu_ns(node.pid())? - before) as f64 / 1e9);
         let pushed = load.finish()?.quantile(0.99);

@@ -176,5 +176,7 @@ fn host(
         );
         return None;
     }
-    Some((address, Arc::from(hostname)))
+    // An empty one is shared, not allocated.
+    let hostname = if hostname.is_empty() { Arc::default() } else { Arc::from(hostname) };
+    Some((address, hostname))
 }

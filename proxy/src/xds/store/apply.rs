@@ -141,7 +141,7 @@ impl Store {
         match key.kind {
             Kind::Cluster | Kind::Listener => {
                 let record = tables.kind(key.kind).and_then(|table| table.records.get(name));
-                let latest = record.and_then(|record| record.warming.as_ref().or(record.active.as_ref()));
+                let latest = record.and_then(|record| record.warming.as_deref().or(record.active.as_ref()));
                 latest.is_some_and(|latest| *latest.body == *body)
             }
             Kind::ClusterLoadAssignment => {

@@ -142,6 +142,7 @@ pub(super) fn check<M: Named>(
     }
     let mut contents = Contents { checked: Vec::with_capacity(resources.len()), unchanged: Vec::new() };
     let mut seen = HashSet::new();
+    let of_all = Arc::<str>::from(version);
     let mut spoilt = Rejections::default();
     for resource in resources {
         let Resource { name: wrapper_name, version: own, body, unknown_fields } = resource;
@@ -186,8 +187,8 @@ pub(super) fn check<M: Named>(
             spoilt.refuse(Arc::clone(&name), "duplicate resource: the name is there twice in one response");
             continue;
         }
-        let version = if own.is_empty() { version } else { &own };
-        let held = Held { version: version.into(), body: body.value.into(), at: SystemTime::now(), stale };
+        let version = if own.is_empty() { Arc::clone(&of_all) } else { own.into() };
+        let held = Held { version, body: body.value.into(), at: SystemTime::now(), stale };
         contents.checked.push(Checked { name, wrapper_name, valid, held, unknown_fields });
     }
     if spoilt.is_empty() { Ok((contents, rejections)) } else { Err(spoilt.all()) }

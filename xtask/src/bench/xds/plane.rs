@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use prost::Message;
+use prost::Message as _;
 use tidegate_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use tidegate_tests::control_plane::{ControlPlane, Kind, Method, Stream, delta_response, resource, wrapped};
 use tidegate_tests::load::Server;
@@ -22,6 +22,18 @@ const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Between two changes of the probe's endpoint.
 const PAUSE: Duration = Duration::from_millis(3);
+
+/// Responses that are encoded already.
+pub(super) type Prepared = BTreeMap<Kind, Message>;
+
+/// One of them.
+#[derive(Debug)]
+pub(super) struct Message {
+    nonce: u64,
+    /// Resources in it.
+    count: usize,
+    message: Vec<u8>,
+}
 
 /// Serves a [`World`] to one proxy.
 #[derive(Debug)]
@@ -62,17 +74,30 @@ impl<'w> Plane<'w> {
         self.echo.address()
     }
 
+    /// Gets ready for [`Plane::serve_start`]: encodes what the proxy will ask for.
+    pub(super) fn prepare(&mut self) -> Result<Prepared> {
+        let kinds = [Kind::Cluster, Kind::Endpoints, Kind::Listener];
+        kinds
+            .into_iter()
+            .map(|kind| {
+                let mut resources = self.world.resources(kind, self.generation)?;
+                if kind == Kind::Endpoints {
+                    resources.push(self.probe("start")?);
+                }
+                let count = resources.len();
+                let (nonce, message) = self.encode(kind, resources);
+                Ok((kind, Message { nonce, count, message }))
+            })
+            .collect()
+    }
+
     /// Answers what a proxy asks for at its start, until it says that it is ready.
-    pub(super) fn serve_start(&mut self, node: &Node) -> Result<()> {
-        // What the proxy will ask for is encoded before it asks.
-        let encoded = [Kind::Cluster, Kind::Endpoints, Kind::Listener]
-            .map(|kind| Ok::<_, anyhow::Error>((kind, self.world.resources(kind, 0)?)));
-        let mut encoded = encoded.into_iter().collect::<Result<BTreeMap<_, _>>>()?;
+    pub(super) fn serve_start(&mut self, node: &Node, mut prepared: Prepared) -> Result<()> {
         let begun = Instant::now();
         self.stream = Some(self.server.stream(Method::DELTA_ADS)?);
         while !self.accepted.contains_key(&Kind::Listener) {
             let request = self.request().with_context(|| node.log())?;
-            self.answer(&request, &mut encoded)?;
+            self.answer(&request, &mut prepared)?;
         }
         while !node.is_ready() {
             ensure!(begun.elapsed() < PATIENCE, "not ready after {PATIENCE:?}; {}", node.log());
@@ -106,16 +131,20 @@ impl<'w> Plane<'w> {
         })
     }
 
-    /// Sends every resource again, changed; until the proxy has accepted all of them.
-    pub(super) fn change_everything(&mut self) -> Result<()> {
+    /// Every resource, changed.
+    pub(super) fn prepare_change(&mut self) -> Result<Prepared> {
         self.generation += 1;
-        let mut nonces = Vec::new();
+        self.prepare()
+    }
+
+    /// Sends everything at once; until the proxy has accepted it.
+    pub(super) fn change_everything(&mut self, prepared: Prepared) -> Result<()> {
+        let stream = self.stream.as_ref().context("no stream")?;
         for kind in [Kind::Cluster, Kind::Endpoints, Kind::Listener] {
-            let resources = self.world.resources(kind, self.generation)?;
-            nonces.push((kind, self.send(kind, resources)?));
+            stream.send_message(&prepared[&kind].message);
         }
-        for (kind, nonce) in nonces {
-            self.acknowledged(kind, nonce)?;
+        for (kind, message) in prepared {
+            self.acknowledged(kind, message.nonce)?;
         }
         Ok(())
     }
@@ -127,17 +156,13 @@ impl<'w> Plane<'w> {
     fn acknowledged(&mut self, kind: Kind, nonce: u64) -> Result<()> {
         while self.accepted.get(&kind).is_none_or(|accepted| *accepted < nonce) {
             let request = self.request()?;
-            self.answer(&request, &mut BTreeMap::new())?;
+            self.answer(&request, &mut Prepared::new())?;
         }
         Ok(())
     }
 
-    /// Notes an ACK; sends what is asked for. `encoded`: what is ready to be sent.
-    fn answer(
-        &mut self,
-        request: &DeltaDiscoveryRequest,
-        encoded: &mut BTreeMap<Kind, Vec<Resource>>,
-    ) -> Result<()> {
+    /// Notes an ACK; sends what is asked for.
+    fn answer(&mut self, request: &DeltaDiscoveryRequest, prepared: &mut Prepared) -> Result<()> {
         let Some(kind) = Kind::of(&request.type_url) else { bail!("a request for {:?}", request.type_url) };
         if let Some(error) = &request.error_detail {
             bail!("{kind:?} rejected: {}", error.message);
@@ -146,20 +171,21 @@ impl<'w> Plane<'w> {
             self.accepted.insert(kind, nonce);
             return Ok(());
         }
-        let resources = match (kind, encoded.remove(&kind)) {
-            (Kind::Endpoints, _) if request.resource_names_subscribe.is_empty() => return Ok(()),
-            (Kind::Endpoints, ready) => self.endpoints(&request.resource_names_subscribe, ready)?,
-            (_, Some(resources)) => resources,
-            (_, None) => return Ok(()),
-        };
-        self.send(kind, resources).map(drop)
+        let wanted = &request.resource_names_subscribe;
+        match prepared.remove(&kind) {
+            Some(ready) if kind != Kind::Endpoints || ready.count == wanted.len() => {
+                self.stream.as_ref().context("no stream")?.send_message(&ready.message);
+            }
+            _ if kind == Kind::Endpoints && !wanted.is_empty() => {
+                let resources = self.endpoints(wanted)?;
+                self.send(kind, resources)?;
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
-    fn endpoints(&self, names: &[String], ready: Option<Vec<Resource>>) -> Result<Vec<Resource>> {
-        if let Some(mut all) = ready.filter(|all| all.len() + 1 == names.len()) {
-            all.push(self.probe("start")?);
-            return Ok(all);
-        }
+    fn endpoints(&self, names: &[String]) -> Result<Vec<Resource>> {
         let mut resources = Vec::with_capacity(names.len());
         for name in names {
             if name == PROBE {
@@ -177,10 +203,16 @@ impl<'w> Plane<'w> {
     }
 
     fn send(&mut self, kind: Kind, resources: Vec<Resource>) -> Result<u64> {
+        let (nonce, message) = self.encode(kind, resources);
+        self.stream.as_ref().context("no stream")?.send_message(&message);
+        Ok(nonce)
+    }
+
+    fn encode(&mut self, kind: Kind, resources: Vec<Resource>) -> (u64, Vec<u8>) {
         self.nonce += 1;
-        let response: DeltaDiscoveryResponse = delta_response(kind, &self.nonce.to_string(), resources, &[]);
-        self.stream.as_ref().context("no stream")?.send_message(&response.encode_to_vec());
-        Ok(self.nonce)
+        let response: DeltaDiscoveryResponse =
+            delta_response(kind, &self.nonce.to_string(), resources, &[]);
+        (self.nonce, response.encode_to_vec())
     }
 }
 

@@ -3,8 +3,10 @@
 use anyhow::{Context, Result};
 use serde_json::json;
 use tidegate_api::cluster::Cluster;
+use tidegate_api::core::address::Address;
 use tidegate_api::discovery::Resource;
-use tidegate_api::endpoint::ClusterLoadAssignment;
+use tidegate_api::endpoint::lb_endpoint::HostIdentifier;
+use tidegate_api::endpoint::{ClusterLoadAssignment, LbEndpoint};
 use tidegate_api::listener::Listener;
 use tidegate_tests::config::tcp_proxy;
 use tidegate_tests::control_plane::{Kind, resource, wrapped};
@@ -45,7 +47,7 @@ impl World {
     }
 
     /// Every cluster of this generation, and the probe's, which stays as it is.
-    pub(super) fn clusters(&self, generation: u32) -> Result<Vec<Resource>> {
+    fn clusters(&self, generation: u32) -> Vec<Resource> {
         let mut probe = self.cluster.clone();
         PROBE.clone_into(&mut probe.name);
         let mut clusters = vec![wrapped("1", &probe)];
@@ -55,11 +57,11 @@ impl World {
             cluster.connect_timeout.get_or_insert_default().seconds = 2 + i64::from(generation);
             clusters.push(wrapped(&generation.to_string(), &cluster));
         }
-        Ok(clusters)
+        clusters
     }
 
     /// Every listener of this generation.
-    pub(super) fn listeners(&self, generation: u32) -> Result<Vec<Resource>> {
+    fn listeners(&self, generation: u32) -> Result<Vec<Resource>> {
         (0..self.pairs)
             .map(|number| {
                 let address = format!("10.{}.{}.{}", 1 + (number >> 16), number >> 8 & 0xff, number & 0xff);
@@ -92,14 +94,15 @@ impl World {
     }
 
     /// All of them.
-    pub(super) fn all_endpoints(&self, generation: u32) -> Result<Vec<Resource>> {
+    fn all_endpoints(&self, generation: u32) -> Result<Vec<Resource>> {
         let each = (0..self.pairs).map(|number| self.endpoints(&name(number), generation));
         each.filter_map(Result::transpose).collect()
     }
 
+    /// Everything of one kind; endpoints without the probe's.
     pub(super) fn resources(&self, kind: Kind, generation: u32) -> Result<Vec<Resource>> {
         match kind {
-            Kind::Cluster => self.clusters(generation),
+            Kind::Cluster => Ok(self.clusters(generation)),
             Kind::Listener => self.listeners(generation),
             Kind::Endpoints => self.all_endpoints(generation),
             _ => Ok(Vec::new()),
@@ -115,9 +118,6 @@ fn number(name: &str) -> Option<u32> {
     name.strip_prefix("outbound|80||service-")?.split('.').next()?.parse().ok()
 }
 
-use tidegate_api::core::address::Address;
-use tidegate_api::endpoint::lb_endpoint::HostIdentifier;
-
 fn set_address(listener: &mut Listener, ip: &str) -> Result<()> {
     match listener.address.as_mut().and_then(|address| address.address.as_mut()) {
         Some(Address::SocketAddress(address)) => ip.clone_into(&mut address.address),
@@ -126,7 +126,7 @@ fn set_address(listener: &mut Listener, ip: &str) -> Result<()> {
     Ok(())
 }
 
-fn set_endpoint(host: &mut tidegate_api::endpoint::LbEndpoint, ip: &str) -> Result<()> {
+fn set_endpoint(host: &mut LbEndpoint, ip: &str) -> Result<()> {
     let Some(HostIdentifier::Endpoint(endpoint)) = &mut host.host_identifier else {
         anyhow::bail!("no endpoint")
     };
