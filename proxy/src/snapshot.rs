@@ -29,8 +29,12 @@ impl Snapshot {
     /// Of these.
     pub fn build(listeners: Vec<Arc<Listener>>, clusters: Vec<Arc<Cluster>>) -> Self {
         let mut snapshot = Self::default();
-        listeners.into_iter().for_each(|listener| snapshot.set_listener(listener));
-        clusters.into_iter().for_each(|cluster| snapshot.set_cluster(cluster));
+        for listener in listeners {
+            snapshot.set_listener(listener);
+        }
+        for cluster in clusters {
+            snapshot.set_cluster(cluster);
+        }
         snapshot
     }
 
@@ -73,7 +77,9 @@ impl Snapshot {
     /// With listeners that are gone or have moved: they still own addresses that nobody else has.
     #[must_use]
     pub fn with_lingering(mut self, lingering: &[Arc<Listener>]) -> Self {
-        lingering.iter().for_each(|listener| self.own(listener));
+        for listener in lingering {
+            self.own(listener);
+        }
         self
     }
 

@@ -164,7 +164,9 @@ fn dynamic_listeners(tables: &All) -> Vec<Value> {
     let dump = |(name, record): (&Arc<str>, &Record)| {
         let mut fields = Map::new();
         fields.insert("name".into(), (**name).into());
-        for (field, held) in [("active_state", record.active.as_ref()), ("warming_state", record.warming.as_deref())] {
+        for (field, held) in
+            [("active_state", record.active.as_ref()), ("warming_state", record.warming.as_deref())]
+        {
             if let Some(held) = held {
                 fields.insert(field.into(), state(Kind::Listener, held, "listener").into());
             }

@@ -224,8 +224,7 @@ fn each<T, R>(
 ) -> Vec<R> {
     let path = path.field(field);
     let items = items.into_iter().enumerate();
-    let mut converted: Vec<_> =
-        items.filter_map(|(index, item)| convert(item, &path.index(index))).collect();
+    let mut converted: Vec<_> = items.filter_map(|(index, item)| convert(item, &path.index(index))).collect();
     // Collected in place, it has the memory of the messages, which are several times as large.
     converted.shrink_to_fit();
     converted

@@ -11,7 +11,7 @@ mod world;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -127,8 +127,13 @@ impl Metric {
             Self::Ready | Self::ReadyCpu | Self::PushTime | Self::PushCpu => "s",
             Self::RssStart => "MiB",
             Self::RssPerPair => "KiB",
-            Self::AckMedian | Self::AckTail | Self::EffectMedian | Self::EffectTail | Self::UpdateCpu => "ms",
-            Self::QuietTail | Self::PushTail => "ms",
+            Self::AckMedian
+            | Self::AckTail
+            | Self::EffectMedian
+            | Self::EffectTail
+            | Self::UpdateCpu
+            | Self::QuietTail
+            | Self::PushTail => "ms",
             Self::Dent => "",
         }
     }
@@ -198,7 +203,7 @@ impl Xds {
         if self.quick { 100 } else { 300 }
     }
 
-    fn measure(&self, kinds: &[Kind], rounds: u32, tidegate: &PathBuf, envoy: &PathBuf) -> Result<Samples> {
+    fn measure(&self, kinds: &[Kind], rounds: u32, tidegate: &Path, envoy: &Path) -> Result<Samples> {
         let mut samples = Samples::new();
         let world = World::new(self.pairs, self.endpoints)?;
         let nothing = World::new(0, 0)?;
@@ -238,7 +243,7 @@ struct Round<'w> {
 impl Round<'_> {
     fn run(
         &mut self,
-        program: &PathBuf,
+        program: &Path,
         pairs: u32,
         empty: u64,
         what: &dyn Fn(&str),
@@ -256,7 +261,7 @@ impl Round<'_> {
         note(Metric::RssPerPair, taken as f64 / 1024.0 / f64::from(pairs));
 
         what("one endpoint");
-        let live = load::idle(node.echo(), LIVE_CONNECTIONS).context("live connections")?;
+        let live = load::idle(node.echo, LIVE_CONNECTIONS).context("live connections")?;
         let (mut ack, mut effect) = (Latencies::new(), Latencies::new());
         let before = process::cpu_ns(node.pid())?;
         for number in 0..self.updates {
@@ -273,12 +278,12 @@ impl Round<'_> {
         note(Metric::EffectTail, milliseconds(effect.quantile(0.99)));
 
         what("requests");
-        let load = Load::requests(node.echo(), REQUEST_CONNECTIONS)?;
+        let load = Load::requests(node.echo, REQUEST_CONNECTIONS)?;
         sleep(Duration::from_secs(2));
         let quiet = load.finish()?.quantile(0.99);
         what("everything changes");
         let prepared = self.plane.prepare_change()?;
-        let load = Load::requests(node.echo(), REQUEST_CONNECTIONS)?;
+        let load = Load::requests(node.echo, REQUEST_CONNECTIONS)?;
         let (before, begun) = (process::cpu_ns(node.pid())?, Instant::now());
         self.plane.change_everything(prepared)?;
         note(Metric::PushTime, begun.elapsed().as_secs_f64());

@@ -38,6 +38,11 @@ impl Kind {
 pub(super) struct Node {
     child: Child,
     dir: TempDir,
+    /// Its listener that leads to the echo server.
+    pub(super) echo: SocketAddr,
+    /// Its listener that leads to the cluster whose endpoint moves.
+    pub(super) probe: SocketAddr,
+    admin: Admin,
 }
 
 impl Node {
@@ -59,26 +64,16 @@ impl Node {
             .stderr(log)
             .spawn()
             .with_context(|| format!("run {}", program.display()))?;
-        Ok(Self { child, dir })
+        let admin = Admin { address: address(2), netns: None };
+        Ok(Self { child, dir, echo: address(0), probe: address(1), admin })
     }
 
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Its listener that leads to the echo server.
-    pub(super) fn echo(&self) -> SocketAddr {
-        address(0)
-    }
-
-    /// Its listener that leads to the cluster whose endpoint moves.
-    pub(super) fn probe(&self) -> SocketAddr {
-        address(1)
-    }
-
     pub(super) fn is_ready(&self) -> bool {
-        let admin = Admin { address: address(2), netns: None };
-        admin.read("/ready").is_ok_and(|response| response.status == 200)
+        self.admin.read("/ready").is_ok_and(|response| response.status == 200)
     }
 
     /// The end of its output, for errors.

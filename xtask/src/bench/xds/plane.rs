@@ -18,7 +18,7 @@ use super::node::Node;
 use super::world::{PROBE, World};
 
 /// How long a proxy may take for anything.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Between two changes of the probe's endpoint.
 const PAUSE: Duration = Duration::from_millis(3);
@@ -113,7 +113,7 @@ impl<'w> Plane<'w> {
         self.at = 1 - self.at;
         let wanted = self.marks[self.at].mark;
         let resource = self.probe(&format!("move-{number}"))?;
-        let probe = node.probe();
+        let probe = node.probe;
         thread::scope(|scope| {
             let begun = Instant::now();
             let effective = scope.spawn(move || {
@@ -210,8 +210,7 @@ impl<'w> Plane<'w> {
 
     fn encode(&mut self, kind: Kind, resources: Vec<Resource>) -> (u64, Vec<u8>) {
         self.nonce += 1;
-        let response: DeltaDiscoveryResponse =
-            delta_response(kind, &self.nonce.to_string(), resources, &[]);
+        let response: DeltaDiscoveryResponse = delta_response(kind, &self.nonce.to_string(), resources, &[]);
         (self.nonce, response.encode_to_vec())
     }
 }

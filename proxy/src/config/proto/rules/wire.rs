@@ -212,7 +212,7 @@ impl Known {
 impl Field {
     fn of(descriptor: &FieldDescriptor, rules: Option<&FieldRules>) -> Self {
         let kind = match descriptor.kind() {
-            Kind::Message(entry) if descriptor.is_map() => FieldKind::Map(Self::map(&entry, rules)),
+            Kind::Message(entry) if descriptor.is_map() => FieldKind::Map(Box::new(Self::map(&entry, rules))),
             Kind::Message(message) => {
                 FieldKind::Message(MessageRef { name: message.full_name().into(), found: OnceLock::new() })
             }
@@ -239,15 +239,15 @@ impl Field {
         Self { number: descriptor.number(), repeated, kind, rules: rules.cloned().map(Box::new) }
     }
 
-    fn map(entry: &MessageDescriptor, rules: Option<&FieldRules>) -> Box<[Self; 2]> {
+    fn map(entry: &MessageDescriptor, rules: Option<&FieldRules>) -> [Self; 2] {
         let rules = match rules.and_then(|rules| rules.r#type.as_ref()) {
             Some(Type::Map(rules)) => Some(rules),
             _ => None,
         };
-        Box::new([
+        [
             Self::of(&entry.map_entry_key_field(), rules.and_then(|rules| rules.keys.as_deref())),
             Self::of(&entry.map_entry_value_field(), rules.and_then(|rules| rules.values.as_deref())),
-        ])
+        ]
     }
 
     /// Whether it breaks a rule that it is not there.
@@ -600,7 +600,12 @@ mod tests {
             Cluster { load_assignment: Some(ClusterLoadAssignment::default()), ..sound.clone() },
         ];
         let mut unnamed = sound.clone();
-        unnamed.metadata.as_mut().unwrap().filter_metadata.insert(String::new(), Default::default());
+        unnamed
+            .metadata
+            .as_mut()
+            .unwrap()
+            .filter_metadata
+            .insert(String::new(), tidegate_api::wkt::Struct::default());
         cases.push(unnamed);
         for case in cases {
             let bytes = case.encode_to_vec();
