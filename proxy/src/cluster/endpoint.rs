@@ -8,9 +8,7 @@ use super::host::HostRegistry;
 pub use super::host::{HealthFlag, Host};
 use super::priority::{Availability, Loads};
 use crate::addr::EndpointAddr;
-use crate::config::endpoint::{
-    ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, Locality, LocalityLbEndpoints,
-};
+use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress, HealthStatus, Locality};
 
 /// One entry of a host set: a host and what the configuration says of it.
 #[derive(Clone, Debug)]
@@ -21,8 +19,8 @@ pub struct Endpoint {
     pub hostname: Arc<str>,
     /// Load balancing weight, at least 1.
     pub weight: u32,
-    /// Where it is.
-    pub locality: Locality,
+    /// Where it is. Shared by the endpoints of a locality.
+    pub locality: Arc<Locality>,
     /// 0 is the highest.
     pub priority: u32,
     /// As the control plane sees it.
@@ -213,38 +211,29 @@ pub(super) fn endpoints_of<'a>(
     let mut out = Vec::new();
     let mut seen = HashSet::new();
     for group in &assignment.localities {
+        let locality = Arc::new(group.locality.clone());
         for endpoint in &group.endpoints {
             let (addresses, name) = match &endpoint.address {
                 EndpointAddress::Ip(address) if resolved => (vec![*address], address.ip().to_string().into()),
-                EndpointAddress::Ip(address) => (vec![*address], "".into()),
+                EndpointAddress::Ip(address) => (vec![*address], Arc::default()),
                 EndpointAddress::Name(name, port) => (resolve(name, *port), Arc::clone(name)),
             };
             let hostname = if endpoint.hostname.is_empty() { name } else { Arc::clone(&endpoint.hostname) };
             for address in addresses {
                 if !resolved || seen.insert((group.priority, address)) {
-                    out.push(endpoint_at(address, Arc::clone(&hostname), endpoint, group, registry));
+                    out.push(Endpoint {
+                        host: registry.host(EndpointAddr(address)),
+                        hostname: Arc::clone(&hostname),
+                        weight: endpoint.load_balancing_weight.max(1),
+                        locality: Arc::clone(&locality),
+                        priority: group.priority,
+                        health_status: endpoint.health_status,
+                    });
                 }
             }
         }
     }
     out
-}
-
-fn endpoint_at(
-    address: SocketAddr,
-    hostname: Arc<str>,
-    endpoint: &LbEndpoint,
-    group: &LocalityLbEndpoints,
-    registry: &HostRegistry,
-) -> Endpoint {
-    Endpoint {
-        host: registry.host(EndpointAddr(address)),
-        hostname,
-        weight: endpoint.load_balancing_weight.max(1),
-        locality: group.locality.clone(),
-        priority: group.priority,
-        health_status: endpoint.health_status,
-    }
 }
 
 #[cfg(test)]
@@ -256,7 +245,7 @@ pub(super) mod tests {
             host: registry.host(EndpointAddr(([127, 0, 0, 1], port).into())),
             hostname: "".into(),
             weight,
-            locality: Locality::default(),
+            locality: Arc::default(),
             priority,
             health_status: HealthStatus::Unknown,
         }

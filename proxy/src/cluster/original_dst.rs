@@ -10,7 +10,7 @@ use super::Cluster;
 use super::endpoint::Endpoint;
 use super::host::HostRegistry;
 use crate::addr::{EndpointAddr, OriginalDst};
-use crate::config::endpoint::{HealthStatus, Locality};
+use crate::config::endpoint::HealthStatus;
 
 /// The hosts of one ORIGINAL_DST cluster. Workers ask it only for destinations that they don't know yet.
 #[derive(Debug, Default)]
@@ -36,7 +36,7 @@ impl OriginalDstHosts {
             host: registry.fresh(EndpointAddr(destination.0)),
             hostname: format!("{cluster}{destination}").into(),
             weight: 1,
-            locality: Locality::default(),
+            locality: Arc::default(),
             priority: 0,
             health_status: HealthStatus::Unknown,
         });

@@ -65,6 +65,19 @@ pub fn check<M: Message + Name + Default>(body: &Any, label: &Arc<str>) -> Resul
     }
 }
 
+/// Decodes a resource of which it is known that it follows the rules.
+///
+/// # Errors
+/// The bytes are no such message after all.
+pub fn decode<M: Message + Name + Default>(bytes: &[u8], label: &Arc<str>) -> Result<Valid<M>, ConfigError> {
+    let malformed = |error| {
+        let reason = super::error::Reason::Invalid(format!("not a valid {}: {error}", M::full_name()));
+        SourceMap::unplaced(Arc::clone(label)).problem(&FieldPath::ROOT, reason)
+    };
+    let message = M::decode(bytes).map_err(malformed)?;
+    Ok(Valid { message, unknown_fields: Vec::new(), nested: Vec::new() })
+}
+
 /// Converts with the rules that a static configuration has too.
 fn convert<M, T>(
     valid: Valid<M>,

@@ -287,7 +287,7 @@ pub fn check_encoded<M: Message + Name + Default>(
         problem(String::new(), Reason::Invalid(format!("not a valid {type_name}: {error}")))
     };
     let message = M::decode(bytes).map_err(malformed)?;
-    if rules::wire::holds(&M::full_name(), bytes) {
+    if holds::<M>(bytes) {
         return Ok(Checked { message, broken: Vec::new(), nested: Vec::new(), unknown_fields: Vec::new() });
     }
     let dynamic = DynamicMessage::decode(schema_of::<M>()?.descriptor.clone(), bytes).map_err(malformed)?;
@@ -304,6 +304,12 @@ pub fn check_encoded<M: Message + Name + Default>(
         }
     });
     Ok(Checked { message, broken, nested, unknown_fields })
+}
+
+/// Whether an encoded message certainly follows every rule of Envoy's API and has no unknown field: [`check_encoded`] would
+/// find nothing. Takes a fraction of its time, and no memory.
+pub fn holds<M: Name>(bytes: &[u8]) -> bool {
+    rules::wire::holds(&M::full_name(), bytes)
 }
 
 /// The string in a field of an encoded message, which is not decoded for it.

@@ -97,7 +97,7 @@ fn locality_lb_endpoints(
     };
     let core::Locality { region, zone, sub_zone } = locality.unwrap_or_default();
     LocalityLbEndpoints {
-        locality: Locality { region: region.into(), zone: zone.into(), sub_zone: sub_zone.into() },
+        locality: Locality { region: shared(region), zone: shared(zone), sub_zone: shared(sub_zone) },
         priority,
         load_balancing_weight,
         endpoints,
@@ -176,7 +176,10 @@ fn host(
         );
         return None;
     }
-    // An empty one is shared, not allocated.
-    let hostname = if hostname.is_empty() { Arc::default() } else { Arc::from(hostname) };
-    Some((address, hostname))
+    Some((address, shared(hostname)))
+}
+
+/// There are many empty ones, for which nothing needs to be allocated.
+fn shared(text: String) -> Arc<str> {
+    if text.is_empty() { Arc::default() } else { text.into() }
 }

@@ -8,10 +8,10 @@ use tidegate_api::{
 };
 
 use super::clusters::{self, Origin};
-use super::response::{self, Checked, Contents, Rejections};
+use super::response::{self, Checked, Contents, Decoded, Rejections};
 use super::{Deadline, Fetch, Store, UnknownFields, listeners};
-use crate::config::config_source::Source;
-use crate::config::dynamic::{self, Surroundings, Valid};
+use crate::config::config_source::{ConfigSource, Source};
+use crate::config::dynamic::{self, Surroundings};
 use crate::config::error::ConfigError;
 use crate::xds::tables::{All, Held};
 use crate::xds::{Change, Key, Kind, Resource, Unreadable, Update, Verdict, Wanted};
@@ -157,7 +157,7 @@ impl Store {
     }
 
     /// Counts fields that nobody knows here. Returns the resources that may have theirs.
-    pub(super) fn note_unknown_fields<M>(
+    pub(super) fn note_unknown_fields<M: response::Named>(
         &self,
         kind: Kind,
         checked: Vec<Checked<M>>,
@@ -165,7 +165,7 @@ impl Store {
     ) -> Vec<Checked<M>> {
         let mut kept = Vec::with_capacity(checked.len());
         for resource in checked {
-            let nameless = resource.valid.unknown_fields.iter().map(ToString::to_string);
+            let nameless = resource.message.unknown_fields().iter().map(ToString::to_string);
             let problems: Vec<String> = nameless.chain(resource.unknown_fields.iter().cloned()).collect();
             self.stats.server().dynamic_unknown_fields().add(problems.len() as u64);
             match self.unknown_fields {
@@ -194,10 +194,10 @@ impl Store {
     ) {
         let gone = absent.gone(&contents, rejections, || self.clusters.dynamic());
         for resource in contents.checked {
-            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            let Checked { name, wrapper_name, message, held, .. } = resource;
             let content = content(&held);
             let label = response::label(Kind::Cluster, &name);
-            match dynamic::cluster(valid, &label) {
+            match message.get(&held, &label).and_then(|valid| dynamic::cluster(valid, &label)) {
                 Ok(converted) => {
                     let added = self.add_cluster(converted.value, content, Origin::Dynamic);
                     let stats = self.stats.cluster_manager();
@@ -251,8 +251,8 @@ impl Store {
             }
         }
         for resource in contents.checked {
-            let Checked { name, wrapper_name, valid, held, .. } = resource;
-            if let Err(error) = self.add_listener(&name, valid, &held) {
+            let Checked { name, wrapper_name, message, held, .. } = resource;
+            if let Err(error) = self.add_listener(&name, message, &held) {
                 self.stats.listener_manager().listener_create_failure().inc();
                 self.refuse(Kind::Listener, &name, wrapper_name, &held, &why(&error), rejections);
             }
@@ -263,13 +263,13 @@ impl Store {
     pub(super) fn add_listener(
         &mut self,
         name: &Arc<str>,
-        valid: Valid<listener_api::Listener>,
+        message: Decoded<listener_api::Listener>,
         held: &Held,
     ) -> anyhow::Result<()> {
         let label = response::label(Kind::Listener, name);
         let clusters = &self.clusters;
         let around = Surroundings { is_cluster: &|name| clusters.contains(name), runtime: &self.runtime };
-        let converted = dynamic::listener(valid, &label, &around)?;
+        let converted = dynamic::listener(message.get(held, &label)?, &label, &around)?;
         let config = Arc::new(converted.value);
         let added = self.listeners.add(&config, content(held), Origin::Dynamic)?;
         let stats = self.stats.listener_manager();
@@ -314,14 +314,17 @@ impl Store {
             }
         }
         for resource in contents.checked {
-            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            let Checked { name, wrapper_name, message, held, .. } = resource;
             let id = (source.clone(), Arc::clone(&name));
             let Some(assignment) = self.assignments.get_mut(&id) else { continue }; // nobody asked for it
             let before = assignment.known.replace(Arc::clone(&held.body));
             let users = assignment.users.clone();
-            let failed =
-                users.iter().find_map(|user| self.apply_assignment(user, source, &name, &valid).err());
-            if let Some(error) = failed {
+            let label = response::label(Kind::ClusterLoadAssignment, &name);
+            let valid = message.get(&held, &label).map_err(|error| response::reason(&error));
+            let applied = valid.and_then(|valid| {
+                users.iter().try_for_each(|user| self.apply_assignment(user, source, &name, &valid))
+            });
+            if let Err(error) = applied {
                 if let Some(assignment) = self.assignments.get_mut(&id) {
                     assignment.known = before;
                 }
@@ -342,18 +345,11 @@ impl Store {
         rejections: &mut Rejections,
     ) {
         for resource in checked {
-            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            let Checked { name, wrapper_name, message, held, .. } = resource;
             if !self.routes.wants(source, &name) {
                 continue;
             }
-            let label = response::label(Kind::RouteConfiguration, &name);
-            let vhds = valid.message.vhds.as_ref().and_then(|vhds| vhds.config_source.clone());
-            let updated = vhds
-                .map(|vhds| dynamic::config_source(vhds, &label))
-                .transpose()
-                .map_err(anyhow::Error::from)
-                .and_then(|vhds| self.routes.update(source, &name, valid).map(|_| vhds));
-            match updated {
+            match self.update_route(source, &name, message, &held) {
                 Ok(vhds) => {
                     let mut tables = self.tables.lock();
                     let table = tables.kind_mut(Kind::RouteConfiguration);
@@ -375,6 +371,22 @@ impl Store {
         }
     }
 
+    /// Returns where its virtual hosts come from, if not with it.
+    fn update_route(
+        &mut self,
+        source: &Source,
+        name: &Arc<str>,
+        message: Decoded<route_api::RouteConfiguration>,
+        held: &Held,
+    ) -> anyhow::Result<Option<ConfigSource>> {
+        let label = response::label(Kind::RouteConfiguration, name);
+        let valid = message.get(held, &label)?;
+        let vhds = valid.message.vhds.as_ref().and_then(|vhds| vhds.config_source.clone());
+        let vhds = vhds.map(|vhds| dynamic::config_source(vhds, &label)).transpose()?;
+        self.routes.update(source, name, valid)?;
+        Ok(vhds)
+    }
+
     pub(super) fn apply_hosts(
         &mut self,
         checked: Vec<Checked<route_api::VirtualHost>>,
@@ -389,10 +401,16 @@ impl Store {
         let table = tables.kind_mut(Kind::VirtualHost);
         let mut added = Vec::new();
         for resource in checked {
-            let name = resource.wrapper_name.unwrap_or(resource.name);
-            table.accept(&name, resource.held);
-            table.activate(&name);
-            added.push((name, resource.valid.message));
+            let Checked { name, wrapper_name, message, held, .. } = resource;
+            let name = wrapper_name.unwrap_or(name);
+            match message.get(&held, &response::label(Kind::VirtualHost, &name)) {
+                Ok(valid) => {
+                    table.accept(&name, held);
+                    table.activate(&name);
+                    added.push((name, valid.message));
+                }
+                Err(error) => rejections.refuse(name, response::reason(&error)),
+            }
         }
         for name in &removed {
             table.remove(name);

@@ -67,6 +67,7 @@ impl Store {
         let assignment = self.assignments.entry(id).or_default();
         let first = assignment.users.is_empty();
         if !assignment.users.contains(cluster) {
+            assignment.users.reserve_exact(1); // there are seldom two
             assignment.users.push(Arc::clone(cluster));
         }
         if let Some(body) = assignment.known.clone() {

@@ -45,10 +45,36 @@ pub(super) struct Checked<M> {
     pub(super) name: Arc<str>,
     /// The name in the wrapper, by which delta servers know it.
     pub(super) wrapper_name: Option<Arc<str>>,
-    pub(super) valid: Valid<M>,
+    pub(super) message: Decoded<M>,
     pub(super) held: Held,
     /// Of JSON and YAML.
     pub(super) unknown_fields: Vec<String>,
+}
+
+/// The message of a resource.
+pub(super) enum Decoded<M> {
+    /// There is something to say of it.
+    Now(Valid<M>),
+    /// It follows every rule. Decoded when it is applied: as messages, a large response takes many times its size.
+    Later,
+}
+
+impl<M: Named> Decoded<M> {
+    /// Fields that nobody knows here.
+    pub(super) fn unknown_fields(&self) -> &[Problem] {
+        match self {
+            Self::Now(valid) => &valid.unknown_fields,
+            Self::Later => &[],
+        }
+    }
+
+    /// The message, of this resource.
+    pub(super) fn get(self, held: &Held, label: &Arc<str>) -> Result<Valid<M>, ConfigError> {
+        match self {
+            Self::Now(valid) => Ok(valid),
+            Self::Later => dynamic::decode(&held.body, label),
+        }
+    }
 }
 
 /// The resources of a response, as far as they could be read.
@@ -156,15 +182,23 @@ pub(super) fn check<M: Named>(
                 continue;
             }
         }
-        let label = label(kind, wrapper_name.as_deref().unwrap_or("(unnamed)"));
-        let valid = match dynamic::check::<M>(&body, &label) {
-            Ok(valid) => valid,
-            Err(error) => {
-                spoilt.refuse(wrapper_name.unwrap_or_else(|| name_of::<M>(&body.value)), reason(&error));
-                continue;
+        let message = if proto::holds::<M>(&body.value) {
+            Decoded::Later
+        } else {
+            let label = label(kind, wrapper_name.as_deref().unwrap_or("(unnamed)"));
+            match dynamic::check::<M>(&body, &label) {
+                Ok(valid) => Decoded::Now(valid),
+                Err(error) => {
+                    spoilt.refuse(wrapper_name.unwrap_or_else(|| name_of::<M>(&body.value)), reason(&error));
+                    continue;
+                }
             }
         };
-        let name: Arc<str> = match valid.message.name() {
+        let own_name = match &message {
+            Decoded::Now(valid) => valid.message.name(),
+            Decoded::Later => proto::string_field(&body.value, M::NAME_FIELD).unwrap_or_default(),
+        };
+        let name: Arc<str> = match own_name {
             // Listeners may go without a name; their address is it then.
             "" => wrapper_name.clone().unwrap_or_default(),
             name => name.into(),
@@ -189,7 +223,7 @@ pub(super) fn check<M: Named>(
         }
         let version = if own.is_empty() { Arc::clone(&of_all) } else { own.into() };
         let held = Held { version, body: body.value.into(), at: SystemTime::now(), stale };
-        contents.checked.push(Checked { name, wrapper_name, valid, held, unknown_fields });
+        contents.checked.push(Checked { name, wrapper_name, message, held, unknown_fields });
     }
     if spoilt.is_empty() { Ok((contents, rejections)) } else { Err(spoilt.all()) }
 }
@@ -247,8 +281,10 @@ pub(crate) fn judge(
         let rejections = match check::<M>(kind, version, resources, unreadable, |_, _| false, false) {
             Err(rejections) => rejections,
             Ok((contents, mut rejections)) => {
-                for Checked { name, valid, .. } in contents.checked {
-                    if let Err(error) = convert(valid, &label(kind, &name)) {
+                for Checked { name, message, held, .. } in contents.checked {
+                    let label = label(kind, &name);
+                    let converted = message.get(&held, &label).and_then(|valid| convert(valid, &label));
+                    if let Err(error) = converted {
                         rejections.refuse(name, reason(&error));
                     }
                 }

@@ -252,7 +252,7 @@ impl Store {
         rejections: &mut Rejections,
     ) {
         for resource in checked {
-            let Checked { name, wrapper_name, valid, held, .. } = resource;
+            let Checked { name, wrapper_name, message, held, .. } = resource;
             let id = (source.clone(), Arc::clone(&name));
             let Some(entry) = self.secrets.entries.get(&id) else {
                 let wanted: Vec<_> =
@@ -262,7 +262,7 @@ impl Store {
             };
             entry.stats.update_attempt().inc();
             let label = response::label(Kind::Secret, &name);
-            let taken = match dynamic::secret(valid, &label) {
+            let taken = match message.get(&held, &label).and_then(|valid| dynamic::secret(valid, &label)) {
                 Ok(converted) => {
                     response::log_warnings(&name, &converted.warnings);
                     self.take_secret(&id, converted.value, &held)
