@@ -1,183 +1,150 @@
 //! Load for measurements: servers and clients that spend as little as they can themselves.
 //!
-//! Threads start in the network namespace of their caller.
+//! Each kind of work is one thread over one epoll, however many connections it has, so that the scheduler has little
+//! to decide. Threads start in the network namespace of their caller; [`agent`] and [`server::Process`] put clients and
+//! servers into processes of their own, with a namespace, a cgroup and CPU time of their own.
+
+pub mod account;
+pub mod agent;
+mod client;
+pub mod job;
+mod latencies;
+pub mod server;
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use hdrhistogram::Histogram;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use socket2::{Domain, Socket, Type};
+use anyhow::{Context, Result, anyhow};
+use serde::{Deserialize, Serialize};
 
-/// Bytes of one request, and of its response.
+pub use self::latencies::Latencies;
+pub use self::server::Server;
+
+/// Bytes of a small request, and of its response.
 pub const MESSAGE: usize = 64;
 
 /// Bytes per read and write of bulk streams.
 const CHUNK: usize = 256 << 10;
 
-/// Threads that make short connections.
-const SHORT_THREADS: usize = 4;
-
 /// How often a thread looks whether it should stop, and the longest that a stalled exchange is waited for.
 const TICK: Duration = Duration::from_millis(50);
 const STALLED: Duration = Duration::from_secs(10);
 
-/// A server on threads; stops on drop.
-#[derive(Debug)]
-pub struct Server {
-    address: SocketAddr,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+/// Which way bulk bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// From the server to the client.
+    Down,
+    /// From the client to the server.
+    Up,
+    /// Both at once, as fast as each goes.
+    Both,
 }
 
-impl Server {
-    /// Sends back what it gets, all connections on one thread.
-    pub fn echo(address: SocketAddr) -> Result<Self> {
-        let listener = listen(address)?;
-        Self::start(address, move |stop| {
-            if let Err(error) = serve_echo(&listener, stop) {
-                eprintln!("load: the echo server ended: {error}");
-            }
-        })
-    }
-
-    /// Sends until the peer goes away, each connection on a thread of its own.
-    pub fn source(address: SocketAddr) -> Result<Self> {
-        let listener = listen(address)?;
-        Self::start(address, move |stop| {
-            while !stop.load(Ordering::Relaxed) {
-                match listener.accept() {
-                    Ok((stream, _)) => {
-                        thread::spawn(move || pour(stream));
-                    }
-                    Err(_) => thread::sleep(Duration::from_millis(1)),
-                }
-            }
-        })
-    }
-
-    fn start(address: SocketAddr, serve: impl FnOnce(&AtomicBool) + Send + 'static) -> Result<Self> {
-        let stop: Arc<AtomicBool> = Arc::default();
-        let thread = {
-            let stop = Arc::clone(&stop);
-            thread::Builder::new().name("load-server".to_owned()).spawn(move || serve(&stop))?
-        };
-        Ok(Self { address, stop, thread: Some(thread) })
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+impl Direction {
+    /// What a client tells a bulk server with its first byte.
+    fn code(self) -> u8 {
+        match self {
+            Self::Down => b'd',
+            Self::Up => b'u',
+            Self::Both => b'b',
         }
     }
-}
 
-/// Longest time that is told from longer ones, in nanoseconds.
-const LONGEST: u64 = 300_000_000_000;
+    fn from_code(code: u8) -> Option<Self> {
+        [Self::Down, Self::Up, Self::Both].into_iter().find(|direction| direction.code() == code)
+    }
 
-/// How long things took, to three digits.
-#[derive(Debug)]
-pub struct Latencies(Histogram<u64>);
+    fn receives(self) -> bool {
+        self != Self::Up
+    }
 
-impl Default for Latencies {
-    fn default() -> Self {
-        Self::new()
+    fn sends(self) -> bool {
+        self != Self::Down
     }
 }
 
-impl Latencies {
-    /// None yet.
-    pub fn new() -> Self {
-        Self(Histogram::new_with_max(LONGEST, 3).expect("a valid range and precision"))
-    }
+/// What clients have done, and whether they should go on.
+#[derive(Debug, Default)]
+struct Progress {
+    /// Bytes of bulk streams that arrived here.
+    bytes: AtomicU64,
+    /// Answered requests, or connections that were used and closed.
+    requests: AtomicU64,
+    /// Whether latencies count already; before, the load only warms up.
+    measuring: AtomicBool,
+    stop: AtomicBool,
+}
 
-    /// Adds one.
-    pub fn record(&mut self, took: Duration) {
-        self.0.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
-    }
-
-    /// The longest of the `fraction` (0 to 1) that took least; zero of nothing.
-    pub fn quantile(&self, fraction: f64) -> Duration {
-        Duration::from_nanos(self.0.value_at_quantile(fraction))
+impl Progress {
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 }
 
 /// Clients at work.
 #[derive(Debug)]
 pub struct Load {
-    done: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
+    progress: Arc<Progress>,
     threads: Vec<JoinHandle<Result<Latencies>>>,
 }
 
 impl Load {
-    /// Downloads from a [`Server::source`]; counts bytes.
-    pub fn bulk(to: SocketAddr, streams: usize) -> Result<Self> {
-        Self::start(streams, move |done, stop, _| download(to, done, stop))
+    fn new(measuring: bool) -> Self {
+        let progress = Progress { measuring: AtomicBool::new(measuring), ..Progress::default() };
+        Self { progress: Arc::new(progress), threads: Vec::new() }
     }
 
-    /// Sends a message and waits for its echo, on all connections at once; counts echoes.
+    /// Sends a message of [`MESSAGE`] bytes and waits for its echo, on all connections at once. Every latency counts.
     pub fn requests(to: SocketAddr, connections: usize) -> Result<Self> {
+        let mut load = Self::new(true);
+        load.add_requests(to, MESSAGE, connections)?;
+        Ok(load)
+    }
+
+    fn add_requests(&mut self, to: SocketAddr, size: usize, connections: usize) -> Result<()> {
         let streams = connect_all(to, connections)?;
-        Self::start(1, move |done, stop, latencies| exchange(&streams, done, stop, latencies))
+        self.add(move |progress| client::exchange(&streams, size, progress))
     }
 
-    /// Connects, exchanges one message and closes, again and again; counts connections.
-    pub fn short(to: SocketAddr) -> Result<Self> {
-        Self::start(SHORT_THREADS, move |done, stop, latencies| {
-            while !stop.load(Ordering::Relaxed) {
-                let begun = Instant::now();
-                ping(&mut connect(to)?)?;
-                latencies.record(begun.elapsed());
-                done.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok(())
-        })
+    fn add_bulk(&mut self, to: SocketAddr, streams: usize, direction: Direction) -> Result<()> {
+        let streams = connect_all(to, streams)?;
+        self.add(move |progress| client::bulk(&streams, direction, progress))
     }
 
-    fn start<W>(threads: usize, work: W) -> Result<Self>
-    where
-        W: Fn(&AtomicU64, &AtomicBool, &mut Latencies) -> Result<()> + Clone + Send + 'static,
-    {
-        let (done, stop): (Arc<AtomicU64>, Arc<AtomicBool>) = Default::default();
-        let threads = (0..threads)
-            .map(|_| {
-                let (done, stop, work) = (Arc::clone(&done), Arc::clone(&stop), work.clone());
-                thread::Builder::new().name("load-client".to_owned()).spawn(move || {
-                    let mut latencies = Latencies::new();
-                    work(&done, &stop, &mut latencies).map(|()| latencies)
-                })
-            })
-            .collect::<io::Result<_>>()?;
-        Ok(Self { done, stop, threads })
+    fn add_short(&mut self, to: SocketAddr, at_once: usize) -> Result<()> {
+        self.add(move |progress| client::short(to, at_once, progress))
     }
 
-    /// How much was done so far.
-    pub fn done(&self) -> u64 {
-        self.done.load(Ordering::Relaxed)
+    fn add(&mut self, work: impl FnOnce(&Progress) -> Result<Latencies> + Send + 'static) -> Result<()> {
+        let progress = Arc::clone(&self.progress);
+        let thread = thread::Builder::new().name("load-client".to_owned()).spawn(move || work(&progress))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// The warm-up is over.
+    fn begin(&self) {
+        self.progress.measuring.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a thread has given up.
+    fn failed(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
     }
 
     /// Ends it; fails when a connection failed, since the figures would then mean something else. How long each
     /// request (or short connection) took; nothing for bulk.
     pub fn finish(mut self) -> Result<Latencies> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.progress.stop.store(true, Ordering::Relaxed);
         let mut latencies = Latencies::new();
         for thread in self.threads.drain(..) {
-            latencies.0 += thread.join().map_err(|_| anyhow::anyhow!("a load thread panicked"))??.0;
+            latencies.add(&thread.join().map_err(|_| anyhow!("a load thread panicked"))??);
         }
         Ok(latencies)
     }
@@ -185,7 +152,7 @@ impl Load {
 
 impl Drop for Load {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.progress.stop.store(true, Ordering::Relaxed);
     }
 }
 
@@ -200,15 +167,6 @@ pub fn idle(to: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
     Ok(streams)
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into()).with_context(|| format!("bind {address}"))?;
-    socket.listen(4096)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
-}
-
 fn connect(to: SocketAddr) -> Result<TcpStream> {
     let stream = TcpStream::connect(to).with_context(|| format!("connect to {to}"))?;
     stream.set_nodelay(true)?;
@@ -217,7 +175,7 @@ fn connect(to: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-fn connect_all(to: SocketAddr, count: usize) -> Result<Arc<[TcpStream]>> {
+fn connect_all(to: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
     (0..count).map(|_| connect(to)).collect()
 }
 
@@ -229,108 +187,13 @@ fn ping(stream: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
-fn pour(mut stream: TcpStream) {
-    let chunk = vec![b'b'; CHUNK];
-    if stream.set_nonblocking(false).is_ok() {
-        while stream.write_all(&chunk).is_ok() {}
-    }
-}
-
-fn download(to: SocketAddr, done: &AtomicU64, stop: &AtomicBool) -> Result<()> {
-    let mut stream = connect(to)?;
-    let mut chunk = vec![0; CHUNK];
-    while !stop.load(Ordering::Relaxed) {
-        let count = stream.read(&mut chunk).context("download")?;
-        ensure!(count > 0, "the download ended");
-        done.fetch_add(count as u64, Ordering::Relaxed);
-    }
-    Ok(())
-}
-
-fn exchange(
-    streams: &[TcpStream],
-    done: &AtomicU64,
-    stop: &AtomicBool,
-    latencies: &mut Latencies,
-) -> Result<()> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    let message = [b'm'; MESSAGE];
-    for (index, stream) in streams.iter().enumerate() {
-        stream.set_nonblocking(true)?;
-        epoll.add(stream.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, index as u64))?;
-        (&*stream).write_all(&message)?;
-    }
-    let mut received = vec![0; streams.len()];
-    let mut sent = vec![Instant::now(); streams.len()];
-    let mut events = vec![EpollEvent::empty(); streams.len()];
-    let mut quiet = Duration::ZERO;
-    while !stop.load(Ordering::Relaxed) {
-        let count = epoll.wait(&mut events, EpollTimeout::try_from(TICK)?)?;
-        quiet = if count == 0 { quiet + TICK } else { Duration::ZERO };
-        ensure!(quiet < STALLED, "no answer to any of {} requests", streams.len());
-        for event in &events[..count] {
-            let index = event.data() as usize;
-            let mut stream = &streams[index];
-            let mut buffer = [0; MESSAGE];
-            match stream.read(&mut buffer[received[index]..]) {
-                Ok(0) => bail!("a connection was closed"),
-                Ok(count) => received[index] += count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => return Err(error.into()),
-            }
-            if received[index] == MESSAGE {
-                received[index] = 0;
-                done.fetch_add(1, Ordering::Relaxed);
-                let now = Instant::now();
-                latencies.record(now - sent[index]);
-                sent[index] = now;
-                stream.write_all(&message)?;
-            }
+/// What a nonblocking call did: `None` when it would have had to wait.
+fn unless_blocked(outcome: io::Result<usize>) -> io::Result<Option<usize>> {
+    match outcome {
+        Ok(count) => Ok(Some(count)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+            Ok(None)
         }
+        Err(error) => Err(error),
     }
-    Ok(())
-}
-
-/// Key of the listening socket among the events.
-const LISTENER: u64 = u64::MAX;
-
-fn serve_echo(listener: &TcpListener, stop: &AtomicBool) -> Result<()> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    epoll.add(listener.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
-    let mut streams: Vec<Option<TcpStream>> = Vec::new();
-    let mut vacant = Vec::new();
-    let mut events = vec![EpollEvent::empty(); 512];
-    let mut buffer = [0; 4096];
-    while !stop.load(Ordering::Relaxed) {
-        let count = epoll.wait(&mut events, EpollTimeout::try_from(TICK)?)?;
-        for event in &events[..count] {
-            if event.data() == LISTENER {
-                while let Ok((stream, _)) = listener.accept() {
-                    stream.set_nonblocking(true)?;
-                    stream.set_nodelay(true)?;
-                    let index = vacant.pop().unwrap_or(streams.len());
-                    epoll.add(stream.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, index as u64))?;
-                    if index == streams.len() {
-                        streams.push(Some(stream));
-                    } else {
-                        streams[index] = Some(stream);
-                    }
-                }
-                continue;
-            }
-            let index = event.data() as usize;
-            let Some(stream) = &mut streams[index] else { continue };
-            let alive = match stream.read(&mut buffer) {
-                Ok(0) => false,
-                // An echo is small: it fits into the send buffer, or the client has stopped reading.
-                Ok(count) => stream.write_all(&buffer[..count]).is_ok(),
-                Err(error) => error.kind() == io::ErrorKind::WouldBlock,
-            };
-            if !alive {
-                streams[index] = None; // closing takes it out of the epoll
-                vacant.push(index);
-            }
-        }
-    }
-    Ok(())
 }

@@ -17,6 +17,9 @@ const PREFIX: &str = "tgt-";
 /// Where pin directories are made.
 pub const BPFFS: &str = "/sys/fs/bpf";
 
+/// Where files in memory are made.
+const MEMORY: &str = "/dev/shm";
+
 /// A name that no other live process uses: `tgt-<pid>-<start time>-<count>-<kind>`.
 pub fn unique(kind: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -69,7 +72,7 @@ fn remove_all(doomed: impl Fn(&str) -> bool) -> Result<()> {
         let name = path.file_name().unwrap_or_default();
         let _ = Command::new("ip").args(["netns", "del"]).arg(name).status();
     }
-    for dir in [Path::new(BPFFS), &std::env::temp_dir()] {
+    for dir in [Path::new(BPFFS), Path::new(MEMORY), &std::env::temp_dir()] {
         for path in entries(dir, &doomed) {
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
         }
@@ -84,7 +87,15 @@ pub struct TempDir(PathBuf);
 impl TempDir {
     /// Makes it below the system's temporary directory.
     pub fn new(kind: &str) -> Result<Self> {
-        let path = std::env::temp_dir().join(unique(kind));
+        Self::at(std::env::temp_dir().join(unique(kind)))
+    }
+
+    /// Makes it on a tmpfs: what is written there costs no disk.
+    pub fn in_memory(kind: &str) -> Result<Self> {
+        Self::at(Path::new(MEMORY).join(unique(kind)))
+    }
+
+    fn at(path: PathBuf) -> Result<Self> {
         fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         Ok(Self(path))
     }

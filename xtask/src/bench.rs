@@ -1,30 +1,36 @@
-//! `cargo xtask bench`: tidegate, Envoy and HAProxy side by side, with one worker thread each.
+//! `cargo xtask bench`: tidegate and its peers side by side, with one worker thread each.
 //!
-//! All of them run at the same time in a network namespace of their own and take turns (A B C, A B C, …), so that
-//! whatever else the machine does hits all alike. CPU is what the scheduler has charged to the proxy's threads.
+//! All of them run at the same time in network namespaces of their own and take turns (A B C, A B C, …), so that
+//! whatever else the machine does hits all alike. CPU is what the scheduler has charged to the threads of a process.
 
-mod process;
+mod about;
+mod external;
+mod metric;
+mod plan;
 mod report;
+mod results;
+mod run;
+mod site;
 mod subject;
+mod tools;
 mod workload;
 mod xds;
 
-use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 use clap::{Args, Subcommand};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::Pid;
-use tidegate_tests::netns::Netns;
+use tidegate_tests::load::agent;
 use tidegate_tests::tool;
 
-use self::report::{Report, Settings};
-use self::subject::{Kind, Programs, Subject};
-use self::workload::{Memory, Metric, Workload};
+use self::plan::{Choice, Selector};
+use self::results::Results;
+use self::site::{Placement, Topology};
+use self::subject::{Program, Subject};
+use self::tools::Programs;
+use self::workload::Workload;
 use crate::{cargo, root};
 
 /// Arguments of `bench`.
@@ -34,17 +40,34 @@ pub(crate) struct Bench {
     /// Something else than the data path.
     #[command(subcommand)]
     of: Option<Of>,
-    /// Fewer and shorter rounds: about 90 seconds instead of 10 minutes.
+    /// The measurements that the goals need, fewer rounds, shorter: under 3 minutes instead of 25.
     #[arg(long)]
     quick: bool,
-    /// Rounds of each measurement [default: 7; with --quick: 3].
+    /// Rounds of each measurement [default: 5; with --quick: 3].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
-    /// Give the proxies CPU 0 for their own and the load generator the others.
-    #[arg(long)]
+    /// Length of one measurement [default: 0.8; with --quick: 0.5].
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    seconds: Option<Duration>,
+    /// Only these workloads: bulk-STREAMS-down|up|both, request-BYTESxCONNECTIONS, short, mixed-STREAMS, idle,
+    /// iperf3-STREAMS, wrk-CONNECTIONS, or a group (bulk, request); @pinned or @one-cpu behind it.
+    #[arg(long, value_name = "WORKLOAD", value_delimiter = ',')]
+    only: Vec<Selector>,
+    /// Only these: tidegate, base, envoy, haproxy, haproxy-splice, nginx, direct; +log writes an access log,
+    /// +intercept (tidegate, veth) captures clients in a pod.
+    #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
+    subjects: Vec<Subject>,
+    /// Only this topology [default: both; with --only: loopback].
+    #[arg(long, value_enum)]
+    topology: Option<Topology>,
+    /// Give the proxies the first CPU for their own, and clients and servers the others, in every workload.
+    #[arg(long, conflicts_with = "one_cpu")]
     pin: bool,
-    /// Measure memory only.
+    /// Run everything on one CPU, in every workload.
     #[arg(long)]
+    one_cpu: bool,
+    /// Measure memory only: --only idle.
+    #[arg(long, conflicts_with = "only")]
     memory: bool,
     /// Use this Envoy instead of installing one into target/tools.
     #[arg(long, value_name = "PATH")]
@@ -52,6 +75,9 @@ pub(crate) struct Bench {
     /// Measure this tidegate instead of building one.
     #[arg(long, value_name = "PATH")]
     tidegate: Option<PathBuf>,
+    /// Measure this tidegate too, as the subject `base`: what a change is compared with.
+    #[arg(long, value_name = "PATH")]
+    tidegate_base: Option<PathBuf>,
 }
 
 /// What else is measured.
@@ -61,8 +87,14 @@ enum Of {
     Xds(xds::Xds),
 }
 
-/// The figures of one metric and one subject, round by round.
-type Samples = BTreeMap<(Metric, Kind), Vec<f64>>;
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if (0.05..=600.0).contains(&seconds) {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err("between 0.05 and 600".to_owned())
+    }
+}
 
 impl Bench {
     pub(crate) fn run(&self) -> Result<()> {
@@ -73,74 +105,67 @@ impl Bench {
     }
 
     fn data_path(&self) -> Result<()> {
-        let tidegate = match &self.tidegate {
-            Some(path) => path.clone(),
-            None => cargo::build_release()?,
-        };
-        let envoy = match &self.envoy {
-            Some(path) => path.clone(),
-            None => tool::envoy()?, // before root: what it installs stays the caller's
-        };
+        let plan = self.choice()?.plan();
+        ensure!(!plan.entries.is_empty(), "none of the subjects can be measured on this topology");
+        let subjects = plan.subjects();
+        let measured = |program| subjects.iter().any(|subject: &Subject| subject.program == program);
+        let mut programs = Programs::default();
+        cargo::build(&["tidegate-tests"])?;
+        if measured(Program::Tidegate) {
+            programs.tidegate = self.tidegate.clone().map_or_else(cargo::build_release, Ok)?;
+        }
+        if let Some(base) = self.tidegate_base.as_ref().filter(|_| measured(Program::Base)) {
+            programs.base.clone_from(base);
+        }
+        if measured(Program::Envoy) {
+            // Before root: what it installs stays the caller's.
+            programs.envoy = self.envoy.clone().map_or_else(tool::envoy, Ok)?;
+        }
         root::become_root()?;
         root::clean_up_on_signals()?;
-        tool::require(&[("ip", "iproute2"), ("taskset", "util-linux"), ("haproxy", "haproxy")])?;
-        let programs =
-            Programs { tidegate, envoy, haproxy: tool::find("haproxy").context("haproxy")?, pin: self.pin };
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-        let settings = Settings {
-            rounds: self.rounds.unwrap_or(if self.quick { 3 } else { 7 }),
-            seconds: if self.quick { 1.0 } else { 3.0 },
-            idle_connections: workload::IDLE_CONNECTIONS,
-            pinned: self.pin,
-        };
-        let mut report = Report::start(settings, &programs)?;
-        let netns = Netns::new("bench")?;
-        let samples = netns.enter(|| self.measure(&programs, &settings))??;
-        report.finish(&samples)?;
-        Ok(())
+        let http = plan.uses(|workload| matches!(workload, Workload::Wrk { .. }));
+        let iperf3 = plan.uses(|workload| matches!(workload, Workload::Iperf3 { .. }));
+        programs.install(&subjects, http, iperf3)?;
+        agent::raise_file_limit()?;
+        let results = run::Run::new(plan, programs, self.quick)?.results(self.tidegate.as_deref())?;
+        finish(&results)
     }
 
-    fn measure(&self, programs: &Programs, settings: &Settings) -> Result<Samples> {
-        if self.pin {
-            keep_off_first_cpu()?;
-        }
-        let mut samples = Samples::new();
-        let memory_rounds = if self.quick { 1 } else { 3 };
-        for round in 1..=memory_rounds {
-            for kind in Kind::PROXIES {
-                progress(&format!("memory: round {round}/{memory_rounds}, {}", kind.name()));
-                for (metric, value) in Memory::measure(programs, kind)? {
-                    samples.entry((metric, kind)).or_default().push(value);
-                }
-            }
-        }
-        if !self.memory {
-            run_workloads(programs, settings, &mut samples)?;
-        }
-        progress("");
-        Ok(samples)
+    fn choice(&self) -> Result<Choice> {
+        let base = self.tidegate_base.is_some();
+        ensure!(
+            base || !self.subjects.iter().any(|subject| subject.program == Program::Base),
+            "the subject base is what --tidegate-base names"
+        );
+        let placement = match (self.pin, self.one_cpu) {
+            (true, _) => Some(Placement::Pinned),
+            (_, true) => Some(Placement::OneCpu),
+            _ => None,
+        };
+        let only = if self.memory {
+            "idle".parse().map(|idle| vec![idle]).map_err(anyhow::Error::msg)?
+        } else {
+            self.only.clone()
+        };
+        Ok(Choice {
+            quick: self.quick,
+            rounds: self.rounds,
+            measure: self.seconds,
+            only,
+            subjects: self.subjects.clone(),
+            topology: self.topology,
+            placement,
+            base,
+        })
     }
 }
 
-fn run_workloads(programs: &Programs, settings: &Settings, samples: &mut Samples) -> Result<()> {
-    let subjects =
-        Kind::ALL.iter().map(|kind| Subject::start(programs, *kind)).collect::<Result<Vec<_>>>()?;
-    let duration = Duration::from_secs_f64(settings.seconds);
-    for round in 1..=settings.rounds {
-        for workload in Workload::ALL {
-            for subject in &subjects {
-                let name = subject.kind().name();
-                progress(&format!("round {round}/{}: {workload}, {name}", settings.rounds));
-                let values = workload
-                    .measure(subject, duration)
-                    .with_context(|| format!("{workload} through {name}"))?;
-                for (metric, value) in values {
-                    samples.entry((metric, subject.kind())).or_default().push(value);
-                }
-            }
-        }
-    }
+/// Prints and writes everything.
+fn finish(results: &Results) -> Result<()> {
+    print!("{}{}", report::header(&results.about), report::table(results));
+    let path = about::write("bench.json", &format!("{}\n", serde_json::to_string_pretty(results)?))?;
+    println!("\nall figures of all rounds: {}", path.display());
+    ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
     Ok(())
 }
 
@@ -149,13 +174,4 @@ fn progress(text: &str) {
     if std::io::stderr().is_terminal() {
         eprint!("\r\x1b[K{text}");
     }
-}
-
-/// This thread and those that it starts leave CPU 0 to the proxies.
-fn keep_off_first_cpu() -> Result<()> {
-    let mut cpus = CpuSet::new();
-    for cpu in 1..std::thread::available_parallelism()?.get() {
-        cpus.set(cpu)?;
-    }
-    sched_setaffinity(Pid::from_raw(0), &cpus).context("--pin needs two CPUs")
 }

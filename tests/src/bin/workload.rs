@@ -1,15 +1,18 @@
-//! What runs inside a pod or a container: holds it open, connects when a test asks, or runs one script.
+//! What runs inside a pod or a container: holds it open, connects when a test asks, runs one script, or makes load.
 
 use std::net::TcpStream;
 use std::process::ExitCode;
 
+use tidegate_tests::load;
 use tidegate_tests::script::{self, Step};
 use tidegate_tests::workload::{self, Connect};
 
-const USAGE: &str = "usage: workload hold | serve | talk ADDRESS [TEXT]
-  hold   sleep until killed
-  serve  answer a test's requests on standard input (a SOCK_SEQPACKET socket)
-  talk   connect, send TEXT and a FIN, print what comes back and how it ended";
+const USAGE: &str = "usage: workload hold | serve | talk ADDRESS [TEXT] | load-client | load-server ORDER
+  hold         sleep until killed
+  serve        answer a test's requests on standard input (a SOCK_SEQPACKET socket)
+  talk         connect, send TEXT and a FIN, print what comes back and how it ended
+  load-client  be the clients of a measurement; orders are lines of JSON on standard input
+  load-server  be its servers, as ORDER (JSON) says, until standard input ends";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -21,6 +24,8 @@ fn main() -> ExitCode {
         ["serve"] => finish(workload::serve()),
         ["talk", address] => finish(talk(address, "")),
         ["talk", address, text] => finish(talk(address, text)),
+        ["load-client"] => finish(load::agent::serve()),
+        ["load-server", order] => finish(load::server::run(order)),
         _ => {
             eprintln!("{USAGE}");
             ExitCode::from(2)
@@ -37,11 +42,11 @@ fn talk(address: &str, text: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-fn finish(outcome: std::io::Result<()>) -> ExitCode {
+fn finish(outcome: Result<(), impl Into<anyhow::Error>>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("workload: {error}");
+            eprintln!("workload: {:#}", error.into());
             ExitCode::FAILURE
         }
     }

@@ -1,175 +1,295 @@
 //! What is measured, and how.
 
 use std::fmt;
+use std::str::FromStr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use tidegate_tests::load::{self, Load};
+use anyhow::{Context, Result};
+use tidegate_tests::load::job::{Job, Measured, Work};
+use tidegate_tests::load::{Direction, MESSAGE, account};
 
-use super::process;
-use super::subject::{Kind, Programs, Subject};
+use super::external;
+use super::metric::Metric;
+use super::site::{Placement, Site};
+use super::subject::{self, Running, Subject};
+use super::tools::Programs;
 
-/// Idle connections whose memory is measured.
-pub(super) const IDLE_CONNECTIONS: usize = 5000;
+/// Connections at once of the short ones.
+const SHORT_AT_ONCE: usize = 16;
 
-/// Connections of the request workload.
-const REQUEST_CONNECTIONS: usize = 64;
+/// Connections of the small requests beside bulk streams.
+const MIXED_CONNECTIONS: usize = 8;
+
+/// Idle connections whose memory is measured, where 20,000 files may be open: a proxy has two for each.
+const IDLE_CONNECTIONS: usize = 9000;
+
+/// Files that a proxy has beside those of connections, and then some.
+const OTHER_FILES: u64 = 1500;
 
 /// How long a load runs before it is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
 
 /// How long a proxy is left alone before its memory is read.
-const SETTLE: Duration = Duration::from_millis(1500);
+const SETTLE: Duration = Duration::from_millis(1200);
 
-/// One line of the report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Metric {
-    RssIdle,
-    RssPerConnection,
-    Bulk1Cpu,
-    Bulk1Rate,
-    Bulk8Cpu,
-    Bulk8Rate,
-    RequestCpu,
-    RequestRate,
-    ShortCpu,
-    ShortRate,
-}
-
-impl Metric {
-    /// Its name in bench.json.
-    pub(super) fn id(self) -> &'static str {
-        match self {
-            Self::RssIdle => "rss_idle",
-            Self::RssPerConnection => "rss_per_idle_connection",
-            Self::Bulk1Cpu => "bulk_1_cpu",
-            Self::Bulk1Rate => "bulk_1_rate",
-            Self::Bulk8Cpu => "bulk_8_cpu",
-            Self::Bulk8Rate => "bulk_8_rate",
-            Self::RequestCpu => "request_cpu",
-            Self::RequestRate => "request_rate",
-            Self::ShortCpu => "short_connection_cpu",
-            Self::ShortRate => "short_connection_rate",
-        }
-    }
-
-    /// What it is, for people.
-    pub(super) fn title(self) -> &'static str {
-        match self {
-            Self::RssIdle => "RSS at start",
-            Self::RssPerConnection => "RSS per idle connection, at 5,000",
-            Self::Bulk1Cpu => "bulk, 1 stream: proxy CPU",
-            Self::Bulk1Rate => "bulk, 1 stream: throughput",
-            Self::Bulk8Cpu => "bulk, 8 streams: proxy CPU",
-            Self::Bulk8Rate => "bulk, 8 streams: throughput",
-            Self::RequestCpu => "64 B, 64 connections: proxy CPU",
-            Self::RequestRate => "64 B, 64 connections: rate",
-            Self::ShortCpu => "connect, 64 B, close: proxy CPU",
-            Self::ShortRate => "connect, 64 B, close: rate",
-        }
-    }
-
-    pub(super) fn unit(self) -> &'static str {
-        match self {
-            Self::RssIdle => "MiB",
-            Self::RssPerConnection => "B",
-            Self::Bulk1Cpu | Self::Bulk8Cpu => "s/GiB",
-            Self::Bulk1Rate | Self::Bulk8Rate => "GiB/s",
-            Self::RequestCpu => "µs/request",
-            Self::RequestRate => "requests/s",
-            Self::ShortCpu => "µs/connection",
-            Self::ShortRate => "connections/s",
-        }
-    }
-
-    pub(super) fn lower_is_better(self) -> bool {
-        !matches!(self, Self::Bulk1Rate | Self::Bulk8Rate | Self::RequestRate | Self::ShortRate)
-    }
-}
+/// How long idle connections are watched.
+const IDLE_WATCH: Duration = Duration::from_millis(1000);
 
 /// A kind of load.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Workload {
-    /// Downloads over so many streams.
-    Bulk(usize),
-    /// Small requests on established connections.
-    Requests,
+    /// Bytes as fast as they go.
+    Bulk { streams: usize, direction: Direction },
+    /// Requests on established connections.
+    Request { size: usize, connections: usize },
     /// Connections that live for one small request.
     Short,
-}
-
-impl Workload {
-    pub(super) const ALL: [Self; 4] = [Self::Bulk(1), Self::Bulk(8), Self::Requests, Self::Short];
-
-    /// Runs it for this long; the proxy's CPU per unit of work, and units of work per second.
-    pub(super) fn measure(self, subject: &Subject, duration: Duration) -> Result<Vec<(Metric, f64)>> {
-        let load = self.start(subject)?;
-        sleep(WARM_UP);
-        let before = (Instant::now(), load.done(), subject.cpu_ns()?);
-        sleep(duration);
-        let after = (Instant::now(), load.done(), subject.cpu_ns()?);
-        load.finish()?;
-        let done = (after.1 - before.1) as f64;
-        ensure!(done > 0.0, "nothing was done in {duration:?}");
-        let (units, cpu_scale) = match self {
-            Self::Bulk(_) => (done / f64::from(1 << 30), 1e9),
-            Self::Requests | Self::Short => (done, 1e3),
-        };
-        let (cpu, rate) = self.metrics();
-        let mut values = vec![(rate, units / (after.0 - before.0).as_secs_f64())];
-        if let (Some(before), Some(after)) = (before.2, after.2) {
-            values.push((cpu, (after - before) as f64 / cpu_scale / units));
-        }
-        Ok(values)
-    }
-
-    fn start(self, subject: &Subject) -> Result<Load> {
-        match self {
-            Self::Bulk(streams) => Load::bulk(subject.source(), streams),
-            Self::Requests => Load::requests(subject.echo(), REQUEST_CONNECTIONS),
-            Self::Short => Load::short(subject.echo()),
-        }
-    }
-
-    fn metrics(self) -> (Metric, Metric) {
-        match self {
-            Self::Bulk(1) => (Metric::Bulk1Cpu, Metric::Bulk1Rate),
-            Self::Bulk(_) => (Metric::Bulk8Cpu, Metric::Bulk8Rate),
-            Self::Requests => (Metric::RequestCpu, Metric::RequestRate),
-            Self::Short => (Metric::ShortCpu, Metric::ShortRate),
-        }
-    }
+    /// So many downloads beside small requests.
+    Mixed { streams: usize },
+    /// iperf3, downloading over so many streams.
+    Iperf3 { streams: usize },
+    /// wrk against a small HTTP server, over so many connections.
+    Wrk { connections: usize },
+    /// Memory, at start and with idle connections.
+    Idle,
 }
 
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&match self {
+            Self::Bulk { streams, direction: Direction::Down } => format!("bulk-{streams}-down"),
+            Self::Bulk { streams, direction: Direction::Up } => format!("bulk-{streams}-up"),
+            Self::Bulk { streams, direction: Direction::Both } => format!("bulk-{streams}-both"),
+            Self::Request { size, connections } => format!("request-{size}x{connections}"),
+            Self::Short => "short".to_owned(),
+            Self::Mixed { streams } => format!("mixed-{streams}"),
+            Self::Iperf3 { streams } => format!("iperf3-{streams}"),
+            Self::Wrk { connections } => format!("wrk-{connections}"),
+            Self::Idle => "idle".to_owned(),
+        })
+    }
+}
+
+impl FromStr for Workload {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let count = |text: &str| text.parse().ok().filter(|count| (1..=4096).contains(count));
+        let parts: Vec<_> = text.split('-').collect();
+        let workload = match parts[..] {
+            ["idle"] => Some(Self::Idle),
+            ["short"] => Some(Self::Short),
+            ["mixed"] => Some(Self::Mixed { streams: 64 }),
+            ["mixed", streams] => count(streams).map(|streams| Self::Mixed { streams }),
+            ["iperf3", streams] => count(streams).map(|streams| Self::Iperf3 { streams }),
+            ["wrk", connections] => count(connections).map(|connections| Self::Wrk { connections }),
+            ["bulk", streams, direction] => {
+                let direction = match direction {
+                    "down" => Some(Direction::Down),
+                    "up" => Some(Direction::Up),
+                    "both" => Some(Direction::Both),
+                    _ => None,
+                };
+                count(streams).zip(direction).map(|(streams, direction)| Self::Bulk { streams, direction })
+            }
+            ["request", shape] => shape.split_once('x').and_then(|(size, connections)| {
+                let size = size.parse().ok().filter(|size| (1..=1 << 20).contains(size))?;
+                count(connections).map(|connections| Self::Request { size, connections })
+            }),
+            _ => None,
+        };
+        workload.ok_or_else(|| {
+            "workloads are bulk-STREAMS-down|up|both, request-BYTESxCONNECTIONS, short, mixed-STREAMS, idle, \
+             iperf3-STREAMS, wrk-CONNECTIONS"
+                .to_owned()
+        })
+    }
+}
+
+impl Workload {
+    /// What it is, for people.
+    pub(super) fn title(self) -> String {
+        let many = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
         match self {
-            Self::Bulk(streams) => write!(f, "bulk, streams: {streams}"),
-            Self::Requests => write!(f, "64 B requests, connections: {REQUEST_CONNECTIONS}"),
-            Self::Short => f.write_str("short connections"),
+            Self::Bulk { streams, direction } => {
+                let direction = match direction {
+                    Direction::Down => "down",
+                    Direction::Up => "up",
+                    Direction::Both => "both ways",
+                };
+                format!("bulk, {} {direction}", many(streams, "stream"))
+            }
+            Self::Request { size, connections } => format!("{size} B, {}", many(connections, "connection")),
+            Self::Short => "connect, 64 B, close".to_owned(),
+            Self::Mixed { streams } => format!("64 B beside {}", many(streams, "bulk stream")),
+            Self::Iperf3 { streams } => format!("iperf3, {}", many(streams, "stream")),
+            Self::Wrk { connections } => format!("wrk, {}", many(connections, "connection")),
+            Self::Idle => "idle".to_owned(),
+        }
+    }
+
+    fn work(self) -> Option<Work> {
+        match self {
+            Self::Bulk { streams, direction } => Some(Work::Bulk { streams, direction }),
+            Self::Request { size, connections } => Some(Work::Requests { size, connections }),
+            Self::Short => Some(Work::Short { at_once: SHORT_AT_ONCE }),
+            Self::Mixed { streams } => Some(Work::Mixed { streams, connections: MIXED_CONNECTIONS }),
+            Self::Iperf3 { .. } | Self::Wrk { .. } | Self::Idle => None,
+        }
+    }
+
+    /// Runs it for this long.
+    pub(super) fn measure(
+        self,
+        site: &mut Site,
+        running: &Running,
+        placement: Placement,
+        duration: Duration,
+    ) -> Result<Vec<(Metric, f64)>> {
+        site.place(running, placement)?;
+        let measured = match self {
+            Self::Iperf3 { streams } => external::iperf3(site, running, streams, duration)?,
+            Self::Wrk { connections } => external::wrk(site, running, connections, duration)?,
+            _ => {
+                let work = self.work().context("idle connections are measured apart")?;
+                let job = job(running, work, duration);
+                site.agent(running.subject()).run(&job)?
+            }
+        };
+        subject::check_log(running, measured.requests)?;
+        let mut figures = self.figures(&measured, running.pids().is_empty());
+        figures.retain(|(_, value)| value.is_finite()); // wrk knows no 99.9 %
+        Ok(figures)
+    }
+
+    /// Figures per unit of work, and units of work per second. Without a proxy there are none of its CPU.
+    fn figures(self, measured: &Measured, direct: bool) -> Vec<(Metric, f64)> {
+        let gib = measured.bytes as f64 / f64::from(1 << 30);
+        let mut figures = Vec::new();
+        if let Some(latency) = &measured.latency {
+            figures.extend([
+                (Metric::P50, latency.p50 * 1e6),
+                (Metric::P99, latency.p99 * 1e6),
+                (Metric::P999, latency.p999 * 1e6),
+            ]);
+        }
+        let (units, scale) = match self {
+            Self::Mixed { .. } => {
+                // Bytes and requests: no single unit that CPU could be counted by.
+                figures.push((Metric::Rate, measured.requests as f64 / measured.seconds));
+                figures.push((Metric::BulkRate, gib / measured.seconds));
+                return figures;
+            }
+            Self::Bulk { .. } | Self::Iperf3 { .. } => (gib, 1e9),
+            _ => (measured.requests as f64, 1e3),
+        };
+        let per_unit = |ns: u64| ns as f64 / scale / units;
+        figures.push((Metric::Rate, units / measured.seconds));
+        figures.push((Metric::MachineCpu, per_unit(measured.machine_ns)));
+        if measured.client_ns > 0 {
+            figures.push((Metric::LoadCpu, per_unit(measured.server_ns + measured.client_ns)));
+        }
+        if !direct {
+            figures.push((Metric::ProxyCpu, per_unit(measured.proxy_ns)));
+        }
+        figures
+    }
+
+    /// What one unit of work is called.
+    pub(super) fn unit(self) -> &'static str {
+        match self {
+            Self::Bulk { .. } | Self::Iperf3 { .. } => "GiB",
+            Self::Short => "connection",
+            _ => "request",
         }
     }
 }
 
-/// Memory of a proxy that has just started.
-#[derive(Debug)]
-pub(super) struct Memory;
+fn job(running: &Running, work: Work, duration: Duration) -> Job {
+    Job {
+        work,
+        echo: running.fronts().echo,
+        bulk: running.fronts().bulk,
+        warm_up: WARM_UP,
+        measure: duration,
+        proxy: running.pids().to_vec(),
+        server: running.servers().pid(),
+        control: running.servers().control().to_path_buf(),
+    }
+}
 
-impl Memory {
-    /// Starts one for this alone: what it has served before would count otherwise.
-    pub(super) fn measure(programs: &Programs, kind: Kind) -> Result<Vec<(Metric, f64)>> {
-        let subject = Subject::start(programs, kind)?;
-        let Some(pid) = subject.pid() else { return Ok(Vec::new()) };
-        sleep(SETTLE);
-        let idle = process::rss(pid)?;
-        let connections = load::idle(subject.echo(), IDLE_CONNECTIONS)?;
-        sleep(SETTLE);
-        let busy = process::rss(pid)?;
-        drop(connections);
-        Ok(vec![
-            (Metric::RssIdle, idle as f64 / f64::from(1 << 20)),
-            (Metric::RssPerConnection, busy.saturating_sub(idle) as f64 / IDLE_CONNECTIONS as f64),
-        ])
+/// Idle connections that fit: of `limit` files, a proxy needs two for each.
+pub(super) fn idle_connections(limit: u64) -> usize {
+    let fit = usize::try_from(limit.saturating_sub(OTHER_FILES) / 2).unwrap_or(usize::MAX);
+    (fit / 500 * 500).min(IDLE_CONNECTIONS)
+}
+
+/// Memory of a subject that is started for this alone: what it has served before would count otherwise.
+pub(super) fn idle(
+    programs: &Programs,
+    site: &mut Site,
+    subject: Subject,
+    connections: usize,
+) -> Result<Vec<(Metric, f64)>> {
+    let running = Running::start(programs, site, subject, connections + 100)?;
+    sleep(SETTLE);
+    let (rss, slab) = (running.rss()?, account::slab_unreclaimable()?);
+    site.agent(subject).hold(running.fronts().echo, connections)?;
+    sleep(SETTLE);
+    let (held_rss, held_slab) = (running.rss()?, account::slab_unreclaimable()?);
+    let (cpu, at) = (running.cpu_ns()?, Instant::now());
+    sleep(IDLE_WATCH);
+    let (cpu, watched) = (running.cpu_ns()? - cpu, at.elapsed().as_secs_f64());
+    site.agent(subject).release()?;
+    let per_connection = |before: u64, after: u64| after.saturating_sub(before) as f64 / connections as f64;
+    let mut figures = vec![(Metric::SlabPerConnection, per_connection(slab, held_slab))];
+    if !running.pids().is_empty() {
+        figures.extend([
+            (Metric::RssStart, rss as f64 / f64::from(1 << 20)),
+            (Metric::RssPerConnection, per_connection(rss, held_rss)),
+            (Metric::IdleCpu, cpu as f64 / 1e6 / watched),
+        ]);
+    }
+    Ok(figures)
+}
+
+/// Bytes of the small requests, for the words of the report.
+pub(super) const SMALL: usize = MESSAGE;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_they_say() {
+        for name in [
+            "bulk-1-down",
+            "bulk-64-both",
+            "bulk-8-up",
+            "request-64x1",
+            "request-16384x512",
+            "short",
+            "mixed-64",
+            "idle",
+            "iperf3-8",
+            "wrk-64",
+        ] {
+            let workload: Workload = name.parse().expect("a workload");
+            assert_eq!(workload.to_string(), name);
+        }
+        for wrong in
+            ["bulk", "bulk-1", "bulk-0-up", "bulk-1-left", "request-64", "request-0x1", "short-1", ""]
+        {
+            assert!(wrong.parse::<Workload>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_needs_two_files_for_each_idle_connection() {
+        assert_eq!(idle_connections(20_000), 9000);
+        assert_eq!(idle_connections(1 << 20), 9000);
+        assert_eq!(idle_connections(4096), 1000);
+        assert_eq!(idle_connections(1024), 0);
     }
 }

@@ -7,6 +7,7 @@
 
 mod node;
 mod plane;
+mod report;
 mod world;
 
 use std::collections::BTreeMap;
@@ -19,14 +20,16 @@ use anyhow::{Context, Result};
 use clap::Args;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Map, Value, json};
-use tidegate_tests::load::{self, Latencies, Load};
+use tidegate_tests::load::{self, Latencies, Load, account};
 use tidegate_tests::netns::Netns;
 use tidegate_tests::tool;
 
 use self::node::{Kind, Node};
 use self::plane::Plane;
 use self::world::World;
-use super::{process, progress, report};
+use super::report::number;
+use super::results::median;
+use super::{about, progress};
 use crate::{cargo, root};
 
 /// Connections that stay open while endpoints change.
@@ -164,24 +167,26 @@ impl Xds {
         let netns = Netns::new("bench")?;
         let samples = netns.enter(|| self.measure(kinds, rounds, &tidegate, &envoy))??;
         progress("");
-        about.insert("load_average_after".to_owned(), json!(report::load_average()?));
+        about.insert("load_average_after".to_owned(), json!(about::load_average()?));
         print!("{}{}", self.header(&about, rounds), table(&samples));
         about.insert("metrics".to_owned(), Value::Array(metrics(&samples)));
-        report::write("bench-xds.json", about)
+        let path = about::write("bench-xds.json", &format!("{:#}\n", Value::Object(about)))?;
+        println!("\nall figures of all rounds: {}", path.display());
+        Ok(())
     }
 
     fn about(&self, rounds: u32) -> Result<Map<String, Value>> {
         let about = json!({
-            "date": report::date()?,
-            "machine": report::machine()?,
-            "versions": {"tidegate": report::commit(), "envoy": tool::ENVOY_VERSION},
+            "date": about::date()?,
+            "machine": about::machine()?,
+            "versions": {"tidegate": about::commit(), "envoy": tool::ENVOY_VERSION},
             "settings": {
                 "worker_threads": 1, "rounds": rounds, "clusters": self.pairs, "listeners": self.pairs,
                 "endpoints": self.pairs * self.endpoints, "protocol": "ADS, incremental",
                 "endpoint_updates": self.updates(), "live_connections": LIVE_CONNECTIONS,
                 "request_connections": REQUEST_CONNECTIONS,
             },
-            "load_average_before": report::load_average()?,
+            "load_average_before": about::load_average()?,
         });
         about.as_object().cloned().context("an object")
     }
@@ -219,7 +224,7 @@ impl Xds {
                     let node = Node::start(kind, program, &plane)?;
                     plane.serve_start(&node, prepared)?;
                     sleep(SETTLE);
-                    process::rss(node.pid())?
+                    account::rss(node.pid())?
                 };
                 note(Metric::RssStart, empty as f64 / f64::from(1 << 20));
                 let mut round = Round { plane: Plane::start(&world)?, updates: self.updates(), kind };
@@ -255,22 +260,22 @@ impl Round<'_> {
         let node = Node::start(self.kind, program, &self.plane)?;
         self.plane.serve_start(&node, prepared)?;
         note(Metric::Ready, started.elapsed().as_secs_f64());
-        note(Metric::ReadyCpu, process::cpu_ns(node.pid())? as f64 / 1e9);
+        note(Metric::ReadyCpu, account::cpu_ns(node.pid())? as f64 / 1e9);
         sleep(SETTLE);
-        let taken = process::rss(node.pid())?.saturating_sub(empty);
+        let taken = account::rss(node.pid())?.saturating_sub(empty);
         note(Metric::RssPerPair, taken as f64 / 1024.0 / f64::from(pairs));
 
         what("one endpoint");
         let live = load::idle(node.echo, LIVE_CONNECTIONS).context("live connections")?;
         let (mut ack, mut effect) = (Latencies::new(), Latencies::new());
-        let before = process::cpu_ns(node.pid())?;
+        let before = account::cpu_ns(node.pid())?;
         for number in 0..self.updates {
             let (acked, effective) = self.plane.move_probe(&node, number)?;
             ack.record(acked);
             effect.record(effective);
         }
         // The probing connections cost something too, alike for both.
-        let cpu = process::cpu_ns(node.pid())? - before;
+        let cpu = account::cpu_ns(node.pid())? - before;
         note(Metric::UpdateCpu, cpu as f64 / 1e6 / self.updates as f64);
         note(Metric::AckMedian, milliseconds(ack.quantile(0.5)));
         note(Metric::AckTail, milliseconds(ack.quantile(0.99)));
@@ -284,10 +289,10 @@ impl Round<'_> {
         what("everything changes");
         let prepared = self.plane.prepare_change()?;
         let load = Load::requests(node.echo, REQUEST_CONNECTIONS)?;
-        let (before, begun) = (process::cpu_ns(node.pid())?, Instant::now());
+        let (before, begun) = (account::cpu_ns(node.pid())?, Instant::now());
         self.plane.change_everything(prepared)?;
         note(Metric::PushTime, begun.elapsed().as_secs_f64());
-        note(Metric::PushCpu, (process::cpu_ns(node.pid())? - before) as f64 / 1e9);
+        note(Metric::PushCpu, (account::cpu_ns(node.pid())? - before) as f64 / 1e9);
         let pushed = load.finish()?.quantile(0.99);
         note(Metric::QuietTail, milliseconds(quiet));
         note(Metric::PushTail, milliseconds(pushed));
@@ -312,8 +317,8 @@ fn table(samples: &Samples) -> String {
             "{:<40}{:<6}{:>9}{:>10}{:>8}",
             metric.title(),
             metric.unit(),
-            report::number(report::median(own)),
-            report::number(report::median(theirs)),
+            number(median(own)),
+            number(median(theirs)),
             report::ratio_text(own, theirs),
         );
     }

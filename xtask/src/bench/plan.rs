@@ -1,0 +1,300 @@
+//! What is measured, of whom, and how often.
+
+use std::fmt;
+use std::time::Duration;
+
+use tidegate_tests::load::Direction;
+
+use super::site::{Placement, Topology};
+use super::subject::{Program, Subject};
+use super::workload::Workload;
+
+/// A workload as it is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Case {
+    pub(super) topology: Topology,
+    pub(super) workload: Workload,
+    pub(super) placement: Placement,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("{}/{}{}", self.topology, self.workload, self.placement.suffix()))
+    }
+}
+
+/// A case and who is measured in it, in this order.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) case: Case,
+    pub(super) subjects: Vec<Subject>,
+}
+
+/// A whole run.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) entries: Vec<Entry>,
+    pub(super) rounds: u32,
+    /// Rounds of memory, whose figures hardly vary.
+    pub(super) memory_rounds: u32,
+    /// Length of one measurement.
+    pub(super) measure: Duration,
+}
+
+/// What the command line chooses; empty lists choose the default.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Choice {
+    pub(super) quick: bool,
+    pub(super) rounds: Option<u32>,
+    pub(super) measure: Option<Duration>,
+    pub(super) only: Vec<Selector>,
+    pub(super) subjects: Vec<Subject>,
+    pub(super) topology: Option<Topology>,
+    pub(super) placement: Option<Placement>,
+    /// There is a second tidegate.
+    pub(super) base: bool,
+}
+
+/// `request-64x64`, `short@one-cpu`, or a group: `bulk`, `request`, `iperf3`, `wrk`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Selector {
+    workloads: Vec<Workload>,
+    placement: Option<Placement>,
+}
+
+impl std::str::FromStr for Selector {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, placement) = match text.find('@') {
+            None => (text, None),
+            Some(at) => {
+                let placement =
+                    Placement::ALL.into_iter().find(|placement| placement.suffix() == &text[at..]);
+                let placement = placement.ok_or("after @: pinned or one-cpu")?;
+                (&text[..at], Some(placement))
+            }
+        };
+        let group: Vec<_> = every()
+            .into_iter()
+            .filter(|workload| workload.to_string().split('-').next() == Some(name))
+            .collect();
+        // `short`, `idle` and `mixed` are names and groups of one.
+        let workloads = if group.is_empty() { vec![name.parse()?] } else { group };
+        Ok(Self { workloads, placement })
+    }
+}
+
+const fn bulk(streams: usize, direction: Direction) -> Workload {
+    Workload::Bulk { streams, direction }
+}
+
+const fn request(size: usize, connections: usize) -> Workload {
+    Workload::Request { size, connections }
+}
+
+/// Every workload of a full run.
+fn every() -> Vec<Workload> {
+    let mut all = vec![Workload::Idle];
+    for streams in [1, 8, 64] {
+        all.extend([Direction::Down, Direction::Up, Direction::Both].map(|way| bulk(streams, way)));
+    }
+    for size in [64, 1024, 16384] {
+        all.extend([1, 64, 512].map(|connections| request(size, connections)));
+    }
+    all.extend([Workload::Short, Workload::Mixed { streams: 64 }]);
+    all.extend([1, 8].map(|streams| Workload::Iperf3 { streams }));
+    all.push(Workload::Wrk { connections: 64 });
+    all
+}
+
+impl Choice {
+    /// Everybody without access logs and interception.
+    fn plain(&self) -> Vec<Subject> {
+        Program::ALL
+            .into_iter()
+            .filter(|program| *program != Program::Base || self.base)
+            .map(Subject::plain)
+            .collect()
+    }
+
+    /// Those with access logs.
+    fn logging(&self) -> Vec<Subject> {
+        let quick = if self.quick { 2 } else { 5 };
+        [Subject::TIDEGATE, Subject::ENVOY, Subject::HAPROXY, Subject::NGINX, Subject::plain(Program::Base)]
+            [..quick.min(if self.base { 5 } else { 4 })]
+            .iter()
+            .map(|subject| subject.logging())
+            .collect()
+    }
+
+    /// The plan that this makes.
+    pub(super) fn plan(&self) -> Plan {
+        let mut entries = if self.only.is_empty() { self.standard() } else { self.selected() };
+        if let Some(topology) = self.topology {
+            entries.retain(|entry| entry.case.topology == topology);
+        }
+        if !self.subjects.is_empty() {
+            for entry in &mut entries {
+                let veth = entry.case.topology == Topology::Veth;
+                entry.subjects = self.subjects.clone();
+                entry.subjects.retain(|subject| veth || !subject.intercept);
+            }
+        }
+        entries.retain(|entry| !entry.subjects.is_empty());
+        if let Some(placement) = self.placement {
+            for entry in &mut entries {
+                entry.case.placement = placement;
+            }
+            entries.dedup_by_key(|entry| entry.case);
+        }
+        let (rounds, memory_rounds, measure) = if self.quick { (3, 1, 500) } else { (5, 3, 800) };
+        Plan {
+            entries,
+            rounds: self.rounds.unwrap_or(rounds),
+            memory_rounds: self.rounds.map_or(memory_rounds, |rounds| rounds.min(memory_rounds)),
+            measure: self.measure.unwrap_or(Duration::from_millis(measure)),
+        }
+    }
+
+    /// What was named, on the topology that was named (or loopback), with everybody who can be.
+    fn selected(&self) -> Vec<Entry> {
+        let topology = self.topology.unwrap_or(Topology::Loopback);
+        let mut subjects = self.plain();
+        if topology == Topology::Veth {
+            subjects.insert(1, Subject::INTERCEPT);
+        }
+        let cases = self.only.iter().flat_map(|selector| {
+            let placement = selector.placement.unwrap_or(Placement::Free);
+            selector.workloads.iter().map(move |workload| Case { topology, workload: *workload, placement })
+        });
+        cases.map(|case| Entry { case, subjects: subjects.clone() }).collect()
+    }
+
+    fn standard(&self) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        let plain = self.plain();
+        let mut add = |topology, placement, subjects: &[Subject], workloads: &[Workload]| {
+            for workload in workloads {
+                let case = Case { topology, workload: *workload, placement };
+                entries.push(Entry { case, subjects: subjects.to_vec() });
+            }
+        };
+        use Direction::{Down, Up};
+        let (small, short, mixed) = (
+            [request(64, 1), request(64, 64), request(64, 512)],
+            Workload::Short,
+            Workload::Mixed { streams: 64 },
+        );
+        let all_logging = [plain.clone(), self.logging()].concat();
+        let mut captured = plain.clone();
+        captured.insert(1, Subject::INTERCEPT);
+        add(Topology::Loopback, Placement::Free, &plain, &[Workload::Idle]);
+        if self.quick {
+            add(Topology::Loopback, Placement::OneCpu, &plain, &[bulk(1, Down), bulk(8, Down)]);
+            add(Topology::Loopback, Placement::Free, &plain, &small);
+            add(Topology::Loopback, Placement::Free, &plain, &[mixed]);
+            add(Topology::Loopback, Placement::Free, &all_logging, &[short]);
+            captured.retain(|subject| {
+                !matches!(subject.program, Program::HaproxySplice | Program::Nginx | Program::Base)
+            });
+            add(Topology::Veth, Placement::Free, &captured, &[short]);
+            return entries;
+        }
+        let one_cpu = [bulk(1, Down), bulk(8, Down), bulk(64, Down), bulk(1, Up), bulk(8, Up)];
+        add(Topology::Loopback, Placement::OneCpu, &plain, &one_cpu);
+        let free: Vec<_> = every()
+            .into_iter()
+            .filter(|workload| !matches!(workload, Workload::Idle | Workload::Short))
+            .filter(|workload| *workload != small[1])
+            .collect();
+        add(Topology::Loopback, Placement::Free, &plain, &free);
+        add(Topology::Loopback, Placement::Free, &all_logging, &[small[1], short]);
+        let veth = [bulk(1, Down), bulk(8, Down), small[0], small[1], short];
+        add(Topology::Veth, Placement::Free, &captured, &veth);
+        entries
+    }
+}
+
+impl Plan {
+    /// Everybody who is measured at all.
+    pub(super) fn subjects(&self) -> Vec<Subject> {
+        let mut subjects: Vec<_> = self.entries.iter().flat_map(|entry| entry.subjects.clone()).collect();
+        subjects.sort_unstable();
+        subjects.dedup();
+        subjects
+    }
+
+    /// What is measured on one topology.
+    pub(super) fn on(&self, topology: Topology) -> Vec<&Entry> {
+        self.entries.iter().filter(|entry| entry.case.topology == topology).collect()
+    }
+
+    pub(super) fn uses(&self, used: impl Fn(Workload) -> bool) -> bool {
+        self.entries.iter().any(|entry| used(entry.case.workload))
+    }
+
+    /// How many single measurements that are.
+    pub(super) fn measurements(&self) -> usize {
+        let rounds = |entry: &Entry| match entry.case.workload {
+            Workload::Idle => self.memory_rounds,
+            _ => self.rounds,
+        };
+        self.entries.iter().map(|entry| rounds(entry) as usize * entry.subjects.len()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(plan: &Plan) -> Vec<String> {
+        plan.entries.iter().map(|entry| entry.case.to_string()).collect()
+    }
+
+    #[test]
+    fn what_is_named_is_measured() {
+        let only = ["request-64x64", "short@one-cpu"].map(|name| name.parse().expect("a workload"));
+        let subjects = ["tidegate", "haproxy"].map(|name| name.parse().expect("a subject"));
+        let choice = Choice { only: only.to_vec(), subjects: subjects.to_vec(), ..Choice::default() };
+        let plan = choice.plan();
+        assert_eq!(names(&plan), ["loopback/request-64x64", "loopback/short@one-cpu"]);
+        assert_eq!(plan.subjects(), subjects);
+        assert_eq!(plan.measurements(), 20);
+    }
+
+    #[test]
+    fn groups_and_placements() {
+        let bulk: Selector = "bulk@pinned".parse().expect("a group");
+        assert_eq!(bulk.workloads.len(), 9);
+        assert_eq!(bulk.placement, Some(Placement::Pinned));
+        for wrong in ["bulk@left", "bulk-", "shorts"] {
+            assert!(wrong.parse::<Selector>().is_err(), "{wrong}");
+        }
+        let one: Selector = "request-100x3".parse().expect("any size");
+        assert_eq!(one.workloads, [request(100, 3)]);
+    }
+
+    #[test]
+    fn the_standard_plans_have_no_case_twice() {
+        for quick in [true, false] {
+            for placement in [None, Some(Placement::Pinned)] {
+                let plan = Choice { quick, placement, ..Choice::default() }.plan();
+                let mut names = names(&plan);
+                let count = names.len();
+                names.sort();
+                names.dedup();
+                if placement.is_none() {
+                    assert_eq!(names.len(), count, "quick: {quick}");
+                }
+                assert!(!plan.subjects().contains(&Subject::plain(Program::Base)));
+            }
+        }
+        assert!(
+            Choice { base: true, ..Choice::default() }
+                .plan()
+                .subjects()
+                .contains(&Subject::plain(Program::Base))
+        );
+    }
+}
