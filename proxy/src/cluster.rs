@@ -323,6 +323,7 @@ pub(crate) mod tests {
             },
             cleanup_interval: Duration::from_secs(5),
             tls: None,
+            has_pipes: addresses.iter().any(|address| matches!(address, EndpointAddress::Pipe(_))),
         }
     }
 
@@ -370,7 +371,7 @@ pub(crate) mod tests {
         let cluster = Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1)])), &stats, None);
         let mut balancers = WorkerBalancers::with_seed(1);
         let port = |balancers: &mut WorkerBalancers| {
-            balancers.pick(&cluster, None).map(|endpoint| endpoint.address().0.port())
+            balancers.pick(&cluster, None).map(|endpoint| endpoint.address().ip().unwrap().port())
         };
         assert_eq!(port(&mut balancers), Some(1));
         cluster.replace_endpoints(vec![endpoint::tests::endpoint(cluster.registry(), 9, 1, 0)]);

@@ -105,7 +105,7 @@ pub fn cluster(name: &str, endpoints: &[&str], fields: Value) -> Value {
 /// `ClusterLoadAssignment` of one locality.
 pub fn load_assignment(cluster: &str, endpoints: &[&str]) -> Value {
     let endpoints: Vec<Value> =
-        endpoints.iter().map(|address| json!({"endpoint": {"address": socket_address(address)}})).collect();
+        endpoints.iter().map(|address| json!({"endpoint": {"address": self::address(address)}})).collect();
     json!({"cluster_name": cluster, "endpoints": [{"lb_endpoints": endpoints}]})
 }
 
@@ -168,6 +168,15 @@ fn http_connection_manager(fields: Value) -> Value {
     });
     merge(&mut config, fields);
     json!({"name": "envoy.filters.network.http_connection_manager", "typed_config": config})
+}
+
+/// A [`socket_address`]; or a Unix domain socket, whose path starts with `/`, `.` or `@`.
+fn address(address: &str) -> Value {
+    if address.starts_with(['/', '.', '@']) {
+        json!({"pipe": {"path": address}})
+    } else {
+        socket_address(address)
+    }
 }
 
 /// `10.0.0.1:80` or `[fd00::1]:80`.

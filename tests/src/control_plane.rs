@@ -13,6 +13,8 @@ mod tls;
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +33,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::netns::Netns;
 use crate::script::GUARD;
 use mailbox::Mailbox;
-use server::{Handler, NewPoll, NewStream, Out, Reply, Server};
+use server::{Handler, Listener, NewPoll, NewStream, Out, Reply, Server};
 
 pub use kind::{Kind, Method, Served};
 pub use server::Request;
@@ -42,6 +44,8 @@ pub use tls::{Authority, Identity};
 #[derive(Debug)]
 struct Endpoint {
     address: SocketAddr,
+    /// Listens there instead: a path, or `@` and a name.
+    pipe: Option<String>,
     netns: Option<Netns>,
     tls: Option<Identity>,
     server: Option<Server>,
@@ -50,13 +54,52 @@ struct Endpoint {
 impl Endpoint {
     fn start(netns: Option<&Netns>, tls: Option<Identity>, handler: Arc<dyn Handler>) -> Result<Self> {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut this = Self { address, netns: netns.cloned(), tls, server: None };
+        let mut this = Self { address, pipe: None, netns: netns.cloned(), tls, server: None };
+        this.restart(handler)?;
+        Ok(this)
+    }
+
+    fn start_on(
+        pipe: &str,
+        netns: Option<&Netns>,
+        tls: Option<Identity>,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Self> {
+        let address = SocketAddr::from(([0; 4], 0));
+        let mut this =
+            Self { address, pipe: Some(pipe.to_owned()), netns: netns.cloned(), tls, server: None };
         this.restart(handler)?;
         Ok(this)
     }
 
     fn restart(&mut self, handler: Arc<dyn Handler>) -> Result<()> {
         self.server = None;
+        let listener = match self.pipe.clone() {
+            Some(pipe) => self.listen_on(&pipe)?,
+            None => self.listen()?,
+        };
+        let acceptor = self.tls.as_ref().map(Identity::acceptor).transpose()?;
+        self.server = Some(Server::start(listener, acceptor, handler)?);
+        Ok(())
+    }
+
+    fn listen_on(&self, pipe: &str) -> Result<Listener> {
+        let bind = || match pipe.strip_prefix('@') {
+            Some(name) => UnixListener::bind_addr(&UnixAddr::from_abstract_name(name)?),
+            None => {
+                // What the one before has left there.
+                let _ = std::fs::remove_file(pipe);
+                UnixListener::bind(pipe)
+            }
+        };
+        let listener = match &self.netns {
+            Some(netns) => netns.enter(bind)?,
+            None => bind(),
+        };
+        Ok(Listener::Unix(listener.with_context(|| format!("listen on {pipe}"))?))
+    }
+
+    fn listen(&mut self) -> Result<Listener> {
         let address = self.address;
         // With SO_REUSEADDR, as std has it. A client that connects while nobody listens may have got this port for its
         // own end, and then talks to itself until it notices.
@@ -75,9 +118,7 @@ impl Endpoint {
         }
         .with_context(|| format!("listen on {address}"))?;
         self.address = listener.local_addr()?;
-        let acceptor = self.tls.as_ref().map(Identity::acceptor).transpose()?;
-        self.server = Some(Server::start(listener, acceptor, handler)?);
-        Ok(())
+        Ok(Listener::Tcp(listener))
     }
 }
 
@@ -138,7 +179,13 @@ impl ControlPlane {
         Ok(Self { endpoint: Endpoint::start(netns, tls, calls.clone())?, calls })
     }
 
-    /// Where it listens.
+    /// Listens on a Unix domain socket: a path, or `@` and a name that is one inside `netns`.
+    pub fn start_on(pipe: &str, netns: Option<&Netns>, tls: Option<Identity>) -> Result<Self> {
+        let calls: Arc<Calls> = Arc::default();
+        Ok(Self { endpoint: Endpoint::start_on(pipe, netns, tls, calls.clone())?, calls })
+    }
+
+    /// Where it listens; unspecified on a Unix domain socket.
     pub fn address(&self) -> SocketAddr {
         self.endpoint.address
     }

@@ -4,6 +4,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
+use crate::addr::EndpointAddr;
 
 /// A process as the admin server sees it; notes what it was told to do.
 #[derive(Default)]
@@ -39,7 +40,7 @@ impl State for Process {
         let cluster = |name: &str| ClusterView {
             name: name.into(),
             observability_name: name.into(),
-            hosts: vec![HostView::new("127.0.0.1:15911".parse().unwrap())],
+            hosts: vec![HostView::new(EndpointAddr::Ip("127.0.0.1:15911".parse().unwrap()))],
             ..ClusterView::default()
         };
         vec![cluster("foo"), cluster("bar")]

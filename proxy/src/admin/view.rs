@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use crate::addr::EndpointAddr;
 use crate::config::endpoint::HealthStatus;
 
 /// One cluster.
@@ -65,7 +66,7 @@ pub struct HealthView {
 #[derive(Clone, Debug)]
 pub struct HostView {
     /// Its address.
-    pub address: SocketAddr,
+    pub address: EndpointAddr,
     /// `hostname`; empty when it has none.
     pub hostname: Arc<str>,
     /// Connections open now.
@@ -108,7 +109,7 @@ pub struct HostView {
 
 impl HostView {
     /// A host that nothing is known of but its address.
-    pub fn new(address: SocketAddr) -> Self {
+    pub fn new(address: EndpointAddr) -> Self {
         let empty: Arc<str> = "".into();
         Self {
             address,
@@ -298,7 +299,7 @@ fn host_json(host: &HostView) -> Value {
     put(&mut locality, "sub_zone", !host.sub_zone.is_empty(), &*host.sub_zone);
     let rate = |rate: Option<f64>| json!({"value": rate});
     let mut json = Map::new();
-    json.insert("address".into(), address_json(host.address));
+    json.insert("address".into(), host_address_json(&host.address));
     json.insert("stats".into(), stats.into());
     json.insert("health_status".into(), host.health.json());
     put(&mut json, "success_rate", host.success_rate.is_some(), rate(host.success_rate));
@@ -332,6 +333,13 @@ fn thresholds_json(thresholds: &[ThresholdsView; 2]) -> Value {
         Value::from(json)
     };
     json!({"thresholds": thresholds.iter().enumerate().map(one).collect::<Vec<_>>()})
+}
+
+fn host_address_json(address: &EndpointAddr) -> Value {
+    match address {
+        EndpointAddr::Ip(address) => address_json(*address),
+        EndpointAddr::Pipe(pipe) => json!({"pipe": {"path": pipe.to_string()}}),
+    }
 }
 
 fn address_json(address: SocketAddr) -> Value {
@@ -379,9 +387,10 @@ pub(super) fn listeners_json(listeners: &[ListenerView]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::Pipe;
 
     fn foo() -> ClusterView {
-        let host = |port| HostView::new(SocketAddr::from(([127, 0, 0, 1], port)));
+        let host = |port| HostView::new(SocketAddr::from(([127, 0, 0, 1], port)).into());
         ClusterView {
             name: "foo".into(),
             observability_name: "foo".into(),
@@ -415,7 +424,7 @@ mod tests {
     /// As Envoy 1.40 printed a STRICT_DNS cluster whose host the configuration calls UNHEALTHY.
     #[test]
     fn a_host_with_everything() {
-        let mut host = HostView::new("[::1]:99".parse().unwrap());
+        let mut host = HostView::new(EndpointAddr::Ip("[::1]:99".parse().unwrap()));
         host.hostname = "hh".into();
         host.weight = 3;
         host.region = "r".into();
@@ -457,5 +466,24 @@ mod tests {
         assert_eq!(host["stats"][6], json!({"type": "GAUGE", "value": "2", "name": "cx_active"}));
         assert_eq!(host["locality"], json!({"region": "r", "zone": "z", "sub_zone": "s"}));
         assert_eq!((&host["priority"], &host["hostname"]), (&json!(1), &json!("hh")));
+    }
+
+    /// As Envoy 1.40 printed them.
+    #[test]
+    fn pipes() {
+        let host = |path| HostView::new(EndpointAddr::Pipe(Pipe::new(path).unwrap()));
+        let cluster = ClusterView {
+            name: "xds".into(),
+            hosts: vec![host("./etc/istio/proxy/XDS"), host("@a\0b")],
+            ..ClusterView::default()
+        };
+        let text = clusters_text(std::slice::from_ref(&cluster));
+        for line in ["xds::./etc/istio/proxy/XDS::cx_active::0", "xds::@a@b::hostname::"] {
+            assert!(text.lines().any(|l| l == line), "{line} in {text}");
+        }
+        let json = clusters_json(&[cluster]);
+        let hosts = &json["cluster_statuses"][0]["host_statuses"];
+        assert_eq!(hosts[0]["address"], json!({"pipe": {"path": "./etc/istio/proxy/XDS"}}));
+        assert_eq!(hosts[1]["address"], json!({"pipe": {"path": "@a@b"}}));
     }
 }

@@ -432,6 +432,6 @@ fn host_view(endpoint: &Endpoint) -> HostView {
         zone: Arc::clone(&endpoint.locality.zone),
         sub_zone: Arc::clone(&endpoint.locality.sub_zone),
         priority: endpoint.priority,
-        ..HostView::new(endpoint.address().0)
+        ..HostView::new(endpoint.address().clone())
     }
 }

@@ -202,8 +202,7 @@ fn choose(
     record: &mut Record,
 ) -> Result<(Arc<Cluster>, Arc<Endpoint>, Permit), Failure> {
     let name = draw(&proxy.clusters, dialer.balancers());
-    // One with TLS is for control planes: bytes of clients would leave in plaintext.
-    let Some(cluster) = dialer.cluster(name).filter(|cluster| cluster.config().tls.is_none()) else {
+    let Some(cluster) = dialer.cluster(name).filter(|cluster| cluster.config().is_for_clients()) else {
         record.flags.set(ResponseFlag::NoClusterFound);
         return Err(Failure::NoRoute);
     };
@@ -258,7 +257,8 @@ async fn attempt(
         record.upstream_transport_failure = None;
         return None;
     };
-    let address = endpoint.address().0;
+    // A pipe: `Config::is_for_clients` has kept us from here.
+    let address = endpoint.address().ip()?;
     let pending = Pending::new(cluster, pending);
     let mut guard = UpstreamGuard::new(cluster, endpoint, permit);
     let upstream = Upstream {
@@ -688,7 +688,7 @@ mod tests {
         let fixture = Fixture::new().with_config(config("dst", Discovery::OriginalDst, &[]));
         let mut record = record();
         let connected = run(connect(&fixture, &single("dst", 1), Some(destination), &mut record)).unwrap();
-        assert_eq!(connected.endpoint().address().0, destination.0);
+        assert_eq!(connected.endpoint().address().ip(), Some(destination.0));
         assert_eq!(&*record.upstream.unwrap().hostname, format!("dst{destination}"));
     }
 

@@ -199,7 +199,7 @@ fn names_of(cluster: &Cluster) -> BTreeSet<Arc<str>> {
     endpoints
         .filter_map(|endpoint| match &endpoint.address {
             EndpointAddress::Name(name, _) => Some(Arc::clone(name)),
-            EndpointAddress::Ip(_) => None,
+            EndpointAddress::Ip(_) | EndpointAddress::Pipe(_) => None,
         })
         .collect()
 }

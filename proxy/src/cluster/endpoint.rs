@@ -40,7 +40,7 @@ pub enum Health {
 
 impl Endpoint {
     /// Where it is.
-    pub fn address(&self) -> EndpointAddr {
+    pub fn address(&self) -> &EndpointAddr {
         self.host.address()
     }
 
@@ -214,15 +214,21 @@ pub(super) fn endpoints_of<'a>(
         let locality = Arc::new(group.locality.clone());
         for endpoint in &group.endpoints {
             let (addresses, name) = match &endpoint.address {
-                EndpointAddress::Ip(address) if resolved => (vec![*address], address.ip().to_string().into()),
-                EndpointAddress::Ip(address) => (vec![*address], Arc::default()),
-                EndpointAddress::Name(name, port) => (resolve(name, *port), Arc::clone(name)),
+                EndpointAddress::Ip(address) => {
+                    let name = if resolved { address.ip().to_string().into() } else { Arc::default() };
+                    (vec![EndpointAddr::Ip(*address)], name)
+                }
+                EndpointAddress::Pipe(pipe) => (vec![EndpointAddr::Pipe(pipe.clone())], Arc::default()),
+                EndpointAddress::Name(name, port) => {
+                    let addresses = resolve(name, *port).into_iter().map(EndpointAddr::Ip).collect();
+                    (addresses, Arc::clone(name))
+                }
             };
             let hostname = if endpoint.hostname.is_empty() { name } else { Arc::clone(&endpoint.hostname) };
             for address in addresses {
-                if !resolved || seen.insert((group.priority, address)) {
+                if !resolved || seen.insert((group.priority, address.clone())) {
                     out.push(Endpoint {
-                        host: registry.host(EndpointAddr(address)),
+                        host: registry.host(address),
                         hostname: Arc::clone(&hostname),
                         weight: endpoint.load_balancing_weight.max(1),
                         locality: Arc::clone(&locality),
@@ -242,7 +248,7 @@ pub(super) mod tests {
 
     pub(crate) fn endpoint(registry: &HostRegistry, port: u16, weight: u32, priority: u32) -> Endpoint {
         Endpoint {
-            host: registry.host(EndpointAddr(([127, 0, 0, 1], port).into())),
+            host: registry.host(EndpointAddr::Ip(([127, 0, 0, 1], port).into())),
             hostname: "".into(),
             weight,
             locality: Arc::default(),

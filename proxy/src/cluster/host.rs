@@ -1,7 +1,6 @@
 //! The live state of endpoints, which outlives the sets that they are members of.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -59,8 +58,8 @@ impl Host {
     }
 
     /// Where it is.
-    pub fn address(&self) -> EndpointAddr {
-        self.address
+    pub fn address(&self) -> &EndpointAddr {
+        &self.address
     }
 
     /// Connections to it that are open or being opened (`cx_active`).
@@ -172,28 +171,28 @@ impl Drop for ActiveConnection {
 
 /// The hosts of one cluster by address. Held by the cluster and its successors of the same name.
 #[derive(Debug, Default)]
-pub struct HostRegistry(Mutex<BTreeMap<SocketAddr, Weak<Host>>>);
+pub struct HostRegistry(Mutex<BTreeMap<EndpointAddr, Weak<Host>>>);
 
 impl HostRegistry {
     /// The host at this address: the one that is still referred to, else a new one.
     pub fn host(&self, address: EndpointAddr) -> Arc<Host> {
         let mut hosts = self.lock();
-        if let Some(host) = hosts.get(&address.0).and_then(Weak::upgrade) {
+        if let Some(host) = hosts.get(&address).and_then(Weak::upgrade) {
             return host;
         }
-        let host = Arc::new(Host::new(address));
-        hosts.insert(address.0, Arc::downgrade(&host));
+        let host = Arc::new(Host::new(address.clone()));
+        hosts.insert(address, Arc::downgrade(&host));
         host
     }
 
     /// A host for an ORIGINAL_DST destination: the one that is still referred to unless a sweep dropped it.
     pub(super) fn fresh(&self, address: EndpointAddr) -> Arc<Host> {
-        let host = self.host(address);
+        let host = self.host(address.clone());
         if !host.is_swept() {
             return host;
         }
-        let host = Arc::new(Host::new(address));
-        self.lock().insert(address.0, Arc::downgrade(&host));
+        let host = Arc::new(Host::new(address.clone()));
+        self.lock().insert(address, Arc::downgrade(&host));
         host
     }
 
@@ -213,7 +212,7 @@ impl HostRegistry {
     }
 
     /// The map is consistent after every statement, so a panic while it was locked spoils nothing.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<SocketAddr, Weak<Host>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<EndpointAddr, Weak<Host>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -225,8 +224,8 @@ mod tests {
     #[test]
     fn a_host_is_kept_while_a_connection_uses_it_and_forgotten_after() {
         let registry = HostRegistry::default();
-        let address = EndpointAddr(([127, 0, 0, 1], 1).into());
-        let host = registry.host(address);
+        let address = EndpointAddr::Ip(([127, 0, 0, 1], 1).into());
+        let host = registry.host(address.clone());
         let mut active = host.connecting();
         active.establish();
         drop(host);

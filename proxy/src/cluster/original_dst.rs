@@ -33,7 +33,7 @@ impl OriginalDstHosts {
             return (Arc::clone(endpoint), false);
         }
         let endpoint = Arc::new(Endpoint {
-            host: registry.fresh(EndpointAddr(destination.0)),
+            host: registry.fresh(EndpointAddr::Ip(destination.0)),
             hostname: format!("{cluster}{destination}").into(),
             weight: 1,
             locality: Arc::default(),

@@ -274,7 +274,7 @@ mod tests {
     }
 
     fn ports(lost: Lost) -> Vec<u16> {
-        lost.take().iter().map(|host| host.address().0.port()).collect()
+        lost.take().iter().map(|host| host.address().ip().unwrap().port()).collect()
     }
 
     fn cluster(change: impl FnOnce(&mut crate::config::cluster::Cluster)) -> Arc<Cluster> {
@@ -344,7 +344,7 @@ mod tests {
     #[test]
     fn the_task_of_a_connection_is_told() {
         let connections = std::rc::Rc::new(crate::drain::Connections::default());
-        let host = Arc::new(Host::new(crate::addr::EndpointAddr(([127, 0, 0, 1], 1).into())));
+        let host = Arc::new(Host::new(crate::addr::EndpointAddr::Ip(([127, 0, 0, 1], 1).into())));
         let (open, other) = (connections.open(0), connections.open(0));
         open.set_host(&host);
         connections.end_hosts(from_ref(&host), LOSS);

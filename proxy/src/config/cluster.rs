@@ -47,6 +47,15 @@ pub struct Cluster {
     /// TLS to a control plane. Such a cluster is for sources of configuration only: nothing else may use it, since it
     /// would send in plaintext.
     pub tls: Option<Arc<UpstreamTls>>,
+    /// It has endpoints on Unix domain sockets, which only sources of configuration can use.
+    pub has_pipes: bool,
+}
+
+impl Cluster {
+    /// Whether connections of clients may go there, and not only the proxy's own to control planes.
+    pub fn is_for_clients(&self) -> bool {
+        self.tls.is_none() && !self.has_pipes
+    }
 }
 
 /// `tidegate.cluster.v1.EndpointRemoval` with an action other than KEEP.

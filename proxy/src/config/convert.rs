@@ -11,8 +11,11 @@
 //! | `FilterChain.transport_socket` other than raw_buffer | refused | clients would be served in plaintext |
 //! | TLS of a cluster through which a source of the bootstrap reaches its server | done, for that only (flag NC for others) | |
 //! | `Cluster.transport_socket` (but for TLS to control planes, in clusters that nothing else uses), or the one of `transport_socket_matches` that an endpoint selects, other than raw_buffer | refused | what should be encrypted would leave in plaintext |
+//! | Unix domain sockets (`pipe`) in STATIC clusters of the bootstrap | done, for control planes only: a listener that names such a cluster is refused (routes of a control plane: flag NC) | |
+//! | `pipe` elsewhere | refused | nothing serves or connects there |
 //! | network filters other than tcp_proxy, http_connection_manager and `istio.*` (rbac, ext_authz, connection_limit, local_ratelimit, …) | refused | a missing filter lets through what it should stop |
 //! | `istio.*` network filters of types that stock Envoy does not have | ignored, one warning for each kind, counted | telemetry and metadata exchange only |
+//! | bootstrap extensions `istio.*` and the one of internal listeners, which are in every sidecar's bootstrap | ignored, warning | metadata; and what needs an internal listener is refused where it names one |
 //! | HTTP filters that authorise (rbac, ext_authz, jwt_authn, …) | refused | L4 can't apply them |
 //! | other HTTP filters, header rewriting, timeouts, retries | warning | connections work without them |
 //! | `VirtualHost.require_tls`; a conditional `direct_response` of 400 or more before the `prefix: /` route | that virtual host is closed (flag NR), warning | serving it would skip the denial |
@@ -60,6 +63,10 @@ pub(super) struct Report<'a> {
     source: &'a SourceMap,
     /// Names of the clusters through which the bootstrap's sources reach their servers.
     server_clusters: HashSet<String>,
+    /// It is the bootstrap, and not a resource of a control plane.
+    is_bootstrap: bool,
+    /// Whether a cluster has Unix domain sockets, where connections of clients can't go.
+    has_pipes: Box<dyn Fn(&str) -> bool + 'a>,
     /// Whether a cluster exists, for route configurations that must not name others.
     is_cluster: Box<dyn Fn(&str) -> bool + 'a>,
     /// Whether a control plane may be reached through a cluster; Envoy's rule is that it is static, and not EDS.
@@ -81,6 +88,8 @@ impl<'a> Report<'a> {
         Self {
             source,
             server_clusters: HashSet::new(),
+            is_bootstrap: false,
+            has_pipes: Box::new(|_| false),
             is_cluster: Box::new(|_| false),
             is_server: Box::new(|_| true),
             has_ads: true,
@@ -95,6 +104,22 @@ impl<'a> Report<'a> {
     /// Says which clusters exist.
     pub(super) fn set_clusters(&mut self, is_cluster: impl Fn(&str) -> bool + 'a) {
         self.is_cluster = Box::new(is_cluster);
+    }
+
+    /// Says which clusters have Unix domain sockets.
+    pub(super) fn set_pipes(&mut self, has_pipes: impl Fn(&str) -> bool + 'a) {
+        self.has_pipes = Box::new(has_pipes);
+    }
+
+    /// Refuses a cluster that connections of clients would go to and can't.
+    fn check_for_clients(&mut self, cluster: &str, path: &FieldPath<'_>) {
+        if (self.has_pipes)(cluster) {
+            let message = format!(
+                "cluster {cluster:?} has endpoints on unix domain sockets (pipe), which only control planes are \
+                 reached through in this version; name one whose endpoints have a socket_address"
+            );
+            self.unsupported(path, message);
+        }
     }
 
     /// Refuses the configuration.

@@ -52,6 +52,8 @@ pub struct Converted<T> {
 pub struct Surroundings<'a> {
     /// Whether a cluster exists.
     pub is_cluster: &'a dyn Fn(&str) -> bool,
+    /// Whether a cluster has Unix domain sockets, where connections of clients can't go.
+    pub has_pipes: &'a dyn Fn(&str) -> bool,
     /// Runtime keys.
     pub runtime: &'a Runtime,
 }
@@ -78,11 +80,11 @@ pub fn decode<M: Message + Name + Default>(bytes: &[u8], label: &Arc<str>) -> Re
     Ok(Valid { message, unknown_fields: Vec::new(), nested: Vec::new() })
 }
 
-/// Converts with the rules that a static configuration has too.
+/// Converts with the rules that a static configuration has too. Without `around` what is named is taken to exist.
 fn convert<M, T>(
     valid: Valid<M>,
     label: &Arc<str>,
-    is_cluster: &dyn Fn(&str) -> bool,
+    around: Option<&Surroundings<'_>>,
     convert: impl FnOnce(M, &FieldPath<'_>, &mut Report<'_>) -> Option<T>,
 ) -> Result<Converted<T>, ConfigError> {
     if let Some(error) = ConfigError::from_problems(valid.nested) {
@@ -90,7 +92,13 @@ fn convert<M, T>(
     }
     let source = SourceMap::unplaced(Arc::clone(label));
     let mut report = Report::new(&source);
-    report.set_clusters(is_cluster);
+    match around {
+        Some(around) => {
+            report.set_clusters(around.is_cluster);
+            report.set_pipes(around.has_pipes);
+        }
+        None => report.set_clusters(|_| true),
+    }
     let value = convert(valid.message, &FieldPath::ROOT, &mut report);
     let ignored_filters = report.ignored_filters().values().sum();
     let warnings = report.finish()?;
@@ -107,7 +115,7 @@ pub fn cluster(
     valid: Valid<cluster_api::Cluster>,
     label: &Arc<str>,
 ) -> Result<Converted<Cluster>, ConfigError> {
-    convert(valid, label, &|_| true, convert::cluster::cluster)
+    convert(valid, label, None, convert::cluster::cluster)
 }
 
 /// A listener.
@@ -116,7 +124,7 @@ pub fn listener(
     label: &Arc<str>,
     around: &Surroundings<'_>,
 ) -> Result<Converted<Listener>, ConfigError> {
-    convert(valid, label, around.is_cluster, |message, path, report| {
+    convert(valid, label, Some(around), |message, path, report| {
         convert::listener::listener(message, around.runtime, path, report)
     })
 }
@@ -129,7 +137,7 @@ pub fn load_assignment(
 ) -> Result<Converted<ClusterLoadAssignment>, ConfigError> {
     let of =
         convert::endpoint::Of { discovery: cluster.discovery, transport_sockets: &cluster.transport_sockets };
-    convert(valid, label, &|_| true, |message, path, report| {
+    convert(valid, label, None, |message, path, report| {
         Some(convert::endpoint::load_assignment(message, &of, path, report))
     })
 }
@@ -141,14 +149,14 @@ pub fn routes(
     manager: &RdsRouting,
     label: &Arc<str>,
 ) -> Result<Converted<HttpRouting>, ConfigError> {
-    convert(valid, label, &|_| true, |message, path, report| {
+    convert(valid, label, None, |message, path, report| {
         Some(convert::route::route_config(message, discovered, Validate::Never, &manager.proxy, path, report))
     })
 }
 
 /// A secret.
 pub fn secret(valid: Valid<tls_api::Secret>, label: &Arc<str>) -> Result<Converted<Secret>, ConfigError> {
-    convert(valid, label, &|_| true, convert::secret::secret)
+    convert(valid, label, None, convert::secret::secret)
 }
 
 /// Where something comes from, as a resource says.
@@ -157,5 +165,5 @@ pub fn config_source(
     label: &Arc<str>,
 ) -> Result<ConfigSource, ConfigError> {
     let valid = Valid { message, unknown_fields: Vec::new(), nested: Vec::new() };
-    convert(valid, label, &|_| true, convert::config_source::config_source).map(|converted| converted.value)
+    convert(valid, label, None, convert::config_source::config_source).map(|converted| converted.value)
 }

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::addr::Pipe;
+
 /// The endpoints of a cluster, grouped by locality and priority.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClusterLoadAssignment {
@@ -56,6 +58,8 @@ pub enum EndpointAddress {
     Ip(SocketAddr),
     /// A DNS name and a port.
     Name(Arc<str>, u16),
+    /// A Unix domain socket; only in clusters of the bootstrap.
+    Pipe(Pipe),
 }
 
 /// `HealthStatus`.

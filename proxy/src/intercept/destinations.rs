@@ -280,6 +280,7 @@ mod tests {
             },
             cleanup_interval: Duration::from_secs(5),
             tls: None,
+            has_pipes: false,
         })
     }
 

@@ -23,6 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
 use super::{Event, Key, Kind, Wanted};
+use crate::addr::EndpointAddr;
 use crate::config::config_source::{ApiSource, Protocol, Source};
 
 mod backoff;
@@ -299,7 +300,7 @@ pub enum DialError {
     #[error("{endpoint}: {reason}")]
     Connect {
         /// Where.
-        endpoint: std::net::SocketAddr,
+        endpoint: EndpointAddr,
         /// What the kernel or the peer said.
         reason: String,
     },
@@ -307,7 +308,7 @@ pub enum DialError {
     #[error("{endpoint}: TLS: {reason}")]
     Tls {
         /// Where.
-        endpoint: std::net::SocketAddr,
+        endpoint: EndpointAddr,
         /// Why.
         reason: String,
     },

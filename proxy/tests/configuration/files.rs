@@ -40,6 +40,7 @@ fn endpoints(bootstrap: &Bootstrap) -> BTreeMap<String, Vec<String>> {
     let address = |address: &EndpointAddress| match address {
         EndpointAddress::Ip(address) => address.to_string(),
         EndpointAddress::Name(name, port) => format!("{name}:{port}"),
+        EndpointAddress::Pipe(pipe) => pipe.to_string(),
     };
     bootstrap
         .clusters
@@ -84,10 +85,12 @@ fn every_file_has_a_test() {
         "xds-ads.yaml",
         "xds-delta.yaml",
         "xds-files.yaml",
+        "xds-istio-agent.yaml",
         "xds-istio-mtls.yaml",
         "xds-istio.yaml",
         "xds-rest.yaml",
         "xds-sds.yaml",
+        "xds-spire.yaml",
     ];
     assert_eq!(names, known, "add a test for the new file here");
 }
@@ -309,6 +312,35 @@ fn xds_sds_takes_secrets_from_a_server_and_from_a_file() {
     let (ca, wanted) = secrets.next().unwrap();
     assert_eq!((&*ca.name, wanted), ("control-plane-ca", Use::Validation { has_ca: false }));
     assert!(matches!(&ca.config.source, Source::Path(path) if path.path.ends_with("control-plane-ca.yaml")));
+}
+
+#[test]
+fn xds_istio_agent_is_reached_through_its_sockets() {
+    let loaded = file("xds-istio-agent.yaml");
+    let ads = loaded.bootstrap.dynamic.ads.as_ref().unwrap();
+    assert_eq!((ads.protocol, &*ads.cluster), (Protocol::AggregatedDeltaGrpc, "xds-grpc"));
+    let endpoints = endpoints(&loaded.bootstrap);
+    assert_eq!(endpoints["xds-grpc"], ["./etc/istio/proxy/XDS"]);
+    assert_eq!(endpoints["sds-grpc"], ["./var/run/secrets/workload-spiffe-uds/socket"]);
+    assert!(loaded.bootstrap.clusters.iter().all(|cluster| !cluster.is_for_clients()));
+    let warnings = warnings(&loaded);
+    let extensions: Vec<_> = warnings.iter().filter(|it| it.contains("bootstrap_extensions")).collect();
+    assert_eq!(extensions.len(), 2, "{warnings:#?}");
+    assert!(extensions[0].ends_with("istio.workload.BootstrapExtension is accepted without effect"));
+}
+
+#[test]
+fn xds_spire_takes_secrets_from_the_agent_s_socket() {
+    let loaded = file("xds-spire.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    assert_eq!(endpoints(&loaded.bootstrap)["spire_agent"], ["/run/spire/sockets/agent.sock"]);
+    let tls = tls(&loaded.bootstrap, "control_plane");
+    let secrets: Vec<_> = tls.secrets().map(|(secret, wanted)| (&*secret.name, wanted)).collect();
+    let expected = [
+        ("spiffe://example.org/tidegate", Use::Certificate),
+        ("spiffe://example.org", Use::Validation { has_ca: false }),
+    ];
+    assert_eq!(secrets, expected);
 }
 
 #[test]

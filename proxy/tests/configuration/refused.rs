@@ -78,7 +78,71 @@ fn addresses() {
     refused(
         &one_listener(json!({"address": {"pipe": {"path": "/tmp/x"}}})),
         &format!("{L}.address.pipe"),
-        "unix domain sockets are not supported; use socket_address",
+        "nothing listens on unix domain sockets here; use socket_address",
+    );
+}
+
+/// Of paths Envoy refuses what is refused here, in other words; that clients can't be carried there is ours.
+#[test]
+fn pipes() {
+    let with_pipe = |pipe: Value, fields: Value| {
+        let endpoint = json!({"endpoint": {"address": {"pipe": pipe}}});
+        with(with(cluster("c"), json!({"load_assignment": assignment(vec![endpoint])})), fields)
+    };
+    let at = format!("{C}.load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.pipe");
+    let long = "p".repeat(108);
+    for (pipe, field, message) in [
+        (json!({"path": ""}), ".path", "must not be empty".to_owned()),
+        (
+            json!({"path": long}),
+            ".path",
+            format!(
+                "{long:?}: 108 bytes are too many for the path of a Unix domain socket; use at most 107, or a \
+                     symbolic link to its directory"
+            ),
+        ),
+        (
+            json!({"path": "/run/a\u{0}b"}),
+            ".path",
+            "\"/run/a\\0b\": it has a NUL character in it, which only an abstract name (@…) may have"
+                .to_owned(),
+        ),
+        (
+            json!({"path": "@name", "mode": 0o700}),
+            ".mode",
+            "an abstract socket (@…) has no file to set it on; remove it".to_owned(),
+        ),
+        (json!({"path": "/run/a", "mode": 0o1000}), ".mode", "must be at most 511, is 512".to_owned()),
+    ] {
+        refused(&bootstrap(vec![], vec![with_pipe(pipe, json!({}))]), &format!("{at}{field}"), &message);
+    }
+    let pipe = json!({"path": "./xds", "mode": 0o700});
+    refused(
+        &bootstrap(vec![], vec![with_pipe(pipe.clone(), json!({"type": "STRICT_DNS"}))]),
+        &at,
+        "there is nothing to resolve; set the cluster's type to STATIC",
+    );
+    let clients = "cluster \"c\" has endpoints on unix domain sockets (pipe), which only control planes are reached \
+                   through in this version; name one whose endpoints have a socket_address";
+    let unix = || vec![with_pipe(pipe.clone(), json!({}))];
+    let serving = |filter: Value| {
+        bootstrap(vec![with(listener("l", 1), json!({"filter_chains": [{"filters": [filter]}]}))], unix())
+    };
+    refused(&serving(tcp_proxy(json!({}))), &format!("{F}.typed_config.cluster"), clients);
+    let weighted = json!({"cluster": null, "weighted_clusters": {"clusters": [{"name": "c", "weight": 1}]}});
+    refused(
+        &serving(tcp_proxy(weighted)),
+        &format!("{F}.typed_config.weighted_clusters.clusters[0].name"),
+        clients,
+    );
+    refused(
+        &serving(http(vec![virtual_host("v", &["*"], vec![route("c")])])),
+        &format!("{F}.typed_config.route_config.virtual_hosts[0].routes[0].route.cluster"),
+        clients,
+    );
+    assert_eq!(
+        warnings(&bootstrap(vec![], vec![with_pipe(json!({"path": "unix:///run/x"}), json!({}))])),
+        [format!("{at}.path: \"unix:///run/x\" is taken as it is; a path has no \"unix:\"")]
     );
 }
 

@@ -1,7 +1,7 @@
 //! Resources and bootstraps from few words. They are written as JSON, as the rest of the fixtures' configuration, and
 //! read by a decoder that is not tidegate's.
 
-use std::net::SocketAddr;
+use std::fmt::Display;
 
 use anyhow::{Context, Result};
 use prost::{Message, Name};
@@ -121,8 +121,9 @@ impl Transport {
         }
     }
 
-    /// A bootstrap that takes listeners and clusters from a control plane at `address`.
-    pub fn bootstrap(self, address: SocketAddr) -> Value {
+    /// A bootstrap that takes listeners and clusters from a control plane at `address`: a TCP port, or the path of a
+    /// Unix domain socket.
+    pub fn bootstrap(self, address: impl Display) -> Value {
         let mut dynamic = json!({"lds_config": self.source(), "cds_config": self.source()});
         if matches!(self, Self::Ads | Self::DeltaAds) {
             merge(&mut dynamic, json!({"ads_config": self.api()}));

@@ -17,6 +17,7 @@ use hyper_util::server::conn::auto;
 use prost::Message;
 use serde_json::Value;
 use tidegate_api::discovery::{DeltaDiscoveryRequest, DiscoveryRequest};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::kind::{Kind, Method};
@@ -107,17 +108,17 @@ pub(super) struct Server {
 impl Server {
     /// Serves on a bound socket.
     pub(super) fn start(
-        listener: std::net::TcpListener,
+        listener: Listener,
         tls: Option<super::tls::Acceptor>,
         handler: Arc<dyn Handler>,
     ) -> Result<Self> {
-        listener.set_nonblocking(true)?;
+        listener.set_nonblocking()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (stop, stopped) = oneshot::channel();
         let (drain, draining) = watch::channel(false);
         let thread = std::thread::spawn(move || {
             runtime.block_on(async {
-                let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+                let Ok(listener) = listener.into_acceptor() else { return };
                 tokio::select! {
                     () = accept(listener, tls, handler, draining) => {}
                     _ = stopped => {}
@@ -145,15 +146,64 @@ impl Drop for Server {
     }
 }
 
+/// A bound socket.
+#[derive(Debug)]
+pub(super) enum Listener {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener),
+}
+
+impl Listener {
+    fn set_nonblocking(&self) -> std::io::Result<()> {
+        match self {
+            Self::Tcp(listener) => listener.set_nonblocking(true),
+            Self::Unix(listener) => listener.set_nonblocking(true),
+        }
+    }
+
+    /// The same within a runtime.
+    fn into_acceptor(self) -> std::io::Result<Acceptor> {
+        Ok(match self {
+            Self::Tcp(listener) => Acceptor::Tcp(tokio::net::TcpListener::from_std(listener)?),
+            Self::Unix(listener) => Acceptor::Unix(tokio::net::UnixListener::from_std(listener)?),
+        })
+    }
+}
+
+enum Acceptor {
+    Tcp(tokio::net::TcpListener),
+    Unix(tokio::net::UnixListener),
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+impl Acceptor {
+    /// A connection, and the address of its other end (unspecified on a Unix domain socket).
+    async fn accept(&self) -> std::io::Result<(Box<dyn Stream>, SocketAddr)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                let _ = stream.set_nodelay(true);
+                Ok((Box::new(stream), peer))
+            }
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                Ok((Box::new(stream), SocketAddr::from(([0; 4], 0))))
+            }
+        }
+    }
+}
+
 async fn accept(
-    listener: tokio::net::TcpListener,
+    listener: Acceptor,
     tls: Option<super::tls::Acceptor>,
     handler: Arc<dyn Handler>,
     draining: watch::Receiver<bool>,
 ) {
     loop {
         let Ok((stream, peer)) = listener.accept().await else { continue };
-        let _ = stream.set_nodelay(true);
         let (handler, draining, tls) = (handler.clone(), draining.clone(), tls.clone());
         tokio::spawn(async move {
             match tls {
@@ -177,7 +227,7 @@ struct Client {
     certificate: Option<Vec<u8>>,
 }
 
-async fn connection<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static>(
+async fn connection<S: AsyncRead + AsyncWrite + Unpin + 'static>(
     stream: S,
     client: Client,
     handler: Arc<dyn Handler>,

@@ -9,13 +9,14 @@
 //! interception, which it does not have.
 //! Of `sds`, `files_rotated_by_rename`, `static_secrets_serve_by_name` and `example_with_sds_…` hold of Envoy; others expect
 //! one subscription for all secrets of a source, renewed files at the next connection, or our words, and `ads_brings_…`
-//! crashes it.
+//! crashes it. Of `pipes`, `rest_…` and `spire_…` hold of Envoy; the other has words of ours, and an extension of Istio's.
 
 mod ads;
 mod delta;
 mod fixture;
 mod live;
 mod others;
+mod pipes;
 mod removal;
 mod sds;
 mod sotw;

@@ -51,7 +51,7 @@ impl Pki {
     }
 }
 
-fn certificate(name: &str, chain: &str, key: &str) -> Result<Secret> {
+pub(crate) fn certificate(name: &str, chain: &str, key: &str) -> Result<Secret> {
     resource::from_json(&json!({"name": name, "tls_certificate": {
         "certificate_chain": {"inline_string": chain}, "private_key": {"inline_string": key}}}))
 }
@@ -125,7 +125,7 @@ fn start(world: &World, bootstrap: &Value) -> Result<Proxy> {
 }
 
 /// Gives a proxy on a scripted ADS stream a cluster and a listener.
-fn configure(stream: &Stream) -> Result<()> {
+pub(crate) fn configure(stream: &Stream) -> Result<()> {
     let cluster = resource::cluster("c", &[World::A], json!({}))?;
     let listener = resource::listener(LISTENER, json!({}), &tcp_proxy("c", json!({})))?;
     stream.request_for(Kind::Cluster)?;
@@ -148,7 +148,7 @@ fn works(stream: &Stream, nonce: &str) -> Result<()> {
     }
 }
 
-fn accepted(stream: &Stream, kind: Kind) -> Result<()> {
+pub(crate) fn accepted(stream: &Stream, kind: Kind) -> Result<()> {
     let request = stream.request_for(kind)?;
     ensure!(request.error_detail.is_none() && request.version_info == "1", "{request:?}");
     Ok(())
@@ -547,7 +547,7 @@ fn keys_never_leak() -> Result<()> {
 }
 
 /// A bootstrap of `config/`, with this in the place of that.
-fn example(name: &str, replacements: &[(&str, &str)]) -> Result<String> {
+pub(crate) fn example(name: &str, replacements: &[(&str, &str)]) -> Result<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config").join(name);
     let mut text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     for (from, to) in replacements {

@@ -31,6 +31,9 @@ use crate::config::proto::FieldPath;
 /// Envoy's default of `stats_flush_interval`.
 const STATS_FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How large the buffers of internal listeners are. Those are refused where they are named.
+const INTERNAL_LISTENER: &str = "envoy.extensions.bootstrap.internal_listener.v3.InternalListener";
+
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
 pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Report<'_>) -> Bootstrap {
     let root = FieldPath::ROOT;
@@ -86,6 +89,7 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         default_config_source, default_socket_interface, certificate_provider_instances, inline_headers,
         perf_tracing_file_path, xds_delegate_extension, xds_config_tracker_extension, listener_manager,
         application_log_config, enable_worker_cpu_affinity, stats_flush, stats_eviction);
+    report.is_bootstrap = true;
     report.server_clusters = server_clusters;
     let runtime = runtime(layered_runtime, path, report);
     let parts::StaticResources { listeners, clusters, secrets } = static_resources.unwrap_or_default();
@@ -102,6 +106,9 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         each(clusters, &resources, "clusters", |it, path| cluster(it, path, report).map(Arc::new));
     let path_of = |name: &str| order.iter().position(|other| other == name);
     check_secret_servers(&clusters, &dynamic, path_of, &resources, report);
+    let pipes: HashSet<_> =
+        clusters.iter().filter(|it| it.has_pipes).map(|it| Arc::clone(&it.name)).collect();
+    report.set_pipes(move |name| pipes.contains(name));
     let mut known = Known::default();
     let listeners: Vec<Arc<Listener>> = each(listeners, &resources, "listeners", |it, path| {
         let it = listener(it, &runtime, path, report)?;
@@ -279,6 +286,9 @@ fn extensions(
                 report.invalid(&path, "a second Interception; there can be only one");
             }
             found = config.decode(&path, report).map(|it| interception(it, &path, report));
+        } else if config.type_name.starts_with("istio.") || config.type_name == INTERNAL_LISTENER {
+            report
+                .warn(&path, format!("bootstrap extension {} is accepted without effect", config.type_name));
         } else if config.known {
             report.unsupported(
                 &path,

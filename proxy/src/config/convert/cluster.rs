@@ -21,7 +21,7 @@ use super::{Report, each, enumeration, inactive, optional_duration};
 use crate::config::cluster::{
     Cluster, Discovery, Dns, Eds, EndpointRemoval, LbPolicy, LookupFamily, Thresholds,
 };
-use crate::config::endpoint::ClusterLoadAssignment;
+use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress};
 use crate::config::listener::TcpKeepalive;
 use crate::config::proto::FieldPath;
 
@@ -150,6 +150,7 @@ pub(in crate::config) fn cluster(
             load_assignment(assignment, &of, &path.field("load_assignment"), report)
         }
     };
+    let has_pipes = has_pipes(&load_assignment);
     Some(Cluster {
         name: Arc::from(name),
         alt_stat_name: Some(alt_stat_name).filter(|name| !name.is_empty()).map(Arc::from),
@@ -168,7 +169,13 @@ pub(in crate::config) fn cluster(
         endpoint_removal,
         close_connections_on_host_health_failure,
         tls: tls.map(Arc::new),
+        has_pipes,
     })
+}
+
+fn has_pipes(assignment: &ClusterLoadAssignment) -> bool {
+    let mut endpoints = assignment.localities.iter().flat_map(|group| &group.endpoints);
+    endpoints.any(|endpoint| matches!(endpoint.address, EndpointAddress::Pipe(_)))
 }
 
 fn discovery(

@@ -167,6 +167,12 @@ fn host(
         endpoint;
     inactive!(report, path, "Endpoint"; health_check_config, additional_addresses, observability_name);
     let address = host_and_port(address, path, "address", report)?;
+    if let EndpointAddress::Pipe(_) = address {
+        return pipe_refusal(discovery, report).map_or(Some((address, shared(hostname))), |refusal| {
+            report.unsupported(&path.field("address").field("pipe"), refusal);
+            None
+        });
+    }
     if let (EndpointAddress::Name(name, _), Discovery::Static | Discovery::Eds) = (&address, discovery) {
         let path = path.field("address");
         let path = path.field("socket_address");
@@ -177,6 +183,18 @@ fn host(
         return None;
     }
     Some((address, shared(hostname)))
+}
+
+/// Why an endpoint may not be a Unix domain socket, unless it may.
+fn pipe_refusal(discovery: Discovery, report: &Report<'_>) -> Option<&'static str> {
+    if !report.is_bootstrap {
+        return Some(
+            "unix domain sockets lead to control planes only, and those clusters are in static_resources of the \
+             bootstrap; use socket_address",
+        );
+    }
+    (discovery != Discovery::Static)
+        .then_some("there is nothing to resolve; set the cluster's type to STATIC")
 }
 
 /// There are many empty ones, for which nothing needs to be allocated.

@@ -8,6 +8,7 @@ use tidegate_api::core::address::Address as Kind;
 use tidegate_api::core::socket_address::{PortSpecifier, Protocol};
 
 use super::{Report, enumeration, port};
+use crate::addr::Pipe;
 use crate::config::endpoint::EndpointAddress;
 use crate::config::listener::{Cidr, TcpKeepalive};
 use crate::config::proto::FieldPath;
@@ -22,6 +23,13 @@ pub(super) fn socket_addr(
     let field_path = path.field(field);
     match host_and_port(address, path, field, report)? {
         EndpointAddress::Ip(address) => Some(address),
+        EndpointAddress::Pipe(_) => {
+            report.unsupported(
+                &field_path.field("pipe"),
+                "nothing listens on unix domain sockets here; use socket_address",
+            );
+            None
+        }
         EndpointAddress::Name(host, _) => {
             let path = field_path.field("socket_address");
             report.invalid(&path.field("address"), format!("{host:?} is not an IP address"));
@@ -30,7 +38,7 @@ pub(super) fn socket_addr(
     }
 }
 
-/// An address, or a name that has to be resolved, with a port.
+/// An address, or a name that has to be resolved, with a port; or a Unix domain socket.
 pub(super) fn host_and_port(
     address: Option<core::Address>,
     path: &FieldPath<'_>,
@@ -47,18 +55,37 @@ pub(super) fn host_and_port(
             let path = path.field("socket_address");
             socket_address(address, &path, report)
         }
-        Kind::Pipe(_) => {
-            report.unsupported(
-                &path.field("pipe"),
-                "unix domain sockets are not supported; use socket_address",
-            );
-            None
-        }
+        Kind::Pipe(pipe) => self::pipe(&pipe, &path.field("pipe"), report),
         Kind::EnvoyInternalAddress(_) => {
             report.unsupported(
                 &path.field("envoy_internal_address"),
                 "internal listeners are not supported; use socket_address",
             );
+            None
+        }
+    }
+}
+
+fn pipe(pipe: &core::Pipe, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<EndpointAddress> {
+    // The mode is for a socket that is bound.
+    let core::Pipe { path: name, mode } = pipe;
+    match Pipe::new(name) {
+        Ok(pipe) if pipe.is_abstract() && *mode != 0 => {
+            report
+                .invalid(&path.field("mode"), "an abstract socket (@…) has no file to set it on; remove it");
+            None
+        }
+        Ok(pipe) => {
+            if name.starts_with("unix:") {
+                report.warn(
+                    &path.field("path"),
+                    format!("{name:?} is taken as it is; a path has no \"unix:\""),
+                );
+            }
+            Some(EndpointAddress::Pipe(pipe))
+        }
+        Err(error) => {
+            report.invalid(&path.field("path"), format!("{name:?}: {error}"));
             None
         }
     }

@@ -171,7 +171,10 @@ fn clusters(
             report.missing(path, "cluster or weighted_clusters");
             None
         }
-        Some(parts::ClusterSpecifier::Cluster(name)) => Some(ClusterChoice::Single(Arc::from(name))),
+        Some(parts::ClusterSpecifier::Cluster(name)) => {
+            report.check_for_clients(&name, &path.field("cluster"));
+            Some(ClusterChoice::Single(Arc::from(name)))
+        }
         Some(parts::ClusterSpecifier::WeightedClusters(weighted)) => {
             let parts::WeightedCluster { clusters } = weighted;
             let path = path.field("weighted_clusters");
@@ -181,6 +184,7 @@ fn clusters(
                 if weight == 0 {
                     report.invalid(&path.field("weight"), "must be at least 1");
                 }
+                report.check_for_clients(&name, &path.field("name"));
                 Some(WeightedCluster { name: Arc::from(name), weight })
             });
             self::weighted(clusters, &path, report)

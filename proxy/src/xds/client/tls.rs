@@ -1,6 +1,6 @@
 //! TLS to a control plane.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -10,12 +10,12 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme, version};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use webpki::EndEntityCert;
 
-use super::Alpn;
+use super::{Alpn, Connection};
+use crate::addr::EndpointAddr;
 use crate::config::tls::{SanType, ServerNames, StringMatch, SubjectAltName, UpstreamTls};
 use crate::secret::{CurrentCredentials, PROVIDER};
 
@@ -24,12 +24,12 @@ use crate::secret::{CurrentCredentials, PROVIDER};
 /// # Errors
 /// What is wrong, for the operator: the server's certificate, or the handshake.
 pub(super) async fn connect(
-    stream: TcpStream,
-    endpoint: SocketAddr,
+    stream: Box<dyn Connection>,
+    endpoint: &EndpointAddr,
     tls: &UpstreamTls,
     credentials: CurrentCredentials,
     alpn: Alpn,
-) -> Result<TlsStream<TcpStream>, String> {
+) -> Result<TlsStream<Box<dyn Connection>>, String> {
     let (config, name) = client(endpoint, tls, credentials, alpn)?;
     let connector = TlsConnector::from(Arc::new(config));
     let stream = connector.connect(name, stream).await.map_err(|error| error.to_string())?;
@@ -40,7 +40,7 @@ pub(super) async fn connect(
 }
 
 fn client(
-    endpoint: SocketAddr,
+    endpoint: &EndpointAddr,
     tls: &UpstreamTls,
     credentials: CurrentCredentials,
     alpn: Alpn,
@@ -77,7 +77,8 @@ fn client(
         }
         None => {
             config.enable_sni = false;
-            ServerName::IpAddress(endpoint.ip().into())
+            // Neither sent nor checked: without an sni nothing is validated by it.
+            ServerName::IpAddress(endpoint.ip().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |it| it.ip()).into())
         }
     };
     Ok((config, name))

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use socket2::{SockAddr, Socket};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout_at};
 
 use super::{Alpn, Connection, DialError, Dialer, Dialing, tls};
+use crate::addr::{EndpointAddr, Pipe};
 use crate::bound;
 use crate::cluster::connect::{ClosedBy, UpstreamGuard};
 use crate::cluster::endpoint::Endpoint;
@@ -65,13 +66,13 @@ impl Upstream {
             Some(tls) => Some((tls, secrets(cluster, tls, deadline).await?)),
             None => None,
         };
-        let stream = self.tcp(cluster, &endpoint, deadline, &mut guard).await?;
+        let stream = self.stream(cluster, &endpoint, deadline, &mut guard).await?;
         guard.establish();
         let Some((tls, current)) = current else {
             return Ok(Box::new(Counted { stream, guard }));
         };
-        let address = endpoint.address().0;
-        let failed = |reason| DialError::Tls { endpoint: address, reason };
+        let address = endpoint.address();
+        let failed = |reason| DialError::Tls { endpoint: address.clone(), reason };
         match timeout_at(deadline, tls::connect(stream, address, tls, current, alpn)).await {
             Ok(Ok(stream)) => Ok(Box::new(Counted { stream, guard })),
             Ok(Err(reason)) => Err(failed(reason)),
@@ -79,28 +80,36 @@ impl Upstream {
         }
     }
 
-    async fn tcp(
+    async fn stream(
         &self,
         cluster: &Arc<Cluster>,
         endpoint: &Endpoint,
         deadline: Instant,
         guard: &mut UpstreamGuard,
-    ) -> Result<TcpStream, DialError> {
-        let address = endpoint.address().0;
+    ) -> Result<Box<dyn Connection>, DialError> {
+        let address = endpoint.address();
         match timeout_at(deadline, self.open(cluster, address)).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(reason)) => {
                 guard.closed_by(ClosedBy::Remote);
-                Err(DialError::Connect { endpoint: address, reason })
+                Err(DialError::Connect { endpoint: address.clone(), reason })
             }
             Err(_) => {
                 cluster.stats().upstream_cx_connect_timeout().inc();
-                Err(DialError::Connect { endpoint: address, reason: timed_out(cluster) })
+                Err(DialError::Connect { endpoint: address.clone(), reason: timed_out(cluster) })
             }
         }
     }
 
-    async fn open(&self, cluster: &Cluster, address: SocketAddr) -> Result<TcpStream, String> {
+    async fn open(&self, cluster: &Cluster, address: &EndpointAddr) -> Result<Box<dyn Connection>, String> {
+        match address {
+            EndpointAddr::Ip(address) => Ok(Box::new(self.tcp(cluster, *address).await?)),
+            // Nothing captures it, so there is nothing to mark.
+            EndpointAddr::Pipe(pipe) => Ok(Box::new(unix(pipe).await?)),
+        }
+    }
+
+    async fn tcp(&self, cluster: &Cluster, address: SocketAddr) -> Result<TcpStream, String> {
         let keepalive = cluster.config().upstream_keepalive.map_or(KEEPALIVE, bound::keepalive);
         let options = StreamOptions { keepalive: Some(keepalive), ..StreamOptions::default() };
         let socket = socket::stream(address, &options).map_err(|error| error.to_string())?;
@@ -116,6 +125,32 @@ impl Upstream {
             Ok(Some(error)) | Err(error) => Err(error.to_string()),
         }
     }
+}
+
+/// Connects to a Unix domain socket of this machine.
+async fn unix(pipe: &Pipe) -> Result<UnixStream, String> {
+    UnixStream::connect(pipe.sun_path()).await.map_err(|error| {
+        let remedy = match error.raw_os_error() {
+            Some(libc::ENOENT) if !pipe.is_abstract() => working_directory(pipe),
+            Some(libc::EACCES) => {
+                " (tidegate needs write permission on it, and search permission above it)".into()
+            }
+            Some(libc::ECONNREFUSED) => " (nobody listens there)".into(),
+            _ => String::new(),
+        };
+        format!("{error}{remedy}")
+    })
+}
+
+/// Where a relative path was looked for.
+fn working_directory(pipe: &Pipe) -> String {
+    if pipe.is_absolute() {
+        return String::new();
+    }
+    std::env::current_dir().map_or_else(
+        |_| String::new(),
+        |directory| format!(" (the path is relative to {})", directory.display()),
+    )
 }
 
 impl Dialer for Upstream {

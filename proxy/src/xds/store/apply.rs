@@ -268,7 +268,11 @@ impl Store {
     ) -> anyhow::Result<()> {
         let label = response::label(Kind::Listener, name);
         let clusters = &self.clusters;
-        let around = Surroundings { is_cluster: &|name| clusters.contains(name), runtime: &self.runtime };
+        let around = Surroundings {
+            is_cluster: &|name| clusters.contains(name),
+            has_pipes: &|name| clusters.in_force(name).is_some_and(|cluster| cluster.config().has_pipes),
+            runtime: &self.runtime,
+        };
         let converted = dynamic::listener(message.get(held, &label)?, &label, &around)?;
         let config = Arc::new(converted.value);
         let added = self.listeners.add(&config, content(held), Origin::Dynamic)?;

@@ -300,7 +300,8 @@ pub(crate) fn judge(
         }
         Kind::Listener => each::<listener::Listener, _>(about, what, |valid, label| {
             let runtime = crate::config::runtime::Runtime::default();
-            let around = dynamic::Surroundings { is_cluster: &|_| true, runtime: &runtime };
+            let around =
+                dynamic::Surroundings { is_cluster: &|_| true, has_pipes: &|_| false, runtime: &runtime };
             dynamic::listener(valid, label, &around).map(Some)
         }),
         Kind::ClusterLoadAssignment => {

@@ -210,7 +210,7 @@ impl Fixture {
     fn clusters(&self) -> BTreeMap<String, Vec<u16>> {
         let snapshot = self.store.snapshot(&[]);
         let ports = |cluster: &Arc<crate::cluster::Cluster>| {
-            cluster.endpoints().iter().map(|endpoint| endpoint.address().0.port()).collect()
+            cluster.endpoints().iter().map(|endpoint| endpoint.address().ip().unwrap().port()).collect()
         };
         snapshot.clusters().map(|cluster| (cluster.name().to_string(), ports(cluster))).collect()
     }

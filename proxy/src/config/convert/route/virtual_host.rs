@@ -293,6 +293,7 @@ fn route_action(
 }
 
 fn check_cluster(name: &str, of: &Of<'_>, path: &FieldPath<'_>, report: &mut Report<'_>) {
+    report.check_for_clients(name, path);
     if of.validate_clusters && !(report.is_cluster)(name) {
         report.invalid(
             path,
