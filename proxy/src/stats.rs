@@ -13,7 +13,6 @@ mod declare;
 mod histogram;
 mod prometheus;
 mod query;
-mod readout;
 mod text;
 
 use std::collections::BTreeMap;
@@ -23,18 +22,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use block::Layout;
 
-pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGauge, Stat, set_shard};
+pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGauge, Stat, Text, set_shard};
 pub use blocks::{
     AccessLogStats, AdminListenerStats, ClientTlsStats, ClusterManagerStats, ClusterStats, ConfigStats,
     ControlPlaneStats, FilesystemStats, HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats,
-    ProxyProtocolStats, PumpStats, RootStats, RuntimeStats, SdsStats, ServerStats, TcpProxyStats,
+    ProxyProtocolStats, PumpStats, RdsStats, RootStats, RuntimeStats, SdsStats, ServerStats, TcpProxyStats,
     TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
 pub use query::{Format, Query, QueryError};
-pub use readout::Readout;
-use readout::Readouts;
 
 /// The scope of what the kernel counts.
 const INTERCEPT: &str = "tidegate.intercept.";
@@ -43,7 +40,6 @@ const INTERCEPT: &str = "tidegate.intercept.";
 /// the handles that their snapshot carries.
 pub struct Stats {
     workers: usize,
-    readouts: Readouts,
     blocks: Mutex<Blocks>,
     intercept: Mutex<BTreeMap<String, (Kind, u64)>>,
     /// Blocks that exist once, kept from the start.
@@ -101,7 +97,6 @@ impl Stats {
         };
         let stats = Self {
             workers,
-            readouts: Readouts::default(),
             blocks: Mutex::default(),
             intercept: Mutex::default(),
             single,
@@ -111,11 +106,6 @@ impl Stats {
             lock(&stats.blocks).insert((kind(block.layout()), "".into()), Arc::downgrade(&block));
         }
         Arc::new(stats)
-    }
-
-    /// Sets a text.
-    pub fn set_readout(&self, readout: Readout, text: &str) {
-        self.readouts.set(readout, text);
     }
 
     /// `cluster.<name>.*`
@@ -141,6 +131,16 @@ impl Stats {
     /// `http.<stat_prefix>.*`
     pub fn http(&self, stat_prefix: &str) -> HttpStats {
         HttpStats::from_block(self.block(HttpStats::LAYOUT, stat_prefix))
+    }
+
+    /// `http.<stat_prefix>.rds.<route configuration>.*`
+    pub fn rds(&self, stat_prefix: &str, route: &str) -> RdsStats {
+        RdsStats::from_block(self.block(RdsStats::LAYOUT, &format!("{stat_prefix}.rds.{route}")))
+    }
+
+    /// `http.<stat_prefix>.rds.vhds.<route configuration>.*`
+    pub fn vhds(&self, stat_prefix: &str, route: &str) -> RdsStats {
+        RdsStats::from_block(self.block(RdsStats::LAYOUT, &format!("{stat_prefix}.rds.vhds.{route}")))
     }
 
     /// `listener.<stat_prefix>.*`, or `listener.<address>.*` when the listener has no `stat_prefix`.

@@ -37,7 +37,7 @@ pub(super) fn whole(bootstrap: &Value, read: SystemTime, tables: &All, include_e
             .push(section(&admin("EndpointsConfigDump"), &[("dynamic_endpoint_configs", endpoints.into())]));
     }
     let listeners = statics("listeners", "envoy.config.listener.v3.Listener", "listener");
-    let routes = flat(tables, Kind::RouteConfiguration, "route_config");
+    let routes = routes(tables);
     configs.extend([
         section(
             &admin("ListenersConfigDump"),
@@ -85,8 +85,15 @@ fn typed(message: &str, fields: &Value) -> Value {
 }
 
 fn body(kind: Kind, body: &[u8]) -> Value {
-    let message = kind.type_url().rsplit('/').next().unwrap_or_default();
-    typed(message, &Encoded::from_bytes(message, body).to_json())
+    typed(message_of(kind), &fields(kind, body))
+}
+
+fn message_of(kind: Kind) -> &'static str {
+    kind.type_url().rsplit('/').next().unwrap_or_default()
+}
+
+fn fields(kind: Kind, body: &[u8]) -> Value {
+    Encoded::from_bytes(message_of(kind), body).to_json()
 }
 
 fn time(at: SystemTime) -> String {
@@ -215,6 +222,39 @@ fn waiting_secrets(tables: &All) -> Vec<Value> {
         secret(name, state, record)
     };
     records(tables, Kind::Secret).filter(|(_, record)| record.active.is_none()).map(dump).collect()
+}
+
+/// Route configurations, as Envoy shows them: with the virtual hosts that came by VHDS, and the version of what came last.
+fn routes(tables: &All) -> Vec<Value> {
+    let dump = |(name, record): (&Arc<str>, &Record)| {
+        let Some(held) = &record.active else {
+            return with_status(Map::new(), Kind::RouteConfiguration, record);
+        };
+        let mut state = state(Kind::RouteConfiguration, held, "route_config");
+        if state["route_config"].get("vhds").is_some() {
+            add_hosts(tables, name, held.at, &mut state);
+        }
+        with_status(state, Kind::RouteConfiguration, record)
+    };
+    records(tables, Kind::RouteConfiguration).map(dump).collect()
+}
+
+/// Adds the virtual hosts of a route configuration that came at `at`.
+fn add_hosts(tables: &All, route: &str, at: SystemTime, state: &mut Map<String, Value>) {
+    let is_of = |host: &str| host.strip_prefix(route).is_some_and(|rest| rest.starts_with('/'));
+    let hosts = records(tables, Kind::VirtualHost).filter(|(name, _)| is_of(name));
+    let hosts: Vec<&Held> = hosts.filter_map(|(_, record)| record.active.as_ref()).collect();
+    if let Some(last) = hosts.iter().map(|held| held.at).max().filter(|last| *last > at) {
+        state.insert("version_info".into(), version(tables, Kind::VirtualHost));
+        state.insert("last_updated".into(), time(last).into());
+    }
+    if hosts.is_empty() {
+        return;
+    }
+    let all = state["route_config"]["virtual_hosts"].take();
+    let mut all = all.as_array().cloned().unwrap_or_default();
+    all.extend(hosts.iter().map(|held| fields(Kind::VirtualHost, &held.body)));
+    state["route_config"]["virtual_hosts"] = all.into();
 }
 
 /// Kinds that do not warm.

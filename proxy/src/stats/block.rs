@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::histogram::{self, Histogram, HistogramValue};
 
@@ -63,6 +63,8 @@ pub struct Layout {
     /// The Prometheus label that carries the scope's own name: `envoy_cluster_name`; empty when there is one
     /// block only.
     pub label: &'static str,
+    /// Scopes that have two names, with this between them (`rds`), and the label of the second.
+    pub part: Option<(&'static str, &'static str)>,
     /// The stats, sorted by name.
     pub stats: &'static [Stat],
     /// Cells in a shard.
@@ -71,6 +73,8 @@ pub struct Layout {
     pub shared_cells: usize,
     /// Also printed per worker, as `worker_N.<name>`.
     pub per_worker: &'static [&'static str],
+    /// Stats that are texts.
+    pub texts: &'static [&'static str],
 }
 
 /// Sharded gauges are the first cells of a shard, after the cell that notes which of them were ever written.
@@ -112,6 +116,8 @@ pub struct Block {
     shared: Box<[AtomicU64]>,
     /// Which shared cells were ever written (bit = index), for `usedonly`.
     shared_used: AtomicU64,
+    /// Empty where nothing was written yet. Written and read by the main thread and the admin server's.
+    texts: Box<[Mutex<Option<Arc<str>>>]>,
     /// One per worker, then the one that all other threads share.
     shards: Box<[OnceLock<Shard>]>,
 }
@@ -123,6 +129,7 @@ impl Block {
             name: name.into(),
             shared: (0..layout.shared_cells).map(|_| AtomicU64::new(0)).collect(),
             shared_used: AtomicU64::new(0),
+            texts: layout.texts.iter().map(|_| Mutex::default()).collect(),
             shards: (0..=workers).map(|_| OnceLock::new()).collect(),
         })
     }
@@ -193,6 +200,12 @@ impl Block {
             "" => format!("{}.", self.layout.root),
             name => format!("{}.{name}.", self.layout.root),
         }
+    }
+
+    /// The text of this index in the layout. None: nobody has written it, and only some blocks of the kind have it.
+    pub fn text(&self, index: usize) -> Option<Arc<str>> {
+        let text = self.texts[index].lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if self.name.is_empty() { Some(text.unwrap_or_default()) } else { text }
     }
 
     /// The buckets of a histogram.
@@ -379,6 +392,26 @@ impl SharedGauge<'_> {
     }
 }
 
+/// A text that the main thread writes.
+#[derive(Clone, Copy)]
+pub struct Text<'a> {
+    pub(super) block: &'a Arc<Block>,
+    pub(super) index: usize,
+}
+
+impl Text<'_> {
+    /// Replaces it.
+    pub fn set(self, text: &Arc<str>) {
+        let place = &self.block.texts[self.index];
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(text));
+    }
+
+    /// What it is now.
+    pub fn value(self) -> Option<Arc<str>> {
+        self.block.text(self.index)
+    }
+}
+
 fn note_shared(block: &Block, cell: u16) -> &AtomicU64 {
     let bit = 1 << cell;
     if block.shared_used.load(Relaxed) & bit == 0 {
@@ -476,7 +509,9 @@ mod tests {
     #[test]
     fn a_cluster_with_traffic_on_one_worker_costs_less_than_1536_bytes() {
         let layout = super::super::ClusterStats::LAYOUT;
-        let idle = size_of::<Block>() + 16 + layout.shared_cells * 8 + 2 * size_of::<OnceLock<Shard>>();
+        let texts = layout.texts.len() * size_of::<Mutex<Option<Arc<str>>>>();
+        let idle =
+            size_of::<Block>() + 16 + layout.shared_cells * 8 + texts + 2 * size_of::<OnceLock<Shard>>();
         let shard = layout.shard_cells.div_ceil(CELLS_PER_LINE) * 64;
         assert!(idle < 400, "{idle}");
         assert!(idle + shard < 1536, "{idle} + {shard}");

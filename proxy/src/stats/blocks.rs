@@ -64,6 +64,7 @@ stats_block! {
         membership_excluded,
         membership_healthy,
         membership_total,
+        update_time,
         version,
         warming_state,
     }
@@ -124,6 +125,7 @@ stats_block! {
         "lb_subsets_active",
         "upstream_queue_overloaded",
     }
+    texts { version_text }
 }
 
 stats_block! {
@@ -146,7 +148,7 @@ stats_block! {
     SdsStats: "sds", label "envoy_xds_resource_name", per_worker [];
     counters {}
     gauges {}
-    histograms {}
+    histograms { update_duration }
     shared_counters {
         init_fetch_timeout,
         key_rotation_failed,
@@ -158,6 +160,7 @@ stats_block! {
     shared_gauges { update_time, version }
     zero_counters {}
     zero_gauges {}
+    texts { version_text }
 }
 
 stats_block! {
@@ -230,11 +233,34 @@ stats_block! {
 }
 
 stats_block! {
+    /// `http.<stat_prefix>.rds.<route configuration>.*`, and `http.<stat_prefix>.rds.vhds.<route configuration>.*` of its
+    /// virtual hosts.
+    RdsStats: "http", label "envoy_http_conn_manager_prefix", part "rds", label "envoy_rds_route_config",
+        per_worker [];
+    counters {}
+    gauges {}
+    histograms { update_duration }
+    shared_counters {
+        config_reload,
+        init_fetch_timeout,
+        update_attempt,
+        update_empty,
+        update_failure,
+        update_rejected,
+        update_success,
+    }
+    shared_gauges { config_reload_time_ms, update_time, version }
+    zero_counters {}
+    zero_gauges {}
+    texts { version_text }
+}
+
+stats_block! {
     /// `listener_manager.*`
     ListenerManagerStats: "listener_manager", label "", per_worker [];
     counters {}
     gauges {}
-    histograms {}
+    histograms { lds_update_duration = "lds.update_duration" }
     shared_counters {
         listener_added,
         listener_create_failure,
@@ -255,10 +281,12 @@ stats_block! {
         total_listeners_draining,
         total_listeners_warming,
         workers_started,
+        lds_update_time = "lds.update_time",
         lds_version = "lds.version",
     }
     zero_counters {}
     zero_gauges { "workers_pinned" }
+    texts { lds_version_text = "lds.version_text" }
 }
 
 stats_block! {
@@ -266,21 +294,29 @@ stats_block! {
     ClusterManagerStats: "cluster_manager", label "", per_worker [];
     counters {}
     gauges {}
-    histograms {}
+    histograms { cds_update_duration = "cds.update_duration" }
     shared_counters {
         cluster_added,
         cluster_modified,
         cluster_removed,
         cluster_updated,
+        cds_config_reload = "cds.config_reload",
         cds_init_fetch_timeout = "cds.init_fetch_timeout",
         cds_update_attempt = "cds.update_attempt",
         cds_update_failure = "cds.update_failure",
         cds_update_rejected = "cds.update_rejected",
         cds_update_success = "cds.update_success",
     }
-    shared_gauges { active_clusters, warming_clusters, cds_version = "cds.version" }
+    shared_gauges {
+        active_clusters,
+        warming_clusters,
+        cds_config_reload_time_ms = "cds.config_reload_time_ms",
+        cds_update_time = "cds.update_time",
+        cds_version = "cds.version",
+    }
     zero_counters { "cluster_updated_via_merge", "update_merge_cancelled", "update_out_of_merge_window" }
     zero_gauges {}
+    texts { cds_version_text = "cds.version_text" }
 }
 
 stats_block! {
@@ -293,6 +329,7 @@ stats_block! {
     shared_gauges { connected_state, pending_requests }
     zero_counters {}
     zero_gauges {}
+    texts { identifier }
 }
 
 stats_block! {

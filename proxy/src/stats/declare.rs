@@ -60,7 +60,8 @@ pub(super) const fn stat(name: &'static str, kind: Kind, home: Home) -> Stat {
 macro_rules! stats_block {
     (
         $(#[$doc:meta])*
-        $name:ident: $root:literal, label $label:literal, per_worker [$($worker:literal),*];
+        $name:ident: $root:literal, label $label:literal, $(part $part:literal, label $part_label:literal,)?
+            per_worker [$($worker:literal),*];
         counters { $($counter:ident $(= $counter_name:literal)?),* $(,)? }
         gauges { $($gauge:ident $(= $gauge_name:literal)?),* $(,)? }
         histograms { $($histogram:ident $(= $histogram_name:literal)?),* $(,)? }
@@ -68,6 +69,7 @@ macro_rules! stats_block {
         shared_gauges { $($sgauge:ident $(= $sgauge_name:literal)?),* $(,)? }
         zero_counters { $($zcounter:literal),* $(,)? }
         zero_gauges { $($zgauge:literal),* $(,)? }
+        $(texts { $($text:ident $(= $text_name:literal)?),* $(,)? })?
     ) => {
         $(#[$doc])*
         ///
@@ -89,6 +91,8 @@ macro_rules! stats_block {
             enum H { $($histogram,)* LEN }
             #[allow(non_camel_case_types, clippy::upper_case_acronyms)]
             enum S { $($scounter,)* $($sgauge,)* LEN }
+            #[allow(non_camel_case_types, clippy::upper_case_acronyms)]
+            enum T { $($($text,)*)? LEN }
 
             const COUNTERS: usize = C::LEN as usize;
             const GAUGES: usize = G::LEN as usize;
@@ -114,11 +118,14 @@ macro_rules! stats_block {
             static LAYOUT: b::Layout = b::Layout {
                 root: $root,
                 label: $label,
+                part: $crate::stats::declare::part!($($part, $part_label)?),
                 stats: ALL,
                 shard_cells: d::shard_cells(GAUGES, COUNTERS, HISTOGRAMS),
                 shared_cells: SHARED,
                 per_worker: &[$($worker),*],
+                texts: &[$($($crate::stats::declare::name!($text $($text_name)?)),*)?],
             };
+            const _: () = assert!(LAYOUT.texts.len() == T::LEN as usize);
 
             impl std::fmt::Debug for $name {
                 fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -165,6 +172,10 @@ macro_rules! stats_block {
                 pub fn $sgauge(&self) -> b::SharedGauge<'_> {
                     b::SharedGauge { block: &self.0, cell: S::$sgauge as u16 }
                 })*
+                $($(#[doc = concat!("The text `", $crate::stats::declare::name!($text $($text_name)?), "`.")]
+                pub fn $text(&self) -> b::Text<'_> {
+                    b::Text { block: &self.0, index: T::$text as usize }
+                })*)?
             }
         };
     };
@@ -180,4 +191,14 @@ macro_rules! name {
     };
 }
 
-pub(super) use {name, stats_block};
+/// What stands in the middle of the scopes' names, and its label.
+macro_rules! part {
+    () => {
+        None
+    };
+    ($part:literal, $label:literal) => {
+        Some(($part, $label))
+    };
+}
+
+pub(super) use {name, part, stats_block};

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use metrics::Label;
 use metrics_exporter_prometheus::PrometheusBuilder;
 
-use super::block::{Block, Kind, Stat};
+use super::block::{Block, Kind, Layout, Stat};
 use super::histogram::{BOUNDS, BUCKETS, HistogramValue, QUANTILES};
 use super::query::{Buckets, Query};
 use super::{INTERCEPT, Stats};
@@ -45,6 +45,9 @@ pub(super) fn write(stats: &Stats, query: &Query, out: &mut impl Write) -> io::R
                 _ => write_values(&family, blocks, query, out)?,
             }
         }
+        if query.wants_prometheus_texts() {
+            write_texts(blocks, query, out)?;
+        }
     }
     for (name, kind, value) in stats.intercept() {
         if query.wants_kind(kind) && query.wants_name(&format!("{INTERCEPT}{name}")) {
@@ -75,13 +78,18 @@ fn families(block: &Block) -> Vec<Family<'_>> {
             }
             name => (name, None),
         };
-        add(metric_name(layout.root, name), Source { stat, label, per_worker: false });
+        add(metric_name(&root(layout), name), Source { stat, label, per_worker: false });
         if layout.per_worker.contains(&stat.name) {
-            let name = metric_name(layout.root, &format!("worker_{}", stat.name));
+            let name = metric_name(&root(layout), &format!("worker_{}", stat.name));
             add(name, Source { stat, label: None, per_worker: true });
         }
     }
     families.into_values().collect()
+}
+
+/// What a block's metrics begin with: `http_rds` of `http.<stat_prefix>.rds.<route configuration>`.
+fn root(layout: &Layout) -> String {
+    layout.part.map_or_else(|| layout.root.to_owned(), |(part, _)| format!("{}_{part}", layout.root))
 }
 
 /// `envoy_<root>_<name>`; what Envoy does not have is `tidegate_…`.
@@ -100,10 +108,40 @@ fn labels(block: &Block, source: &Source<'_>, worker: Option<usize>) -> Vec<Labe
     if let Some((key, value)) = source.label {
         labels.push(Label::from_static_parts(key, value));
     }
-    if !block.layout().label.is_empty() && !block.name().is_empty() {
-        labels.push(Label::new(block.layout().label, block.name().to_owned()));
-    }
+    labels.extend(scope_labels(block));
     labels
+}
+
+/// The names of a block's scope.
+fn scope_labels(block: &Block) -> Vec<Label> {
+    let (layout, name) = (block.layout(), block.name());
+    if layout.label.is_empty() || name.is_empty() {
+        return Vec::new();
+    }
+    let Some((part, label)) = layout.part else { return vec![Label::new(layout.label, name.to_owned())] };
+    // As Envoy takes it apart: at the first one.
+    let (first, second) = name.split_once(&format!(".{part}.")).unwrap_or((name, ""));
+    vec![Label::new(label, second.to_owned()), Label::new(layout.label, first.to_owned())]
+}
+
+/// Texts, as gauges with the text for a label.
+fn write_texts(blocks: &[Arc<Block>], query: &Query, out: &mut impl Write) -> io::Result<()> {
+    let layout = blocks[0].layout();
+    for (index, name) in layout.texts.iter().enumerate() {
+        let mut samples = Vec::new();
+        for block in blocks {
+            let text = block.text(index).filter(|text| !query.used_only || !text.is_empty());
+            if let Some(text) = text.filter(|_| query.wants_name(&format!("{}{name}", block.scope()))) {
+                let mut labels = scope_labels(block);
+                labels.push(Label::new("text_value", text.to_string()));
+                samples.push((labels, 0));
+            }
+        }
+        if !samples.is_empty() {
+            out.write_all(render(&metric_name(&root(layout), name), Kind::Gauge, samples).as_bytes())?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether the query asks for this stat of this block, by its full dotted name.
@@ -300,5 +338,30 @@ mod tests {
         }
         let summary = print(&stats, &[("filter", "connect_ms"), ("histogram_buckets", "summary")]);
         assert!(summary.contains("quantile=\"0.995\"}"), "{summary}");
+    }
+
+    /// As Envoy 1.40 printed them.
+    #[test]
+    fn routes_have_two_labels_and_texts_are_gauges() {
+        let stats = Stats::new(1);
+        let rds = stats.rds("in:gress", "my.ro:ute");
+        let vhds = stats.vhds("in:gress", "my.ro:ute");
+        rds.update_success().add(6);
+        vhds.update_success().add(3);
+        rds.version_text().set(&"6".into());
+        assert_eq!(
+            print(&stats, &[("usedonly", ""), ("filter", "rds"), ("type", "Counters")]),
+            "# TYPE envoy_http_rds_update_success counter\n\
+             envoy_http_rds_update_success{envoy_rds_route_config=\"my.ro_ute\",envoy_http_conn_manager_prefix=\"in_gress\"} 6\n\
+             envoy_http_rds_update_success{envoy_rds_route_config=\"vhds.my.ro_ute\",envoy_http_conn_manager_prefix=\"in_gress\"} 3\n"
+        );
+        assert_eq!(
+            print(&stats, &[("usedonly", ""), ("text_readouts", "")]).lines().collect::<Vec<_>>()[3..],
+            [
+                "# TYPE envoy_http_rds_version_text gauge",
+                "envoy_http_rds_version_text{envoy_rds_route_config=\"my.ro_ute\",envoy_http_conn_manager_prefix=\"in_gress\",text_value=\"6\"} 0",
+            ]
+        );
+        assert!(!print(&stats, &[]).contains("version_text"));
     }
 }

@@ -59,6 +59,8 @@ pub struct Query {
     pub(super) kind: Option<Kind>,
     /// `type=TextReadouts`.
     texts_only: bool,
+    /// `text_readouts`: Prometheus gets texts too.
+    prometheus_texts: bool,
     pub(super) buckets: Buckets,
     filter: Option<Regex>,
     invert_filter: bool,
@@ -72,6 +74,7 @@ impl Query {
             used_only: false,
             kind: None,
             texts_only: false,
+            prometheus_texts: false,
             buckets: if format == Format::Prometheus { Buckets::Cumulative } else { Buckets::Summary },
             filter: None,
             invert_filter: false,
@@ -100,6 +103,7 @@ impl Query {
             match name {
                 "usedonly" => query.used_only = true,
                 "filter" if !value.is_empty() => query.filter = Some(regex(value)?),
+                "text_readouts" => query.prometheus_texts = true, // whatever its value, as in Envoy
                 "invert_filter" => query.invert_filter = true,
                 "histogram_buckets" => query.buckets = buckets(format, value)?,
                 "type" => query.set_type(value)?,
@@ -129,6 +133,11 @@ impl Query {
     /// Whether texts are asked for.
     pub(super) fn wants_texts(&self) -> bool {
         self.kind.is_none()
+    }
+
+    /// Whether texts are asked for in the Prometheus format.
+    pub(super) fn wants_prometheus_texts(&self) -> bool {
+        self.prometheus_texts && self.wants_texts()
     }
 
     /// Whether the filter lets this name pass.

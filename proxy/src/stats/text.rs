@@ -1,5 +1,6 @@
 //! `/stats` as text and as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Write};
 
@@ -71,12 +72,17 @@ fn for_each_text(
     if !query.wants_texts() {
         return Ok(());
     }
-    for (name, text) in stats.readouts.all() {
-        if query.wants_name(name) && (!query.used_only || text.is_some()) {
-            each(name, &text.unwrap_or_default())?;
+    let mut texts = BTreeMap::new();
+    for block in stats.blocks() {
+        for (index, name) in block.layout().texts.iter().enumerate() {
+            let name = format!("{}{name}", block.scope());
+            let text = block.text(index).filter(|text| !query.used_only || !text.is_empty());
+            if let Some(text) = text.filter(|_| query.wants_name(&name)) {
+                texts.insert(name, text);
+            }
         }
     }
-    Ok(())
+    texts.iter().try_for_each(|(name, text)| each(name, text))
 }
 
 /// Every histogram that is asked for, by name.
@@ -251,7 +257,7 @@ impl fmt::Debug for Stats {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::{Format, Readout, set_shard};
+    use super::super::{Format, set_shard};
     use super::*;
 
     fn text(stats: &Stats, parameters: &[(&str, &str)]) -> String {
@@ -281,7 +287,7 @@ mod tests {
     #[test]
     fn texts_come_first_and_in_quotes() {
         let stats = Stats::new(1);
-        stats.set_readout(Readout::CdsVersion, "v\"7");
+        stats.cluster_manager().cds_version_text().set(&"v\"7".into());
         let texts = "cluster_manager.cds.version_text: \"v\"7\"\n\
                      control_plane.identifier: \"\"\n\
                      listener_manager.lds.version_text: \"\"\n";

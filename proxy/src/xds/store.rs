@@ -37,6 +37,7 @@ mod observe;
 mod response;
 mod routes;
 mod secrets;
+mod subscription;
 
 pub use changes::{Bound, Changes, Draining};
 use clusters::{Clusters, Origin};
@@ -45,6 +46,7 @@ use listeners::Listeners;
 pub(crate) use response::judge;
 use routes::Routes;
 use secrets::Secrets;
+use subscription::SubscriptionStats as _;
 
 /// What the store is made of.
 pub struct Parts {
@@ -392,7 +394,9 @@ impl Store {
     fn want_everything(&mut self, config: &ConfigSource, kind: Kind, deadline: Deadline) {
         let key = Key { source: config.source.clone(), kind };
         self.client.want(&key, Wanted { wildcard: true, ..Wanted::default() });
-        self.attempt(kind);
+        if let Some(stats) = self.stats_of_all(kind) {
+            stats.subscribed(&config.source);
+        }
         self.expire_after(config.initial_fetch_timeout, deadline);
     }
 
@@ -420,13 +424,13 @@ impl Store {
                 Deadline::Cds if self.cds == Fetch::Waiting => {
                     self.recall(Kind::Cluster);
                     self.cds = Fetch::Done;
-                    self.stats.cluster_manager().cds_init_fetch_timeout().inc();
+                    self.stats.cluster_manager().count_timeout();
                     tracing::warn!("no clusters came within initial_fetch_timeout; going on without them");
                 }
                 Deadline::Lds if self.lds == Fetch::Waiting => {
                     self.recall(Kind::Listener);
                     self.lds = Fetch::Done;
-                    self.stats.listener_manager().lds_init_fetch_timeout().inc();
+                    self.stats.listener_manager().count_timeout();
                     tracing::warn!("no listeners came within initial_fetch_timeout; going on without them");
                 }
                 Deadline::Endpoints(source, service) => self.give_up_endpoints(&source, &service),

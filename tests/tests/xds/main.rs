@@ -20,5 +20,6 @@ mod pipes;
 mod removal;
 mod sds;
 mod sotw;
+mod stats;
 mod transports;
 mod world;

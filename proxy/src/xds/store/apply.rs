@@ -9,10 +9,13 @@ use tidegate_api::{
 
 use super::clusters::{self, Origin};
 use super::response::{self, Checked, Contents, Decoded, Rejections};
+use super::routes::{Host, HostChanges};
+use super::subscription::{self, Applying, SubscriptionStats};
 use super::{Deadline, Fetch, Store, UnknownFields, listeners};
 use crate::config::config_source::{ConfigSource, Source};
 use crate::config::dynamic::{self, Surroundings};
 use crate::config::error::ConfigError;
+use crate::stats::SharedCounter;
 use crate::xds::tables::{All, Held};
 use crate::xds::{Change, Key, Kind, Resource, Unreadable, Update, Verdict, Wanted};
 
@@ -20,7 +23,6 @@ impl Store {
     pub(super) fn update(&mut self, update: Update) {
         let Update { key, change, verdict } = update;
         let answer = self.change(&key, change);
-        self.count_update(&key, &answer);
         if let Verdict::Reject { message, .. } = &answer {
             tracing::warn!("{} update rejected: {message}", key.kind.service());
         }
@@ -66,6 +68,8 @@ impl Store {
         absent: Absent,
     ) -> Verdict {
         let kind = key.kind;
+        let applying = Applying::now(version);
+        let before = self.changed_clusters();
         self.fetched(kind);
         let rejections = match kind {
             Kind::Cluster => self.with(key, version, resources, unreadable, |store, contents, rejections| {
@@ -77,24 +81,42 @@ impl Store {
                 })
             }
             Kind::ClusterLoadAssignment => {
-                self.with(key, version, resources, unreadable, |store, contents, rejections| {
-                    store.apply_assignments(&key.source, contents, rejections);
-                })
+                let rejections =
+                    self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                        store.apply_assignments(&key.source, contents, &applying, rejections);
+                    });
+                if !rejections.is_empty() {
+                    let refused = |name: &str| rejections.concern(name);
+                    self.for_users(&key.source, refused, SubscriptionStats::count_rejected);
+                }
+                rejections
             }
             Kind::RouteConfiguration => {
-                self.with(key, version, resources, unreadable, |store, contents, rejections| {
-                    store.apply_routes(&key.source, contents.checked, rejections);
-                })
+                let rejections =
+                    self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                        store.apply_routes(&key.source, contents, &applying, rejections);
+                    });
+                if !rejections.is_empty() {
+                    self.routes.count_rejected(&key.source, |name| rejections.concern(name));
+                }
+                rejections
             }
             Kind::VirtualHost => {
-                self.with(key, version, resources, unreadable, |store, contents, rejections| {
-                    store.apply_hosts(contents.checked, rejections, absent);
-                })
+                let rejections =
+                    self.with(key, version, resources, unreadable, |store, contents, rejections| {
+                        store.apply_hosts(&key.source, contents, &applying, rejections, absent);
+                    });
+                if !rejections.is_empty() {
+                    let names: Vec<&str> = rejections.refused().map(|(name, _)| &**name).collect();
+                    let names = (!rejections.are_all()).then_some(&names[..]);
+                    self.routes.count_rejected_hosts(&key.source, names);
+                }
+                rejections
             }
             Kind::Secret => {
                 let rejections =
                     self.with(key, version, resources, unreadable, |store, contents, rejections| {
-                        store.apply_secrets(&key.source, contents.checked, rejections);
+                        store.apply_secrets(&key.source, contents, &applying, rejections);
                     });
                 self.note_refused_secrets(&key.source, version, &rejections);
                 rejections
@@ -103,7 +125,25 @@ impl Store {
         if rejections.is_empty() {
             version.clone_into(&mut self.tables.lock().kind_mut(kind).version);
         }
-        rejections.verdict(kind)
+        let verdict = rejections.verdict(kind);
+        if !self.reading_cache {
+            self.count_update(key, &applying, &verdict);
+            if kind == Kind::Cluster && self.changed_clusters() != before {
+                let stats = self.stats.cluster_manager();
+                stats.cds_config_reload().inc();
+                stats.cds_config_reload_time_ms().set(subscription::now());
+            }
+        }
+        verdict
+    }
+
+    /// Goes up with every change of clusters.
+    fn changed_clusters(&self) -> u64 {
+        let stats = self.stats.cluster_manager();
+        [stats.cluster_added(), stats.cluster_modified(), stats.cluster_removed()]
+            .map(SharedCounter::value)
+            .iter()
+            .sum()
     }
 
     pub(super) fn with<M: response::Named>(
@@ -152,7 +192,9 @@ impl Store {
                         && !assignment.users.iter().any(|user| self.clusters.is_warming(user))
                 })
             }
-            Kind::RouteConfiguration | Kind::VirtualHost | Kind::Secret => false,
+            Kind::RouteConfiguration => self.routes.knows(&key.source, name, body),
+            Kind::VirtualHost => self.routes.knows_host(&key.source, name, body),
+            Kind::Secret => self.secrets.knows(&key.source, name, body),
         }
     }
 
@@ -307,6 +349,7 @@ impl Store {
         &mut self,
         source: &Source,
         contents: Contents<endpoint_api::ClusterLoadAssignment>,
+        applying: &Applying,
         rejections: &mut Rejections,
     ) {
         for name in contents.unchanged {
@@ -314,7 +357,7 @@ impl Store {
             let Some(assignment) = self.assignments.get(&id) else { continue };
             for version in assignment.users.iter().flat_map(|user| self.versions_of(user, source, &id.1)) {
                 version.stats().update_no_rebuild().inc();
-                version.stats().update_success().inc();
+                version.stats().count_success(applying);
             }
         }
         for resource in contents.checked {
@@ -326,7 +369,8 @@ impl Store {
             let label = response::label(Kind::ClusterLoadAssignment, &name);
             let valid = message.get(&held, &label).map_err(|error| response::reason(&error));
             let applied = valid.and_then(|valid| {
-                users.iter().try_for_each(|user| self.apply_assignment(user, source, &name, &valid))
+                let applying = Some(applying);
+                users.iter().try_for_each(|user| self.apply_assignment(user, source, &name, &valid, applying))
             });
             if let Err(error) = applied {
                 if let Some(assignment) = self.assignments.get_mut(&id) {
@@ -345,16 +389,23 @@ impl Store {
     pub(super) fn apply_routes(
         &mut self,
         source: &Source,
-        checked: Vec<Checked<route_api::RouteConfiguration>>,
+        contents: Contents<route_api::RouteConfiguration>,
+        applying: &Applying,
         rejections: &mut Rejections,
     ) {
-        for resource in checked {
+        let mut mentioned: HashSet<Arc<str>> = contents.unchanged.into_iter().collect();
+        for name in &mentioned {
+            self.routes.count_success(source, name, applying);
+        }
+        for resource in contents.checked {
             let Checked { name, wrapper_name, message, held, .. } = resource;
             if !self.routes.wants(source, &name) {
                 continue;
             }
+            mentioned.insert(Arc::clone(&name));
             match self.update_route(source, &name, message, &held) {
                 Ok(vhds) => {
+                    self.routes.count_success(source, &name, applying);
                     let mut tables = self.tables.lock();
                     let table = tables.kind_mut(Kind::RouteConfiguration);
                     table.accept(&name, held);
@@ -373,6 +424,9 @@ impl Store {
                 }
             }
         }
+        if subscription::tells_all(source) {
+            self.routes.count_empty(source, &mentioned, applying);
+        }
     }
 
     /// Returns where its virtual hosts come from, if not with it.
@@ -387,13 +441,16 @@ impl Store {
         let valid = message.get(held, &label)?;
         let vhds = valid.message.vhds.as_ref().and_then(|vhds| vhds.config_source.clone());
         let vhds = vhds.map(|vhds| dynamic::config_source(vhds, &label)).transpose()?;
-        self.routes.update(source, name, valid)?;
+        let hosts = vhds.as_ref().map(|vhds| vhds.source.clone());
+        self.routes.update(source, name, valid, Arc::clone(&held.body), hosts)?;
         Ok(vhds)
     }
 
     pub(super) fn apply_hosts(
         &mut self,
-        checked: Vec<Checked<route_api::VirtualHost>>,
+        source: &Source,
+        contents: Contents<route_api::VirtualHost>,
+        applying: &Applying,
         rejections: &mut Rejections,
         absent: Absent,
     ) {
@@ -401,27 +458,30 @@ impl Store {
             Absent::Removed(names) => names,
             Absent::State { .. } => Vec::new(),
         };
-        let mut tables = self.tables.lock();
-        let table = tables.kind_mut(Kind::VirtualHost);
         let mut added = Vec::new();
-        for resource in checked {
+        for resource in contents.checked {
             let Checked { name, wrapper_name, message, held, .. } = resource;
             let name = wrapper_name.unwrap_or(name);
             match message.get(&held, &response::label(Kind::VirtualHost, &name)) {
-                Ok(valid) => {
-                    table.accept(&name, held);
-                    table.activate(&name);
-                    added.push((name, valid.message));
-                }
+                Ok(valid) => added.push((name, Host { message: valid.message, held })),
                 Err(error) => rejections.refuse(name, response::reason(&error)),
             }
         }
+        let changes = HostChanges { added: &added, unchanged: &contents.unchanged, removed: &removed };
+        let refused = self.routes.update_hosts(source, &changes, applying);
+        let mut tables = self.tables.lock();
+        let table = tables.kind_mut(Kind::VirtualHost);
         for name in &removed {
             table.remove(name);
         }
-        drop(tables);
-        for (name, error) in self.routes.update_hosts(&added, &removed) {
-            rejections.refuse(name, error);
+        for (name, host) in added {
+            if let Some((_, error)) = refused.iter().find(|(refused, _)| *refused == name) {
+                table.refuse(&name, response::refused(&host.held.version, error, &host.held.body));
+                rejections.refuse(name, error.as_str());
+            } else {
+                table.accept(&name, host.held);
+                table.activate(&name);
+            }
         }
     }
 
@@ -449,7 +509,10 @@ impl Store {
         match key.kind {
             Kind::Cluster => self.apply_clusters(Contents::default(), &mut rejections, absent),
             Kind::Listener => self.apply_listeners(Contents::default(), &mut rejections, absent),
-            Kind::VirtualHost => self.apply_hosts(Vec::new(), &mut rejections, absent),
+            Kind::VirtualHost => {
+                let applying = Applying::now("");
+                self.apply_hosts(&key.source, Contents::default(), &applying, &mut rejections, absent);
+            }
             // As in Envoy, endpoints, routes and secrets stay until there are others.
             Kind::ClusterLoadAssignment | Kind::RouteConfiguration | Kind::Secret => {}
         }

@@ -6,6 +6,7 @@ use tidegate_api::endpoint as endpoint_api;
 use tidegate_api::wkt::Any;
 
 use super::clusters::{self, Origin};
+use super::subscription::{Applying, SubscriptionStats as _};
 use super::{Deadline, Internal, Phase, Store, response};
 use crate::cluster::{Cluster as RuntimeCluster, dns};
 use crate::config::cluster::{Cluster, Eds};
@@ -75,7 +76,7 @@ impl Store {
             let label = response::label(Kind::ClusterLoadAssignment, &eds.service_name);
             let applied =
                 dynamic::check(&body, &label).map_err(|error| response::reason(&error)).and_then(|valid| {
-                    self.apply_assignment(cluster, &eds.config.source, &eds.service_name, &valid)
+                    self.apply_assignment(cluster, &eds.config.source, &eds.service_name, &valid, None)
                 });
             match applied {
                 Ok(()) => return,
@@ -91,7 +92,7 @@ impl Store {
 
     pub(super) fn subscribe_endpoints(&mut self, eds: &Eds, first: bool) {
         for version in self.clusters_of(eds) {
-            version.stats().update_attempt().inc();
+            version.stats().subscribed(&eds.config.source);
         }
         if first {
             let key = Key { source: eds.config.source.clone(), kind: Kind::ClusterLoadAssignment };
@@ -139,13 +140,14 @@ impl Store {
         }
     }
 
-    /// Every version of a cluster that has its endpoints from there gets these.
+    /// Every version of a cluster that has its endpoints from there gets these, of this response or of an earlier one.
     pub(super) fn apply_assignment(
         &mut self,
         cluster: &Arc<str>,
         source: &Source,
         service: &str,
         valid: &Valid<endpoint_api::ClusterLoadAssignment>,
+        applying: Option<&Applying>,
     ) -> Result<(), String> {
         let label = response::label(Kind::ClusterLoadAssignment, service);
         for version in self.versions_of(cluster, source, service) {
@@ -155,13 +157,13 @@ impl Store {
                     if !version.set_assignment(&converted.value) {
                         version.stats().update_no_rebuild().inc();
                     }
-                    version.stats().update_success().inc();
+                    match applying {
+                        Some(applying) => version.stats().count_success(applying),
+                        None => version.stats().update_success().inc(),
+                    }
                     self.clusters.ready(cluster, version.id());
                 }
-                Err(error) => {
-                    version.stats().update_rejected().inc();
-                    return Err(response::reason(&error));
-                }
+                Err(error) => return Err(response::reason(&error)),
             }
         }
         Ok(())
@@ -188,7 +190,7 @@ impl Store {
         }
         for cluster in assignment.users.clone() {
             for version in self.versions_of(&cluster, source, service) {
-                version.stats().init_fetch_timeout().inc();
+                version.stats().count_timeout();
                 self.clusters.ready(&cluster, version.id());
             }
             tracing::warn!(%cluster, "no endpoints came within initial_fetch_timeout");

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::Store;
+use super::subscription::{Applying, SubscriptionStats};
 use crate::config::config_source::{Protocol, Source};
 use crate::listener::Listener;
-use crate::stats::Readout;
+use crate::stats::ClusterStats;
 use crate::xds::{Key, Kind, Verdict};
 
 impl Store {
@@ -30,21 +31,14 @@ impl Store {
         self.recall_unfetched(keys);
         for key in keys {
             match key.kind {
-                Kind::Cluster => self.stats.cluster_manager().cds_update_failure().inc(),
-                Kind::Listener => self.stats.listener_manager().lds_update_failure().inc(),
+                Kind::Cluster => self.stats.cluster_manager().count_failure(),
+                Kind::Listener => self.stats.listener_manager().count_failure(),
                 Kind::ClusterLoadAssignment => {
-                    for ((source, _), assignment) in &self.assignments {
-                        if *source == key.source {
-                            for user in &assignment.users {
-                                for cluster in self.clusters.versions(user) {
-                                    cluster.stats().update_failure().inc();
-                                }
-                            }
-                        }
-                    }
+                    self.for_users(&key.source, |_| true, SubscriptionStats::count_failure);
                 }
                 Kind::Secret => self.secrets.count_failure(&key.source),
-                Kind::RouteConfiguration | Kind::VirtualHost => {}
+                Kind::RouteConfiguration => self.routes.count_failure(&key.source),
+                Kind::VirtualHost => self.routes.count_failure_of_hosts(&key.source),
             }
         }
     }
@@ -54,10 +48,14 @@ impl Store {
         tracing::warn!("{} update rejected: {reason}", key.kind.service());
         self.fetched(key.kind);
         match key.kind {
-            Kind::Cluster => self.stats.cluster_manager().cds_update_rejected().inc(),
-            Kind::Listener => self.stats.listener_manager().lds_update_rejected().inc(),
+            Kind::Cluster => self.stats.cluster_manager().count_rejected(),
+            Kind::Listener => self.stats.listener_manager().count_rejected(),
+            Kind::ClusterLoadAssignment => {
+                self.for_users(&key.source, |_| true, SubscriptionStats::count_rejected);
+            }
             Kind::Secret => self.secrets_rejected(&key.source),
-            _ => {}
+            Kind::RouteConfiguration => self.routes.count_rejected(&key.source, |_| true),
+            Kind::VirtualHost => self.routes.count_rejected_hosts(&key.source, None),
         }
     }
 
@@ -67,7 +65,7 @@ impl Store {
         }
         let failures: u64 = keys.iter().filter_map(|key| self.failing.remove(key)).sum();
         if let Some(server) = identifier {
-            self.stats.set_readout(Readout::ControlPlaneIdentifier, server);
+            self.stats.control_plane().identifier().set(&server.into());
         }
         if failures > 1 {
             tracing::info!("{}: works again after {failures} failures", services(keys));
@@ -87,43 +85,38 @@ impl Store {
         }
     }
 
-    pub(super) fn attempt(&self, kind: Kind) {
+    /// The stats of a kind that is subscribed to as a whole.
+    pub(super) fn stats_of_all(&self, kind: Kind) -> Option<&dyn SubscriptionStats> {
         match kind {
-            Kind::Cluster => self.stats.cluster_manager().cds_update_attempt().inc(),
-            Kind::Listener => self.stats.listener_manager().lds_update_attempt().inc(),
-            _ => {}
+            Kind::Cluster => Some(self.stats.cluster_manager()),
+            Kind::Listener => Some(self.stats.listener_manager()),
+            _ => None,
         }
     }
 
-    pub(super) fn count_update(&self, key: &Key, verdict: &Verdict) {
-        let accepted = matches!(verdict, Verdict::Accept);
-        let version = |text: &str| crate::stats::version_hash(text);
-        let tables = self.tables.lock();
-        let text = tables.kind(key.kind).map_or("", |table| table.version.as_str());
-        match key.kind {
-            Kind::Cluster => {
-                let stats = self.stats.cluster_manager();
-                stats.cds_update_attempt().inc();
-                if accepted {
-                    stats.cds_update_success().inc();
-                    stats.cds_version().set(version(text));
-                    self.stats.set_readout(Readout::CdsVersion, text);
-                } else {
-                    stats.cds_update_rejected().inc();
-                }
+    /// A response was applied, or refused.
+    pub(super) fn count_update(&self, key: &Key, applying: &Applying, verdict: &Verdict) {
+        let Some(stats) = self.stats_of_all(key.kind) else { return };
+        match verdict {
+            Verdict::Accept => stats.count_success(applying),
+            Verdict::Reject { .. } => stats.count_rejected(),
+        }
+    }
+
+    /// Counts for every cluster that has its endpoints from there, under a name that `concerns` says.
+    pub(super) fn for_users(
+        &self,
+        source: &Source,
+        concerns: impl Fn(&str) -> bool,
+        count: impl Fn(&ClusterStats),
+    ) {
+        let assignments =
+            self.assignments.iter().filter(|((from, name), _)| from == source && concerns(name));
+        for user in assignments.flat_map(|(_, assignment)| &assignment.users) {
+            // All versions of a cluster have the same stats.
+            if let Some(version) = self.clusters.versions(user).next() {
+                count(version.stats());
             }
-            Kind::Listener => {
-                let stats = self.stats.listener_manager();
-                stats.lds_update_attempt().inc();
-                if accepted {
-                    stats.lds_update_success().inc();
-                    stats.lds_version().set(version(text));
-                    self.stats.set_readout(Readout::LdsVersion, text);
-                } else {
-                    stats.lds_update_rejected().inc();
-                }
-            }
-            _ => {}
         }
     }
 

@@ -145,6 +145,11 @@ impl Rejections {
         self.nothing_applied
     }
 
+    /// Whether this resource was refused, or all of them.
+    pub(super) fn concern(&self, name: &str) -> bool {
+        self.nothing_applied || self.refused.iter().any(|(refused, _)| **refused == *name)
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.refused.is_empty()
     }

@@ -9,10 +9,12 @@ use crate::access_log::Registry;
 use crate::config::config_source::{ConfigSource, Source};
 use crate::config::dynamic::{self, Valid};
 use crate::listener::{Chain, ChainId, Listener, Service};
-use crate::stats::Stats;
+use crate::stats::{RdsStats, Stats};
 use crate::xds::Kind;
+use crate::xds::tables::Held;
 
 use super::response::{label, log_warnings};
+use super::subscription::{Applying, SubscriptionStats};
 
 /// What identifies a route configuration.
 type Id = (Source, Arc<str>);
@@ -25,11 +27,20 @@ pub(super) struct Routes {
     routes: HashMap<Id, Route>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Route {
+    stats: RdsStats,
+    /// Those of its virtual hosts, when it has them from VHDS.
+    host_stats: Option<RdsStats>,
+    /// Of the connection manager that wanted it first, as in Envoy.
+    stat_prefix: Arc<str>,
     config: Option<Valid<api::RouteConfiguration>>,
+    /// The same, encoded.
+    known: Option<Arc<[u8]>>,
+    /// Where its virtual hosts come from, if not with it.
+    host_source: Option<Source>,
     /// By name (`route configuration/virtual host`).
-    hosts: BTreeMap<Arc<str>, api::VirtualHost>,
+    hosts: BTreeMap<Arc<str>, Host>,
     /// VHDS was answered.
     hosts_came: bool,
     /// It is waited for no longer.
@@ -37,7 +48,43 @@ struct Route {
     chains: Vec<Weak<Chain>>,
 }
 
+/// A virtual host of VHDS.
+#[derive(Clone, Debug)]
+pub(super) struct Host {
+    pub(super) message: api::VirtualHost,
+    pub(super) held: Held,
+}
+
+/// What a response of VHDS says.
+pub(super) struct HostChanges<'a> {
+    /// New, or changed.
+    pub(super) added: &'a [(Arc<str>, Host)],
+    /// As they were.
+    pub(super) unchanged: &'a [Arc<str>],
+    pub(super) removed: &'a [Arc<str>],
+}
+
+/// Whether a virtual host belongs to a route configuration.
+fn is_of(host: &str, route: &str) -> bool {
+    host.strip_prefix(route).is_some_and(|rest| rest.starts_with('/'))
+}
+
 impl Route {
+    fn new(stats: &Stats, stat_prefix: &Arc<str>, name: &str) -> Self {
+        Self {
+            stats: stats.rds(stat_prefix, name),
+            host_stats: None,
+            stat_prefix: Arc::clone(stat_prefix),
+            config: None,
+            known: None,
+            host_source: None,
+            hosts: BTreeMap::new(),
+            hosts_came: false,
+            given_up: false,
+            chains: Vec::new(),
+        }
+    }
+
     fn wants_hosts(&self) -> bool {
         self.config.as_ref().is_some_and(|config| config.message.vhds.is_some())
     }
@@ -69,7 +116,9 @@ impl Routes {
             let id = (rds.config.source.clone(), Arc::clone(&rds.route_config_name));
             let route = self.routes.entry(id).or_insert_with(|| {
                 new.push((rds.config.clone(), Arc::clone(&rds.route_config_name)));
-                Route::default()
+                let route = Route::new(&self.stats, &rds.proxy.stat_prefix, &rds.route_config_name);
+                route.stats.subscribed(&rds.config.source);
+                route
             });
             route.chains.retain(|chain| chain.strong_count() > 0);
             if !route.chains().any(|known| Arc::ptr_eq(&known, chain)) {
@@ -100,7 +149,7 @@ impl Routes {
         self.routes.contains_key(&(source.clone(), Arc::clone(name)))
     }
 
-    /// Takes a route configuration. Returns the message's `vhds`, if it has one.
+    /// Takes a route configuration, which is encoded as `body` and may have its virtual hosts from elsewhere.
     ///
     /// # Errors
     /// It can't be served; the one before stays.
@@ -109,42 +158,134 @@ impl Routes {
         source: &Source,
         name: &Arc<str>,
         config: Valid<api::RouteConfiguration>,
-    ) -> anyhow::Result<Option<tidegate_api::core::ConfigSource>> {
-        let Some(route) = self.routes.get_mut(&(source.clone(), Arc::clone(name))) else { return Ok(None) };
-        let vhds = config.message.vhds.as_ref().and_then(|vhds| vhds.config_source.clone());
+        body: Arc<[u8]>,
+        host_source: Option<Source>,
+    ) -> anyhow::Result<()> {
+        let Some(route) = self.routes.get_mut(&(source.clone(), Arc::clone(name))) else { return Ok(()) };
+        let waits_for_hosts = host_source.is_some() && !route.hosts_came;
         let before = route.config.replace(config);
         if let Err(error) = apply_all(route, name, &self.stats, &self.logs) {
             route.config = before;
             return Err(error);
         }
-        Ok(vhds)
+        if !waits_for_hosts && route.known.as_ref() != Some(&body) {
+            route.stats.count_reload();
+        }
+        route.known = Some(body);
+        match &host_source {
+            Some(source) if route.host_source.as_ref() != Some(source) => {
+                let stats = self.stats.vhds(&route.stat_prefix, name);
+                stats.subscribed(source);
+                route.host_stats = Some(stats);
+            }
+            Some(_) => {}
+            None => route.host_stats = None,
+        }
+        route.host_source = host_source;
+        Ok(())
+    }
+
+    /// Whether it is what was accepted last.
+    pub(super) fn knows(&self, source: &Source, name: &str, body: &[u8]) -> bool {
+        let route = self.routes.get(&(source.clone(), Arc::from(name)));
+        route.is_some_and(|route| route.known.as_deref() == Some(body))
+    }
+
+    /// Whether all who want this virtual host have it already.
+    pub(super) fn knows_host(&self, source: &Source, name: &str, body: &[u8]) -> bool {
+        let mut wanting = self.with_hosts_from(source).filter(|(route, _)| is_of(name, route)).peekable();
+        wanting.peek().is_some()
+            && wanting.all(|(_, route)| route.hosts.get(name).is_some_and(|host| *host.held.body == *body))
+    }
+
+    /// Route configurations that have their virtual hosts from there.
+    fn with_hosts_from(&self, source: &Source) -> impl Iterator<Item = (&Arc<str>, &Route)> {
+        let routes = self.routes.iter().filter(move |(_, route)| route.host_source.as_ref() == Some(source));
+        routes.map(|((_, name), route)| (name, route))
+    }
+
+    fn from(&self, source: &Source) -> impl Iterator<Item = (&Arc<str>, &Route)> {
+        self.routes
+            .iter()
+            .filter(move |((from, _), _)| from == source)
+            .map(|((_, name), route)| (name, route))
+    }
+
+    pub(super) fn count_success(&self, source: &Source, name: &Arc<str>, applying: &Applying) {
+        if let Some(route) = self.routes.get(&(source.clone(), Arc::clone(name))) {
+            route.stats.count_success(applying);
+        }
+    }
+
+    /// A response that tells everybody something does not have what these want.
+    pub(super) fn count_empty(&self, source: &Source, mentioned: &HashSet<Arc<str>>, applying: &Applying) {
+        for (_, route) in self.from(source).filter(|(name, _)| !mentioned.contains(*name)) {
+            route.stats.update_empty().inc();
+            route.stats.count_success(applying);
+        }
+    }
+
+    pub(super) fn count_rejected(&self, source: &Source, concerns: impl Fn(&str) -> bool) {
+        let concerned = self.from(source).filter(|(name, _)| concerns(name));
+        concerned.for_each(|(_, route)| route.stats.count_rejected());
+    }
+
+    pub(super) fn count_failure(&self, source: &Source) {
+        self.from(source).for_each(|(_, route)| route.stats.count_failure());
+    }
+
+    /// The response named these virtual hosts, or all.
+    pub(super) fn count_rejected_hosts(&self, source: &Source, refused: Option<&[&str]>) {
+        for (name, route) in self.with_hosts_from(source) {
+            if refused.is_none_or(|refused| refused.iter().any(|host| is_of(host, name))) {
+                route.host_stats.iter().for_each(SubscriptionStats::count_rejected);
+            }
+        }
+    }
+
+    pub(super) fn count_failure_of_hosts(&self, source: &Source) {
+        let routes = self.with_hosts_from(source);
+        routes.flat_map(|(_, route)| &route.host_stats).for_each(SubscriptionStats::count_failure);
     }
 
     /// Takes virtual hosts of a route configuration, and drops others.
     pub(super) fn update_hosts(
         &mut self,
-        added: &[(Arc<str>, api::VirtualHost)],
-        removed: &[Arc<str>],
+        source: &Source,
+        changes: &HostChanges<'_>,
+        applying: &Applying,
     ) -> Vec<(Arc<str>, String)> {
         let mut refused = Vec::new();
         for ((_, name), route) in &mut self.routes {
-            if !route.wants_hosts() {
+            if route.host_source.as_ref() != Some(source) {
                 continue;
             }
-            route.hosts_came = true;
+            let first = !std::mem::replace(&mut route.hosts_came, true);
             let before = route.hosts.clone();
-            let mine = |host: &str| host.strip_prefix(&**name).is_some_and(|rest| rest.starts_with('/'));
-            for host in removed {
+            for host in changes.removed {
                 route.hosts.remove(host);
             }
+            let gone = route.hosts.len() != before.len();
             let mut changed = Vec::new();
-            for (host, message) in added.iter().filter(|(host, _)| mine(host)) {
+            for (host, it) in changes.added.iter().filter(|(host, _)| is_of(host, name)) {
                 changed.push(Arc::clone(host));
-                route.hosts.insert(Arc::clone(host), message.clone());
+                route.hosts.insert(Arc::clone(host), it.clone());
             }
-            if let Err(error) = apply_all(route, name, &self.stats, &self.logs) {
+            let new = gone || !changed.is_empty();
+            if (new || first)
+                && let Err(error) = apply_all(route, name, &self.stats, &self.logs)
+            {
                 route.hosts = before;
                 refused.extend(changed.into_iter().map(|host| (host, error.to_string())));
+                continue;
+            }
+            let Some(stats) = &route.host_stats else { continue };
+            if new {
+                stats.config_reload().inc();
+                route.stats.count_reload();
+            }
+            if new || changes.unchanged.iter().any(|host| is_of(host, name)) {
+                stats.count_success(applying);
             }
         }
         refused
@@ -155,6 +296,8 @@ impl Routes {
         match self.routes.get_mut(&(source.clone(), Arc::clone(name))) {
             Some(route) if !route.ready() => {
                 route.given_up = true;
+                let stats = route.host_stats.as_ref().filter(|_| route.config.is_some());
+                stats.unwrap_or(&route.stats).count_timeout();
                 true
             }
             _ => false,
@@ -187,7 +330,7 @@ fn apply(route: &Route, chain: &Chain, name: &str, stats: &Stats, logs: &Registr
     let (Some(config), Service::Http(http)) = (&route.config, &chain.service) else { return Ok(()) };
     let Some(manager) = &http.rds else { return Ok(()) };
     let label = label(Kind::RouteConfiguration, name);
-    let hosts = route.hosts.values().cloned().collect();
+    let hosts = route.hosts.values().map(|host| host.message.clone()).collect();
     let converted = dynamic::routes(config.clone(), hosts, manager, &label)?;
     log_warnings(name, &converted.warnings);
     chain.set_routes(converted.value, stats, logs)?;

@@ -7,18 +7,19 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tidegate_api::tls as api;
 
-use super::response::{self, Checked, Rejections};
+use super::response::{self, Checked, Contents, Rejections};
+use super::subscription::{Applying, SubscriptionStats as _};
 use super::{Deadline, Store};
 use crate::config;
 use crate::config::config_source::Source;
 use crate::config::dynamic;
 use crate::config::tls::{SecretSource, Use};
 use crate::secret::{self, Credentials, Material, Publication};
-use crate::stats::{SdsStats, Stats, version_hash};
+use crate::stats::{SdsStats, Stats};
 use crate::xds::tables::Held;
 use crate::xds::{Key, Kind};
 
@@ -48,6 +49,8 @@ struct Entry {
     fetch: Fetch,
     /// What was accepted last: its files may be replaced.
     accepted: Option<config::tls::Secret>,
+    /// The same, encoded, if there is no file to read.
+    known: Option<Arc<[u8]>>,
     /// What was refused after it: its files may get better.
     refused: Option<(config::tls::Secret, Held)>,
 }
@@ -112,6 +115,7 @@ impl Secrets {
                 stats: stats.sds(&source.name),
                 fetch: Fetch::Unasked,
                 accepted: None,
+                known: None,
                 refused: None,
             }
         })
@@ -130,6 +134,12 @@ impl Secrets {
         self.entries.iter().filter(|(_, entry)| entry.fetch != Fetch::Done).map(|((_, name), _)| name)
     }
 
+    /// Whether it is what was accepted last.
+    pub(super) fn knows(&self, source: &Source, name: &str, body: &[u8]) -> bool {
+        let entry = self.entries.get(&(source.clone(), Arc::from(name)));
+        entry.is_some_and(|entry| entry.known.as_deref() == Some(body) && entry.refused.is_none())
+    }
+
     fn from(&self, source: &Source) -> impl Iterator<Item = (&Id, &Entry)> {
         self.entries.iter().filter(move |((from, _), _)| from == source)
     }
@@ -137,7 +147,7 @@ impl Secrets {
     /// An update or a connection failed.
     pub(super) fn count_failure(&self, source: &Source) {
         for (_, entry) in self.from(source).filter(|(_, entry)| entry.fetch != Fetch::Unasked) {
-            entry.stats.update_failure().inc();
+            entry.stats.count_failure();
         }
     }
 }
@@ -159,7 +169,7 @@ impl Store {
                 continue;
             }
             entry.fetch = Fetch::Waiting;
-            entry.stats.update_attempt().inc();
+            entry.stats.subscribed(&id.0);
             let (timeout, (source, name)) = (entry.timeout, id);
             self.client.add(&Key { source: source.clone(), kind: Kind::Secret }, Arc::clone(&name));
             self.expire_after(timeout, Deadline::Secret(source, name));
@@ -212,7 +222,7 @@ impl Store {
         let Some(entry) = self.secrets.entries.get(&id).filter(|entry| entry.fetch == Fetch::Waiting) else {
             return;
         };
-        entry.stats.init_fetch_timeout().inc();
+        entry.stats.count_timeout();
         tracing::warn!(secret = %id.1, "did not come within initial_fetch_timeout; going on without it");
         self.settle_secret(&id);
     }
@@ -248,24 +258,29 @@ impl Store {
     pub(super) fn apply_secrets(
         &mut self,
         source: &Source,
-        checked: Vec<Checked<api::Secret>>,
+        contents: Contents<api::Secret>,
+        applying: &Applying,
         rejections: &mut Rejections,
     ) {
-        for resource in checked {
+        for name in contents.unchanged {
+            if let Some(entry) = self.secrets.entries.get(&(source.clone(), name)) {
+                entry.stats.count_success(applying);
+            }
+        }
+        for resource in contents.checked {
             let Checked { name, wrapper_name, message, held, .. } = resource;
             let id = (source.clone(), Arc::clone(&name));
-            let Some(entry) = self.secrets.entries.get(&id) else {
+            if !self.secrets.entries.contains_key(&id) {
                 let wanted: Vec<_> =
                     self.secrets.from(source).map(|((_, name), _)| &**name).take(10).collect();
                 tracing::warn!(secret = %name, "nobody asked for it; what is wanted from there is {wanted:?}");
                 continue;
-            };
-            entry.stats.update_attempt().inc();
+            }
             let label = response::label(Kind::Secret, &name);
             let taken = match message.get(&held, &label).and_then(|valid| dynamic::secret(valid, &label)) {
                 Ok(converted) => {
                     response::log_warnings(&name, &converted.warnings);
-                    self.take_secret(&id, converted.value, &held)
+                    self.take_secret(&id, converted.value, &held, applying)
                 }
                 Err(error) => {
                     // What was refused before is out of date, whatever becomes of its files.
@@ -282,24 +297,38 @@ impl Store {
     }
 
     /// A secret came.
-    fn take_secret(&mut self, id: &Id, secret: config::tls::Secret, held: &Held) -> Result<(), String> {
+    fn take_secret(
+        &mut self,
+        id: &Id,
+        secret: config::tls::Secret,
+        held: &Held,
+        applying: &Applying,
+    ) -> Result<(), String> {
         let Some(entry) = self.secrets.entries.get_mut(id) else { return Ok(()) };
         // Watched before they are read, so that no change falls between.
         entry.refused = Some((secret.clone(), held.clone()));
         self.files.set(&entry.number, entry.directories());
         let material = entry.load(&secret)?;
-        self.put_secret(id, secret, material, held);
+        self.put_secret(id, secret, material, held, applying);
         Ok(())
     }
 
     /// A good secret takes the place of what was there.
-    fn put_secret(&mut self, id: &Id, secret: config::tls::Secret, material: Material, held: &Held) {
+    fn put_secret(
+        &mut self,
+        id: &Id,
+        secret: config::tls::Secret,
+        material: Material,
+        held: &Held,
+        applying: &Applying,
+    ) {
         let Some(entry) = self.secrets.entries.get_mut(id) else { return };
+        // What has files is read again, whether it says the same or not.
+        entry.known = secret::directories(&secret).is_empty().then(|| Arc::clone(&held.body));
         entry.accepted = Some(secret);
         entry.refused = None;
         self.files.set(&entry.number, entry.directories());
-        entry.stats.update_success().inc();
-        entry.stats.version().set(version_hash(&held.version));
+        entry.stats.count_success(applying);
         self.publish_secret(id, material);
         let mut tables = self.tables.lock();
         let table = tables.kind_mut(Kind::Secret);
@@ -317,8 +346,6 @@ impl Store {
         if !entry.publication.publish(material) {
             return; // the same again
         }
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        entry.stats.update_time().set(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
         if rotated {
             tracing::info!(secret = %id.1, "rotated: new connections use the new one");
         }
@@ -344,7 +371,8 @@ impl Store {
                 && let Ok(material) = entry.load(&secret)
             {
                 tracing::info!(secret = %id.1, "its files are right now");
-                self.put_secret(&id, secret, material, &held);
+                let applying = Applying::now(&held.version);
+                self.put_secret(&id, secret, material, &held, &applying);
                 continue;
             }
             let Some(secret) =
@@ -377,7 +405,7 @@ impl Store {
             .collect();
         for id in concerned {
             if let Some(entry) = self.secrets.entries.get(&id) {
-                entry.stats.update_rejected().inc();
+                entry.stats.count_rejected();
             }
             if let Some(reason) = refused.get(&*id.1) {
                 self.tables.lock().kind_mut(Kind::Secret).refuse_unread(&id.1, version, reason);
@@ -391,7 +419,7 @@ impl Store {
         let concerned: Vec<Id> = self.secrets.from(source).map(|(id, _)| id.clone()).collect();
         for id in concerned {
             if let Some(entry) = self.secrets.entries.get(&id) {
-                entry.stats.update_rejected().inc();
+                entry.stats.count_rejected();
             }
             self.settle_secret(&id);
         }

@@ -181,7 +181,7 @@ fn p57_a_secret_is_wanted_as_long_as_anybody_wants_it() {
         fixture.add(secure("t", Some(tls())), 1);
         assert_eq!(
             (fixture.stat("sds.own.update_attempt"), fixture.secrets()),
-            (Some(1), vec!["ca".into(), "own".into()])
+            (Some(0), vec!["ca".into(), "own".into()]), // a file counts when it is read
         );
         let own = certificate("own", (&chain, &key));
         fixture.accepted(Kind::Secret, vec![own.clone(), authority("ca", &ca.pem())]);
@@ -206,6 +206,39 @@ fn p57_a_secret_is_wanted_as_long_as_anybody_wants_it() {
         // What still comes is for nobody.
         fixture.accepted(Kind::Secret, vec![own]);
         assert_eq!(fixture.secrets(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_secret_that_is_sent_again_is_counted_and_not_read() {
+    local(|| {
+        let (ca, mut fixture) = (Authority::new(), Fixture::started(&json!({})));
+        let (chain, key) = ca.issue(&["a"]);
+        let own = || certificate("own", (&chain, &key));
+        let all = || vec![own(), authority("ca", &ca.pem())];
+        fixture.add(secure("s", Some(tls())), 1);
+        fixture.accepted(Kind::Secret, all());
+        let published = |fixture: &Fixture| fixture.stats.client_tls("s").ssl_context_update_by_sds().value();
+        assert_eq!((published(&fixture), fixture.stat("sds.own.update_success")), (2, Some(1)));
+        let knows = |fixture: &Fixture| fixture.store.secrets.knows(&source("other"), "own", &own().value);
+        assert!(knows(&fixture));
+        fixture.accepted(Kind::Secret, all());
+        assert_eq!((published(&fixture), fixture.stat("sds.own.update_success")), (2, Some(2)));
+        // What is refused is not what is in use: the one before takes its place again.
+        let bad = certificate("own", (&chain, "no key"));
+        assert!(matches!(fixture.state(Kind::Secret, "3", vec![bad]), Verdict::Reject { .. }));
+        let has_error = |fixture: &Fixture| {
+            fixture.tables.lock().kind(Kind::Secret).unwrap().records["own"].error.is_some()
+        };
+        assert!(has_error(&fixture));
+        fixture.accepted(Kind::Secret, all());
+        assert!(!has_error(&fixture) && knows(&fixture));
+        assert_eq!(fixture.stat("sds.own.update_success"), Some(3));
+        // The files of one that has some are read each time.
+        let files = any::<tidegate_api::tls::Secret>(&json!({ "name": "ca",
+            "validation_context": { "trusted_ca": { "filename": "/nonexistent/ca.pem" } } }));
+        assert!(matches!(fixture.state(Kind::Secret, "4", vec![files]), Verdict::Reject { .. }));
+        assert!(!fixture.store.secrets.knows(&source("other"), "ca", &authority("ca", &ca.pem()).value));
     });
 }
 

@@ -64,6 +64,45 @@ fn a_refused_update_that_is_taken_back_leaves_no_error() {
     });
 }
 
+#[test]
+fn routes_and_virtual_hosts_that_are_sent_again_are_counted_and_not_read() {
+    local(|| {
+        let mut fixture = Fixture::started(&json!({}));
+        let body = any::<tidegate_api::listener::Listener>(&listener_json("h", 80, &[http("r")]));
+        fixture.accepted(Kind::Listener, vec![body]);
+        let vhds = json!({ "name": "r", "vhds": { "config_source": file("other") } });
+        let with_hosts = any::<tidegate_api::route::RouteConfiguration>(&vhds);
+        fixture.accepted(Kind::RouteConfiguration, vec![with_hosts.clone()]);
+        let host = |cluster: &str| {
+            any::<tidegate_api::route::VirtualHost>(&json!({ "name": "r/h", "domains": ["*"],
+                "routes": [{ "match": { "prefix": "/" }, "route": { "cluster": cluster } }] }))
+        };
+        fixture.delta(Kind::VirtualHost, vec![("r/h", host("a"))], &[]);
+        let listener = fixture.listener("h");
+        let chosen = || {
+            let crate::listener::Service::Http(http) = &listener.chains()[0].service else { panic!() };
+            http.choose("10.0.0.1:80".parse().unwrap()).unwrap().0
+        };
+        let (rds, hosts) = (fixture.stats.rds("h", "r"), fixture.stats.vhds("h", "r"));
+        let counts = || [&rds, &hosts].map(|it| (it.update_success().value(), it.config_reload().value()));
+        assert_eq!(counts(), [(1, 1), (1, 1)]);
+        let before = chosen();
+        fixture.accepted(Kind::RouteConfiguration, vec![with_hosts.clone()]);
+        fixture.delta(Kind::VirtualHost, vec![("r/h", host("a"))], &[]);
+        assert!(Arc::ptr_eq(&chosen(), &before), "it is the same object");
+        assert_eq!(counts(), [(2, 1), (2, 1)]);
+        fixture.delta(Kind::VirtualHost, vec![("r/h", host("b"))], &[]);
+        assert!(!Arc::ptr_eq(&chosen(), &before));
+        assert_eq!(counts(), [(2, 2), (3, 2)]);
+        // The same bytes for another source's routes are news to them.
+        assert!(!fixture.store.routes.knows(&source("other"), "r", &with_hosts.value));
+        assert!(!fixture.store.routes.knows_host(&source("rds"), "r/h", &host("b").value));
+        // A file without it is an update, too.
+        fixture.accepted(Kind::RouteConfiguration, vec![]);
+        assert_eq!((rds.update_empty().value(), counts()[0]), (1, (3, 2)));
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
