@@ -4,7 +4,10 @@
 //! whatever else the machine does hits all alike. CPU is what the scheduler has charged to the threads of a process.
 
 mod about;
+mod compare;
 mod external;
+mod goals;
+mod interception;
 mod metric;
 mod plan;
 mod report;
@@ -75,6 +78,9 @@ pub(crate) struct Bench {
     /// Measure this tidegate instead of building one.
     #[arg(long, value_name = "PATH")]
     tidegate: Option<PathBuf>,
+    /// Exit with 1 when a goal of the data path is missed, or was not measured.
+    #[arg(long)]
+    goals: bool,
     /// Measure this tidegate too, as the subject `base`: what a change is compared with.
     #[arg(long, value_name = "PATH")]
     tidegate_base: Option<PathBuf>,
@@ -85,6 +91,8 @@ pub(crate) struct Bench {
 enum Of {
     /// Thousands of clusters and listeners from a control plane: time, memory, and what traffic feels of it.
     Xds(xds::Xds),
+    /// Show what changed between two runs by more than they vary.
+    Compare(compare::Compare),
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -100,6 +108,7 @@ impl Bench {
     pub(crate) fn run(&self) -> Result<()> {
         match &self.of {
             Some(Of::Xds(xds)) => xds.run(),
+            Some(Of::Compare(compare)) => compare.run(),
             None => self.data_path(),
         }
     }
@@ -128,7 +137,7 @@ impl Bench {
         programs.install(&subjects, http, iperf3)?;
         agent::raise_file_limit()?;
         let results = run::Run::new(plan, programs, self.quick)?.results(self.tidegate.as_deref())?;
-        finish(&results)
+        self.finish(&results)
     }
 
     fn choice(&self) -> Result<Choice> {
@@ -158,15 +167,21 @@ impl Bench {
             base,
         })
     }
-}
 
-/// Prints and writes everything.
-fn finish(results: &Results) -> Result<()> {
-    print!("{}{}", report::header(&results.about), report::table(results));
-    let path = about::write("bench.json", &format!("{}\n", serde_json::to_string_pretty(results)?))?;
-    println!("\nall figures of all rounds: {}", path.display());
-    ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
-    Ok(())
+    /// Prints and writes everything.
+    fn finish(&self, results: &Results) -> Result<()> {
+        let outcomes = goals::outcomes(results);
+        print!("{}{}", report::header(&results.about), report::table(results));
+        if self.goals || outcomes.iter().any(|outcome| outcome.worst.is_some()) {
+            print!("{}", goals::table(&outcomes));
+        }
+        let path = about::write("bench.json", &format!("{}\n", serde_json::to_string_pretty(results)?))?;
+        println!("\nall figures of all rounds: {}", path.display());
+        ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
+        let missed = outcomes.iter().filter(|outcome| !outcome.met).count();
+        ensure!(!self.goals || missed == 0, "{missed} of {} goals are missed", outcomes.len());
+        Ok(())
+    }
 }
 
 /// One line that is overwritten by the next; nothing when nobody looks.

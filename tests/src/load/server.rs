@@ -132,7 +132,7 @@ fn serve<C: Connection>(listener: &TcpListener, stop: &AtomicBool, received: &At
             match connection.ready(stream, event.events(), &mut buffer, received) {
                 Next::Same => {}
                 Next::Wait(flags) => {
-                    epoll.modify(stream.as_fd(), &mut EpollEvent::new(flags, index as u64))?
+                    epoll.modify(stream.as_fd(), &mut EpollEvent::new(flags, index as u64))?;
                 }
                 Next::End => {
                     connections[index] = None; // closing takes it out of the epoll

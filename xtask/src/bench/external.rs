@@ -1,5 +1,6 @@
 //! Load from the tools that people measure with: iperf3, and wrk against nginx.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -23,16 +24,17 @@ const BODY: &str = "The quick brown fox jumps over the lazy dog, 0123456789 time
 #[derive(Debug)]
 pub(super) struct Servers {
     children: Vec<Child>,
-    _dir: TempDir,
+    /// Of the HTTP server.
+    dir: TempDir,
 }
 
 impl Servers {
     pub(super) fn start(programs: &Programs, site: &Site, http: bool, iperf3: bool) -> Result<Self> {
         let dir = TempDir::new("bench")?;
-        let mut servers = Self { children: Vec::new(), _dir: dir };
+        let mut servers = Self { children: Vec::new(), dir };
         if http {
-            let path = servers._dir.path().join("nginx.conf");
-            fs::write(&path, nginx_config(site, servers._dir.path()))?;
+            let path = servers.dir.path().join("nginx.conf");
+            fs::write(&path, nginx_config(site, servers.dir.path()))?;
             let mut command = site.server_command();
             command.arg(&programs.nginx).args(["-e", "stderr", "-c"]).arg(path);
             servers.spawn(&mut command, HTTP_PORT)?;
@@ -67,7 +69,7 @@ fn nginx_config(site: &Site, dir: &Path) -> String {
     let dir = dir.display();
     let mut paths = String::new();
     for kind in ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"] {
-        paths += &format!("    {kind}_temp_path {dir}/{kind};\n");
+        let _ = writeln!(paths, "    {kind}_temp_path {dir}/{kind};");
     }
     format!(
         "daemon off;\nmaster_process off;\npid {dir}/nginx.pid;\nevents {{ worker_connections 4096; }}\n\

@@ -29,6 +29,10 @@ pub(super) enum Metric {
     SlabPerConnection,
     /// CPU of a proxy with idle connections only.
     IdleCpu,
+    /// Time in the programs of interception, whoever ran them.
+    InterceptCpu,
+    /// Programs that were run by connections of pods that are not captured.
+    ForeignRuns,
 }
 
 impl Metric {
@@ -47,6 +51,8 @@ impl Metric {
             Self::RssPerConnection => "rss_per_connection",
             Self::SlabPerConnection => "slab_per_connection",
             Self::IdleCpu => "idle_cpu",
+            Self::InterceptCpu => "intercept_cpu",
+            Self::ForeignRuns => "foreign_runs",
         }
     }
 
@@ -65,6 +71,8 @@ impl Metric {
             Self::RssPerConnection => "RSS per connection",
             Self::SlabPerConnection => "kernel memory per connection",
             Self::IdleCpu => "CPU",
+            Self::InterceptCpu => "CPU in eBPF programs",
+            Self::ForeignRuns => "program runs of others",
         }
     }
 
@@ -76,11 +84,12 @@ impl Metric {
             Self::Rate => format!("{unit}s/s"),
             Self::BulkRate => "GiB/s".to_owned(),
             Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu if unit == "GiB" => "s/GiB".to_owned(),
-            Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu => format!("µs/{unit}"),
+            Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu | Self::InterceptCpu => format!("µs/{unit}"),
             Self::P50 | Self::P99 | Self::P999 => "µs".to_owned(),
-            Self::RssStart => "MiB".to_owned(),
+            Self::RssStart => "MB".to_owned(),
             Self::RssPerConnection | Self::SlabPerConnection => "B".to_owned(),
             Self::IdleCpu => "ms/s".to_owned(),
+            Self::ForeignRuns => format!("runs/{unit}"),
         }
     }
 

@@ -104,7 +104,7 @@ fn every() -> Vec<Workload> {
     }
     all.extend([Workload::Short, Workload::Mixed { streams: 64 }]);
     all.extend([1, 8].map(|streams| Workload::Iperf3 { streams }));
-    all.push(Workload::Wrk { connections: 64 });
+    all.extend([Workload::Wrk { connections: 64 }, Workload::Intercept]);
     all
 }
 
@@ -137,9 +137,12 @@ impl Choice {
         if !self.subjects.is_empty() {
             for entry in &mut entries {
                 let veth = entry.case.topology == Topology::Veth;
-                entry.subjects = self.subjects.clone();
+                entry.subjects.clone_from(&self.subjects);
                 entry.subjects.retain(|subject| veth || !subject.intercept);
             }
+        }
+        for entry in &mut entries {
+            entry.subjects.retain(|subject| entry.case.workload.suits(*subject));
         }
         entries.retain(|entry| !entry.subjects.is_empty());
         if let Some(placement) = self.placement {
@@ -159,7 +162,8 @@ impl Choice {
 
     /// What was named, on the topology that was named (or loopback), with everybody who can be.
     fn selected(&self) -> Vec<Entry> {
-        let topology = self.topology.unwrap_or(Topology::Loopback);
+        let captured = self.subjects.iter().any(|subject| subject.intercept);
+        let topology = self.topology.unwrap_or(if captured { Topology::Veth } else { Topology::Loopback });
         let mut subjects = self.plain();
         if topology == Topology::Veth {
             subjects.insert(1, Subject::INTERCEPT);
@@ -198,19 +202,19 @@ impl Choice {
             captured.retain(|subject| {
                 !matches!(subject.program, Program::HaproxySplice | Program::Nginx | Program::Base)
             });
-            add(Topology::Veth, Placement::Free, &captured, &[short]);
+            add(Topology::Veth, Placement::Free, &captured, &[short, Workload::Intercept]);
             return entries;
         }
         let one_cpu = [bulk(1, Down), bulk(8, Down), bulk(64, Down), bulk(1, Up), bulk(8, Up)];
         add(Topology::Loopback, Placement::OneCpu, &plain, &one_cpu);
         let free: Vec<_> = every()
             .into_iter()
-            .filter(|workload| !matches!(workload, Workload::Idle | Workload::Short))
+            .filter(|workload| !matches!(workload, Workload::Idle | Workload::Short | Workload::Intercept))
             .filter(|workload| *workload != small[1])
             .collect();
         add(Topology::Loopback, Placement::Free, &plain, &free);
         add(Topology::Loopback, Placement::Free, &all_logging, &[small[1], short]);
-        let veth = [bulk(1, Down), bulk(8, Down), small[0], small[1], short];
+        let veth = [bulk(1, Down), bulk(8, Down), small[0], small[1], short, Workload::Intercept];
         add(Topology::Veth, Placement::Free, &captured, &veth);
         entries
     }

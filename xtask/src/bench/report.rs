@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::metric::Metric;
 use super::results::{About, Results, Series, Spread};
-use super::subject::{Program, Subject};
+use super::subject::Subject;
 
 /// When, where and how, in three lines.
 pub(super) fn header(about: &About) -> String {
@@ -33,16 +33,18 @@ pub(super) fn header(about: &About) -> String {
 pub(super) fn table(results: &Results) -> String {
     let mut text = String::new();
     let mut case = "";
+    let mut columns = Vec::new();
     for series in results.series.iter().filter(|series| series.metric != Metric::LoadCpu) {
         if series.case != case {
             case = &series.case;
             let _ = write!(text, "\n{:<42}{:>6}", format!("{case}: {}", series.title), "±");
-            for subject in subjects(series) {
-                let _ = write!(text, "{:>15}", shorter(&subject));
+            columns = subjects(results, case);
+            for subject in &columns {
+                let _ = write!(text, "{:>15}", shorter(*subject));
             }
             text.push('\n');
         }
-        line(&mut text, series);
+        line(&mut text, series, &columns);
     }
     for failure in &results.failures {
         let _ = writeln!(text, "not measured: {failure}");
@@ -50,10 +52,10 @@ pub(super) fn table(results: &Results) -> String {
     text
 }
 
-fn line(text: &mut String, series: &Series) {
+fn line(text: &mut String, series: &Series, columns: &[Subject]) {
     let label = format!("  {} ({})", series.metric.title(), series.unit);
     let _ = write!(text, "{label:<42}{:>6}", widest(series.subjects.values()));
-    for subject in subjects(series) {
+    for subject in columns {
         let subject = subject.to_string();
         let value =
             series.subjects.get(&subject).map_or_else(|| "-".to_owned(), |spread| number(spread.median));
@@ -66,14 +68,17 @@ fn line(text: &mut String, series: &Series) {
     text.push('\n');
 }
 
-/// tidegate first, then as they are listed.
-fn subjects(series: &Series) -> Vec<Subject> {
-    let mut subjects: Vec<Subject> = series.subjects.keys().filter_map(|name| name.parse().ok()).collect();
-    subjects.sort_by_key(|subject| (subject.program == Program::Direct, *subject));
+/// Everybody who has a figure in a case: tidegate first, no proxy last.
+fn subjects(results: &Results, case: &str) -> Vec<Subject> {
+    let series = results.series.iter().filter(|series| series.case == case);
+    let mut subjects: Vec<Subject> =
+        series.flat_map(|series| series.subjects.keys()).filter_map(|name| name.parse().ok()).collect();
+    subjects.sort_unstable();
+    subjects.dedup();
     subjects
 }
 
-fn shorter(subject: &Subject) -> String {
+fn shorter(subject: Subject) -> String {
     subject.to_string().replace("haproxy-splice", "hap-splice").replace("intercept", "icpt")
 }
 
@@ -88,6 +93,7 @@ fn widest<'a>(spreads: impl Iterator<Item = &'a Spread>) -> String {
 pub(super) fn number(value: f64) -> String {
     match value {
         value if value.is_nan() => "-".to_owned(),
+        0.0 => "0".to_owned(),
         value if value >= 100.0 => format!("{value:.0}"),
         value if value >= 10.0 => format!("{value:.1}"),
         value if value >= 1.0 => format!("{value:.2}"),

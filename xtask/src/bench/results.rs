@@ -119,17 +119,25 @@ pub(super) fn ratios_by_round(own: &[Option<f64>], theirs: &[Option<f64>]) -> Ve
 
 /// Figures as they come in.
 #[derive(Debug, Default)]
-pub(super) struct Samples(BTreeMap<(usize, Metric), BTreeMap<Subject, Vec<Option<f64>>>>, Vec<Case>);
+pub(super) struct Samples {
+    /// In the order in which they were measured first.
+    cases: Vec<Case>,
+    /// By the case's number.
+    figures: BTreeMap<(usize, Metric), Figures>,
+}
+
+/// Everybody's figures, round by round.
+type Figures = BTreeMap<Subject, Vec<Option<f64>>>;
 
 impl Samples {
     /// Adds what one measurement brought. `round` counts from 0: what is missing before it was not measured.
     pub(super) fn add(&mut self, case: Case, subject: Subject, round: usize, figures: &[(Metric, f64)]) {
-        let number = self.1.iter().position(|known| *known == case).unwrap_or_else(|| {
-            self.1.push(case);
-            self.1.len() - 1
+        let number = self.cases.iter().position(|known| *known == case).unwrap_or_else(|| {
+            self.cases.push(case);
+            self.cases.len() - 1
         });
         for (metric, value) in figures {
-            let rounds = self.0.entry((number, *metric)).or_default().entry(subject).or_default();
+            let rounds = self.figures.entry((number, *metric)).or_default().entry(subject).or_default();
             rounds.resize(round, None);
             rounds.push(Some(*value));
         }
@@ -137,11 +145,14 @@ impl Samples {
 
     /// In the order in which the cases were measured first.
     pub(super) fn series(&self) -> Vec<Series> {
-        self.0.iter().map(|((number, metric), figures)| series(self.1[*number], *metric, figures)).collect()
+        self.figures
+            .iter()
+            .map(|((number, metric), figures)| series(self.cases[*number], *metric, figures))
+            .collect()
     }
 }
 
-fn series(case: Case, metric: Metric, figures: &BTreeMap<Subject, Vec<Option<f64>>>) -> Series {
+fn series(case: Case, metric: Metric, figures: &Figures) -> Series {
     let (mut subjects, mut tidegate_to) = (BTreeMap::new(), BTreeMap::new());
     let own = figures.get(&Subject::TIDEGATE);
     for (subject, rounds) in figures {
@@ -196,9 +207,60 @@ impl Results {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::site::Placement;
     use super::*;
+
+    /// Nothing yet.
+    pub(in super::super) fn results() -> Results {
+        let machine =
+            Machine { cpu: "a CPU".to_owned(), cpus: 2, memory_gib: 4, kernel: "6.18.0".to_owned() };
+        let settings = Settings {
+            quick: false,
+            worker_threads: 1,
+            rounds: 2,
+            seconds_per_measurement: 1.0,
+            idle_connections: 9000,
+            congestion_control: "cubic".to_owned(),
+            peers: BTreeMap::new(),
+        };
+        let versions =
+            [("tidegate", "v1"), ("envoy", "1.40.0"), ("haproxy", "2.6.12-1"), ("nginx", "1.22.1")];
+        Results {
+            schema: SCHEMA,
+            about: About {
+                date: "2026-01-02 03:04 UTC".to_owned(),
+                machine,
+                versions: versions.map(|(name, version)| (name.to_owned(), version.to_owned())).into(),
+                settings,
+                load_average_before: "0.10".to_owned(),
+                load_average_after: "1.20".to_owned(),
+                seconds: 100.0,
+            },
+            series: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    impl Results {
+        /// Adds a series of these figures.
+        pub(in super::super) fn add(&mut self, case: &str, metric: Metric, figures: &[(&str, &[f64])]) {
+            let (topology, rest) = case.split_once('/').expect("TOPOLOGY/WORKLOAD");
+            let (workload, placement) = rest.split_once('@').unwrap_or((rest, ""));
+            let case = Case {
+                topology: if topology == "veth" { Topology::Veth } else { Topology::Loopback },
+                workload: workload.parse().expect("a workload"),
+                placement: Placement::ALL
+                    .into_iter()
+                    .find(|known| known.suffix().trim_start_matches('@') == placement)
+                    .expect("a placement"),
+            };
+            let figures = figures.iter().map(|(name, rounds)| {
+                (name.parse().expect("a subject"), rounds.iter().copied().map(Some).collect())
+            });
+            self.series.push(series(case, metric, &figures.collect()));
+        }
+    }
 
     #[test]
     fn the_middle_of_values() {

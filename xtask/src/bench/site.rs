@@ -101,7 +101,14 @@ pub(super) struct Site {
 #[derive(Debug)]
 enum Shape {
     Loopback(Netns),
-    Veth { network: Network, client: Pod, server: Pod },
+    Veth(Box<Veth>),
+}
+
+#[derive(Debug)]
+struct Veth {
+    network: Network,
+    client: Pod,
+    server: Pod,
 }
 
 #[derive(Debug)]
@@ -131,14 +138,17 @@ impl Site {
             }
             Topology::Veth => {
                 let network = Network::new()?;
-                network.router().ip(&format!("addr add {PROXY}/32 dev lo"))?;
+                // A connect to the service before anybody captures it fails at once instead of getting no answer.
+                network
+                    .router()
+                    .ip(&format!("addr add {PROXY}/32 dev lo\nroute add unreachable {SERVICE}/32"))?;
                 let client = network.pod("client", &["10.0.0.1"])?;
                 let server = network.pod("server", &[&SERVER.to_string()])?;
                 for (number, subject) in capturing.iter().enumerate() {
                     captured.push(Captured::start(&network, *subject, number)?);
                 }
                 let clients = Agent::start(client.command("env"))?;
-                (Shape::Veth { network, client, server }, clients)
+                (Shape::Veth(Box::new(Veth { network, client, server })), clients)
             }
         };
         let allowed = sched_getaffinity(Pid::from_raw(0))?;
@@ -150,34 +160,29 @@ impl Site {
 
     /// Settings that hold for all alike; says which congestion control it is.
     fn tune(&self) -> Result<String> {
-        let mut used = String::new();
+        let mut used = "";
         for netns in self.namespaces() {
             // Many short connections: ports may be used again after a second, also other than over loopback.
             netns.sysctl("net.ipv4.tcp_tw_reuse", "1")?;
             netns.sysctl("net.ipv4.ip_local_port_range", "10000 65000")?;
             // The machine's default may pace (bbr), which costs timers and measures them.
-            used = ["cubic", "reno"]
+            let allowed = ["cubic", "reno"]
                 .into_iter()
-                .find(|name| netns.sysctl("net.ipv4.tcp_congestion_control", name).is_ok())
-                .context("neither cubic nor reno may be used in a network namespace")?
-                .to_owned();
+                .find(|name| netns.sysctl("net.ipv4.tcp_congestion_control", name).is_ok());
+            used = allowed.context("neither cubic nor reno may be used in a network namespace")?;
         }
-        Ok(used)
+        Ok(used.to_owned())
     }
 
     fn namespaces(&self) -> Vec<&Netns> {
         let mut namespaces: Vec<_> = self.captured.iter().map(|captured| captured.pod.netns()).collect();
         match &self.shape {
             Shape::Loopback(netns) => namespaces.push(netns),
-            Shape::Veth { network, client, server } => {
-                namespaces.extend([network.router(), client.netns(), server.netns()]);
+            Shape::Veth(veth) => {
+                namespaces.extend([veth.network.router(), veth.client.netns(), veth.server.netns()]);
             }
         }
         namespaces
-    }
-
-    pub(super) fn topology(&self) -> Topology {
-        self.topology
     }
 
     pub(super) fn congestion_control(&self) -> &str {
@@ -188,7 +193,7 @@ impl Site {
     pub(super) fn proxy_command(&self) -> Command {
         match &self.shape {
             Shape::Loopback(netns) => netns.command("env"),
-            Shape::Veth { network, .. } => network.router().command("env"),
+            Shape::Veth(veth) => veth.network.router().command("env"),
         }
     }
 
@@ -196,7 +201,7 @@ impl Site {
     pub(super) fn server_command(&self) -> Command {
         match &self.shape {
             Shape::Loopback(netns) => netns.command("env"),
-            Shape::Veth { server, .. } => server.command("env"),
+            Shape::Veth(veth) => veth.server.command("env"),
         }
     }
 
@@ -205,7 +210,7 @@ impl Site {
         match (&self.shape, self.captured(subject)) {
             (_, Some(captured)) => captured.pod.command("env"),
             (Shape::Loopback(netns), None) => netns.command("env"),
-            (Shape::Veth { client, .. }, None) => client.command("env"),
+            (Shape::Veth(veth), None) => veth.client.command("env"),
         }
     }
 

@@ -63,11 +63,6 @@ impl Program {
     pub(super) fn is_tidegate(self) -> bool {
         matches!(self, Self::Tidegate | Self::Base)
     }
-
-    /// Whether it is somebody else's proxy.
-    pub(super) fn is_peer(self) -> bool {
-        !self.is_tidegate() && self != Self::Direct
-    }
 }
 
 /// A program and what it does beside proxying.
@@ -84,7 +79,6 @@ impl Subject {
     pub(super) const TIDEGATE: Self = Self::plain(Program::Tidegate);
     pub(super) const ENVOY: Self = Self::plain(Program::Envoy);
     pub(super) const HAPROXY: Self = Self::plain(Program::Haproxy);
-    pub(super) const HAPROXY_SPLICE: Self = Self::plain(Program::HaproxySplice);
     pub(super) const NGINX: Self = Self::plain(Program::Nginx);
     pub(super) const DIRECT: Self = Self::plain(Program::Direct);
     pub(super) const INTERCEPT: Self = Self { program: Program::Tidegate, log: false, intercept: true };
@@ -271,7 +265,7 @@ impl Running {
             ),
             Program::Nginx => (
                 &programs.nginx,
-                nginx_config(&links, log.as_deref(), dir),
+                nginx_config(&links, log.as_deref(), dir, connections),
                 ["-e", "stderr", "-c"].as_slice(),
             ),
         };
@@ -413,14 +407,16 @@ fn haproxy_config(links: &Links, subject: Subject, dir: &Path, connections: usiz
 }
 
 /// One worker; buffers of the default size. The log is buffered, as those of the others are.
-fn nginx_config(links: &Links, log: Option<&Path>, dir: &Path) -> String {
+fn nginx_config(links: &Links, log: Option<&Path>, dir: &Path, connections: usize) -> String {
+    // Room for both ends of each is taken at start.
+    let room = 2 * connections + 100;
     let log = match log {
         Some(path) => format!("access_log {} tcp buffer=64k flush=1s", path.display()),
         None => "access_log off".to_owned(),
     };
     let mut config = format!(
         "load_module {};\nworker_processes 1;\ndaemon off;\npid {}/nginx.pid;\n\
-         events {{ worker_connections 100000; }}\n\
+         events {{ worker_connections {room}; }}\n\
          stream {{\n    log_format tcp '$remote_addr [$time_local] $protocol $status $bytes_sent $bytes_received \
          $session_time \"$upstream_addr\" $upstream_bytes_sent $upstream_bytes_received $upstream_connect_time';\n    \
          {log};\n    proxy_timeout 1h;\n",

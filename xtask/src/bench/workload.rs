@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tidegate_tests::load::job::{Job, Measured, Work};
-use tidegate_tests::load::{Direction, MESSAGE, account};
+use tidegate_tests::load::{Direction, account};
 
-use super::external;
 use super::metric::Metric;
 use super::site::{Placement, Site};
 use super::subject::{self, Running, Subject};
 use super::tools::Programs;
+use super::{external, interception};
 
 /// Connections at once of the short ones.
 const SHORT_AT_ONCE: usize = 16;
@@ -34,7 +34,7 @@ const WARM_UP: Duration = Duration::from_millis(200);
 const SETTLE: Duration = Duration::from_millis(1200);
 
 /// How long idle connections are watched.
-const IDLE_WATCH: Duration = Duration::from_millis(1000);
+const IDLE_WATCH: Duration = Duration::from_secs(1);
 
 /// A kind of load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -51,6 +51,8 @@ pub(super) enum Workload {
     Iperf3 { streams: usize },
     /// wrk against a small HTTP server, over so many connections.
     Wrk { connections: usize },
+    /// What interception costs whoever connects.
+    Intercept,
     /// Memory, at start and with idle connections.
     Idle,
 }
@@ -66,6 +68,7 @@ impl fmt::Display for Workload {
             Self::Mixed { streams } => format!("mixed-{streams}"),
             Self::Iperf3 { streams } => format!("iperf3-{streams}"),
             Self::Wrk { connections } => format!("wrk-{connections}"),
+            Self::Intercept => "intercept".to_owned(),
             Self::Idle => "idle".to_owned(),
         })
     }
@@ -79,6 +82,7 @@ impl FromStr for Workload {
         let parts: Vec<_> = text.split('-').collect();
         let workload = match parts[..] {
             ["idle"] => Some(Self::Idle),
+            ["intercept"] => Some(Self::Intercept),
             ["short"] => Some(Self::Short),
             ["mixed"] => Some(Self::Mixed { streams: 64 }),
             ["mixed", streams] => count(streams).map(|streams| Self::Mixed { streams }),
@@ -101,7 +105,7 @@ impl FromStr for Workload {
         };
         workload.ok_or_else(|| {
             "workloads are bulk-STREAMS-down|up|both, request-BYTESxCONNECTIONS, short, mixed-STREAMS, idle, \
-             iperf3-STREAMS, wrk-CONNECTIONS"
+             intercept, iperf3-STREAMS, wrk-CONNECTIONS"
                 .to_owned()
         })
     }
@@ -125,17 +129,23 @@ impl Workload {
             Self::Mixed { streams } => format!("64 B beside {}", many(streams, "bulk stream")),
             Self::Iperf3 { streams } => format!("iperf3, {}", many(streams, "stream")),
             Self::Wrk { connections } => format!("wrk, {}", many(connections, "connection")),
-            Self::Idle => "idle".to_owned(),
+            Self::Intercept => "interception".to_owned(),
+            Self::Idle => "idle connections".to_owned(),
         }
     }
 
-    fn work(self) -> Option<Work> {
+    /// Whether the clients of a subject can do it.
+    pub(super) fn suits(self, subject: Subject) -> bool {
+        self != Self::Intercept || subject.intercept
+    }
+
+    pub(super) fn work(self) -> Option<Work> {
         match self {
             Self::Bulk { streams, direction } => Some(Work::Bulk { streams, direction }),
             Self::Request { size, connections } => Some(Work::Requests { size, connections }),
             Self::Short => Some(Work::Short { at_once: SHORT_AT_ONCE }),
             Self::Mixed { streams } => Some(Work::Mixed { streams, connections: MIXED_CONNECTIONS }),
-            Self::Iperf3 { .. } | Self::Wrk { .. } | Self::Idle => None,
+            Self::Iperf3 { .. } | Self::Wrk { .. } | Self::Intercept | Self::Idle => None,
         }
     }
 
@@ -148,6 +158,9 @@ impl Workload {
         duration: Duration,
     ) -> Result<Vec<(Metric, f64)>> {
         site.place(running, placement)?;
+        if self == Self::Intercept {
+            return interception::measure(site, running, duration);
+        }
         let measured = match self {
             Self::Iperf3 { streams } => external::iperf3(site, running, streams, duration)?,
             Self::Wrk { connections } => external::wrk(site, running, connections, duration)?,
@@ -200,13 +213,14 @@ impl Workload {
     pub(super) fn unit(self) -> &'static str {
         match self {
             Self::Bulk { .. } | Self::Iperf3 { .. } => "GiB",
-            Self::Short => "connection",
+            Self::Short | Self::Intercept => "connection",
             _ => "request",
         }
     }
 }
 
-fn job(running: &Running, work: Work, duration: Duration) -> Job {
+/// The measurement of a subject.
+pub(super) fn job(running: &Running, work: Work, duration: Duration) -> Job {
     Job {
         work,
         echo: running.fronts().echo,
@@ -246,16 +260,13 @@ pub(super) fn idle(
     let mut figures = vec![(Metric::SlabPerConnection, per_connection(slab, held_slab))];
     if !running.pids().is_empty() {
         figures.extend([
-            (Metric::RssStart, rss as f64 / f64::from(1 << 20)),
+            (Metric::RssStart, rss as f64 / 1e6),
             (Metric::RssPerConnection, per_connection(rss, held_rss)),
             (Metric::IdleCpu, cpu as f64 / 1e6 / watched),
         ]);
     }
     Ok(figures)
 }
-
-/// Bytes of the small requests, for the words of the report.
-pub(super) const SMALL: usize = MESSAGE;
 
 #[cfg(test)]
 mod tests {
