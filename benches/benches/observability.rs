@@ -1,44 +1,18 @@
 //! What it costs to count and to log: `cargo bench -p tidegate-benches --bench observability`.
 
-use std::time::Duration;
-
 use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
 use tidegate::access_log::{Formatter, Now};
 use tidegate::config::access_log::Format;
-use tidegate::connection::record::{CloseType, LogType, Record, Upstream};
+use tidegate::connection::record::LogType;
 use tidegate::stats::{self, Format as StatsFormat, Query, Stats};
+use tidegate_benches::{ISTIO, record};
 
 fn main() {
     divan::main();
 }
 
 const TIMES: u32 = 1000;
-
-/// Istio's default format.
-const ISTIO: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% %DURATION% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\" %UPSTREAM_CLUSTER% %UPSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%\n";
-
-fn record() -> Record {
-    let addr = |text: &str| text.parse().expect("a socket address");
-    let (peer, local) = (addr("10.1.2.3:46464"), addr("172.16.0.1:50001"));
-    Record {
-        duration: Some(Duration::from_millis(12)),
-        cluster: Some("outbound|50001|v1|foo-service.foo.svc.cluster.local".into()),
-        upstream: Some(Upstream {
-            address: addr("10.4.5.6:8080"),
-            hostname: "".into(),
-            local_address: Some(addr("10.1.2.3:53026")),
-            connection_id: Some(1),
-        }),
-        attempts: 1,
-        upstream_close_type: Some(CloseType::Normal),
-        bytes_received: 64,
-        bytes_sent: 65_536,
-        upstream_bytes_sent: 64,
-        upstream_bytes_received: 65_536,
-        ..Record::new(7, peer, local, None, "172.16.0.1_50001".into())
-    }
-}
 
 #[divan::bench]
 fn counter_inc(bencher: Bencher) {

@@ -4,12 +4,16 @@
 //! whatever else the machine does hits all alike. CPU is what the scheduler has charged to the threads of a process.
 
 mod about;
+mod chart;
 mod compare;
 mod external;
 mod goals;
+mod headline;
+mod instructions;
 mod interception;
 mod metric;
 mod plan;
+mod readme;
 mod report;
 mod results;
 mod run;
@@ -93,6 +97,10 @@ enum Of {
     Xds(xds::Xds),
     /// Show what changed between two runs by more than they vary.
     Compare(compare::Compare),
+    /// Count the instructions of the pure core under callgrind, against the counts in the repository.
+    Instructions(instructions::Instructions),
+    /// Write README's figures and the chart from the bench.json in the repository.
+    Readme(readme::Readme),
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -109,6 +117,8 @@ impl Bench {
         match &self.of {
             Some(Of::Xds(xds)) => xds.run(),
             Some(Of::Compare(compare)) => compare.run(),
+            Some(Of::Instructions(instructions)) => instructions.run(),
+            Some(Of::Readme(readme)) => readme.run(),
             None => self.data_path(),
         }
     }
@@ -170,13 +180,17 @@ impl Bench {
 
     /// Prints and writes everything.
     fn finish(&self, results: &Results) -> Result<()> {
-        let outcomes = goals::outcomes(results);
+        let mut outcomes = goals::outcomes(results);
+        if !self.goals {
+            outcomes.retain(|outcome| outcome.worst.is_some());
+        }
         print!("{}{}", report::header(&results.about), report::table(results));
-        if self.goals || outcomes.iter().any(|outcome| outcome.worst.is_some()) {
+        if !outcomes.is_empty() {
             print!("{}", goals::table(&outcomes));
         }
         let path = about::write("bench.json", &format!("{}\n", serde_json::to_string_pretty(results)?))?;
-        println!("\nall figures of all rounds: {}", path.display());
+        let svg = about::write("bench.svg", &chart::svg(results))?;
+        println!("\nall figures of all rounds: {}; chart: {}", path.display(), svg.display());
         ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
         let missed = outcomes.iter().filter(|outcome| !outcome.met).count();
         ensure!(!self.goals || missed == 0, "{missed} of {} goals are missed", outcomes.len());

@@ -28,7 +28,7 @@ enum Xtask {
     Fuzz(fuzz::Fuzz),
     /// Run the same cases against the real Envoy and tidegate, and print the differences.
     Parity(parity::Parity),
-    /// Measure tidegate, Envoy and HAProxy side by side: memory, and CPU per byte, request and connection.
+    /// Measure tidegate, its peers and no proxy side by side: throughput, latency, CPU, memory.
     Bench(bench::Bench),
     /// Check licences, duplicate versions and sources of the dependencies.
     Deny(deny::Deny),

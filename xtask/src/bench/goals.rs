@@ -60,7 +60,9 @@ const ONE_CPU: &[&str] = &[
     "loopback/bulk-8-up@one-cpu",
 ];
 const ONE_STREAM: &[&str] = &["loopback/bulk-1-down@one-cpu", "loopback/bulk-1-up@one-cpu"];
-const REQUEST_1: &[&str] = &["loopback/request-64x1"];
+/// Between two CPUs of a virtual machine a wake-up takes longer than any proxy, and depends on where the scheduler puts
+/// whom; on one CPU latency is the work that lies between request and answer.
+const REQUEST_1: &[&str] = &["loopback/request-64x1@one-cpu"];
 const REQUEST_64: &[&str] = &["loopback/request-64x64"];
 const REQUEST_512: &[&str] = &["loopback/request-64x512"];
 const SHORT: &[&str] = &["loopback/short"];
@@ -102,8 +104,8 @@ const GOALS: &[Goal] = &[
         &["haproxy", "nginx"],
         AtMost(0.75),
     ),
-    goal("64 B, 1 connection: p50", REQUEST_1, Metric::P50, OWN, PEERS, AtMost(1.0)),
-    goal("64 B, 1 connection: p99", REQUEST_1, Metric::P99, OWN, PEERS, AtMost(1.0)),
+    goal("64 B, 1 connection, one CPU: p50", REQUEST_1, Metric::P50, OWN, PEERS, AtMost(1.0)),
+    goal("64 B, 1 connection, one CPU: p99", REQUEST_1, Metric::P99, OWN, PEERS, AtMost(1.0)),
     goal("64 B, 512 connections: rate", REQUEST_512, Metric::Rate, OWN, ENVOY, AtLeast(1.8)),
     goal("64 B, 512 connections: rate", REQUEST_512, Metric::Rate, OWN, HAPROXY, AtLeast(1.2)),
     goal("connect, 64 B, close: rate", SHORT, Metric::Rate, OWN, ENVOY, AtLeast(1.8)),

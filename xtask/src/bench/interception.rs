@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +14,9 @@ use super::workload::{Workload, job};
 
 /// While it is 1, the kernel notes how long programs run. The whole machine's.
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+/// How long the proxy is given to end the last of the captured connections.
+const SETTLE: Duration = Duration::from_millis(300);
 
 /// Turns the kernel's notes on; as before on drop.
 struct Noting {
@@ -70,15 +74,17 @@ pub(super) fn measure(site: &mut Site, running: &Running, duration: Duration) ->
     let after = programs(pid)?;
     let connections = measured.requests as f64;
     let took = (after.0 - before.0) as f64 / 1e3 / connections;
+    let own_runs = (after.1 - before.1) as f64 / connections;
     ensure!(after.1 > before.1, "captured connections ran no program");
 
+    sleep(SETTLE);
     let backs = site.backs(running.subject());
     (job.echo, job.bulk, job.proxy) = (backs.echo, backs.bulk, Vec::new());
     let before = programs(pid)?;
     let measured = site.agent(Subject::DIRECT).run(&job)?;
     let after = programs(pid)?;
     let runs = (after.1 - before.1) as f64 / measured.requests as f64;
-    Ok(vec![(Metric::InterceptCpu, took), (Metric::ForeignRuns, runs)])
+    Ok(vec![(Metric::InterceptCpu, took), (Metric::InterceptRuns, own_runs), (Metric::ForeignRuns, runs)])
 }
 
 #[cfg(test)]

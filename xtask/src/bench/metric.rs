@@ -31,7 +31,9 @@ pub(super) enum Metric {
     IdleCpu,
     /// Time in the programs of interception, whoever ran them.
     InterceptCpu,
-    /// Programs that were run by connections of pods that are not captured.
+    /// How often they ran for each captured connection.
+    InterceptRuns,
+    /// The same for connections of pods that are not captured.
     ForeignRuns,
 }
 
@@ -52,6 +54,7 @@ impl Metric {
             Self::SlabPerConnection => "slab_per_connection",
             Self::IdleCpu => "idle_cpu",
             Self::InterceptCpu => "intercept_cpu",
+            Self::InterceptRuns => "intercept_runs",
             Self::ForeignRuns => "foreign_runs",
         }
     }
@@ -72,6 +75,7 @@ impl Metric {
             Self::SlabPerConnection => "kernel memory per connection",
             Self::IdleCpu => "CPU",
             Self::InterceptCpu => "CPU in eBPF programs",
+            Self::InterceptRuns => "program runs",
             Self::ForeignRuns => "program runs of others",
         }
     }
@@ -89,7 +93,7 @@ impl Metric {
             Self::RssStart => "MB".to_owned(),
             Self::RssPerConnection | Self::SlabPerConnection => "B".to_owned(),
             Self::IdleCpu => "ms/s".to_owned(),
-            Self::ForeignRuns => format!("runs/{unit}"),
+            Self::InterceptRuns | Self::ForeignRuns => format!("runs/{unit}"),
         }
     }
 

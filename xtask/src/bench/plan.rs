@@ -195,8 +195,8 @@ impl Choice {
         captured.insert(1, Subject::INTERCEPT);
         add(Topology::Loopback, Placement::Free, &plain, &[Workload::Idle]);
         if self.quick {
-            add(Topology::Loopback, Placement::OneCpu, &plain, &[bulk(1, Down), bulk(8, Down)]);
-            add(Topology::Loopback, Placement::Free, &plain, &small);
+            add(Topology::Loopback, Placement::OneCpu, &plain, &[bulk(1, Down), bulk(8, Down), small[0]]);
+            add(Topology::Loopback, Placement::Free, &plain, &small[1..]);
             add(Topology::Loopback, Placement::Free, &plain, &[mixed]);
             add(Topology::Loopback, Placement::Free, &all_logging, &[short]);
             captured.retain(|subject| {
@@ -205,7 +205,7 @@ impl Choice {
             add(Topology::Veth, Placement::Free, &captured, &[short, Workload::Intercept]);
             return entries;
         }
-        let one_cpu = [bulk(1, Down), bulk(8, Down), bulk(64, Down), bulk(1, Up), bulk(8, Up)];
+        let one_cpu = [bulk(1, Down), bulk(8, Down), bulk(64, Down), bulk(1, Up), bulk(8, Up), small[0]];
         add(Topology::Loopback, Placement::OneCpu, &plain, &one_cpu);
         let free: Vec<_> = every()
             .into_iter()

@@ -37,7 +37,7 @@ pub(super) fn table(results: &Results) -> String {
     for series in results.series.iter().filter(|series| series.metric != Metric::LoadCpu) {
         if series.case != case {
             case = &series.case;
-            let _ = write!(text, "\n{:<42}{:>6}", format!("{case}: {}", series.title), "±");
+            let _ = write!(text, "\n{:<54}{:>6}", format!("{case}: {}", series.title), "±");
             columns = subjects(results, case);
             for subject in &columns {
                 let _ = write!(text, "{:>15}", shorter(*subject));
@@ -54,7 +54,7 @@ pub(super) fn table(results: &Results) -> String {
 
 fn line(text: &mut String, series: &Series, columns: &[Subject]) {
     let label = format!("  {} ({})", series.metric.title(), series.unit);
-    let _ = write!(text, "{label:<42}{:>6}", widest(series.subjects.values()));
+    let _ = write!(text, "{label:<54}{:>6}", widest(series.subjects.values()));
     for subject in columns {
         let subject = subject.to_string();
         let value =

@@ -93,9 +93,21 @@ impl Spread {
         let mut known: Vec<f64> =
             rounds.iter().flatten().copied().filter(|value| value.is_finite()).collect();
         known.sort_by(f64::total_cmp);
-        let (min, max) = (*known.first()?, *known.last()?);
-        Some(Self { median: median(&known), min, max, rounds })
+        let (min, max) = (short(*known.first()?), short(*known.last()?));
+        let rounds = rounds.into_iter().map(|value| value.map(short)).collect();
+        Some(Self { median: short(median(&known)), min, max, rounds })
     }
+}
+
+/// To five digits: no figure of a bench has more.
+fn short(value: f64) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return value;
+    }
+    let scale = 10_f64.powi(4 - value.abs().log10().floor() as i32);
+    let rounded = (value * scale).round() / scale;
+    // Division leaves digits behind that parsing the shortest text does not.
+    format!("{rounded:.*}", scale.log10().max(0.0) as usize).parse().unwrap_or(rounded)
 }
 
 /// NaN of nothing.
@@ -297,6 +309,19 @@ pub(super) mod tests {
         assert_eq!(ratio.rounds[2], None);
         assert!((series[0].subjects["tidegate"].median - 1.0).abs() < 1e-9);
         assert_eq!(series[0].unit, "µs/connection");
+    }
+
+    #[test]
+    fn figures_have_five_digits() {
+        for (value, text) in [
+            (0.123_456_7, "0.12346"),
+            (123_456.7, "123460.0"),
+            (1.0, "1.0"),
+            (0.0, "0.0"),
+            (9.999_99, "10.0"),
+        ] {
+            assert_eq!(format!("{:?}", short(value)), text);
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+use tidegate_tests::cgroup::Cgroup;
 use tidegate_tests::config::Config;
 use tidegate_tests::load::{account, server};
 use tidegate_tests::run::{self, TempDir};
@@ -20,6 +21,12 @@ use super::tools::Programs;
 
 /// How long a proxy may take to serve.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// More connections than HAProxy can have beside a pipe for each fourth of them, where 20,000 files may be open.
+const MANY: usize = 6000;
+
+/// Forced, not `splice-auto`.
+const SPLICE: &str = "    option splice-request\n    option splice-response\n";
 
 /// A program, as it is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -149,6 +156,8 @@ pub(super) struct Running {
     servers: server::Process,
     fronts: Fronts,
     pins: Option<PathBuf>,
+    /// Of a proxy that intercepts: its programs also see the sockets of its own cgroup, which must not be everybody's.
+    cgroup: Option<Cgroup>,
 }
 
 /// Where clients reach the servers, through the proxy if there is one.
@@ -178,8 +187,9 @@ impl Running {
         let log_dir = if subject.log { Some(TempDir::in_memory("bench")?) } else { None };
         let fronts = if subject.program == Program::Direct { backs } else { site.fronts(subject) };
         let pins = subject.intercept.then(|| Path::new(run::BPFFS).join(run::unique("pins")));
+        let cgroup = if subject.intercept { Some(Cgroup::new("proxy")?) } else { None };
         let mut running =
-            Self { subject, child: None, pids: Vec::new(), dir, log_dir, servers, fronts, pins };
+            Self { subject, child: None, pids: Vec::new(), dir, log_dir, servers, fronts, pins, cgroup };
         running.spawn(programs, site, &backs, connections).with_context(|| format!("start {subject}"))?;
         running.wait(site)?;
         if let Some(child) = &running.child {
@@ -272,6 +282,11 @@ impl Running {
         let path = dir.join(if config.starts_with('{') { "config.json" } else { "config.cfg" });
         fs::write(&path, config)?;
         let mut command = site.proxy_command();
+        if let Some(cgroup) = &self.cgroup {
+            command
+                .args(["sh", "-c", r#"echo 0 > "$0" && exec "$@""#])
+                .arg(cgroup.path().join("cgroup.procs"));
+        }
         command.arg(program);
         if subject.program.is_tidegate() {
             self.interception(&mut command, site)?;
@@ -385,10 +400,11 @@ fn tcp_proxy(cluster: &str, log: Option<&Path>) -> Value {
 /// Stats are always counted; the socket is where they are asked for.
 fn haproxy_config(links: &Links, subject: Subject, dir: &Path, connections: usize) -> String {
     let (global, mut defaults) = match subject.program {
-        Program::HaproxySplice => (
-            "    tune.pipesize 1048576\n",
-            "    option splice-request\n    option splice-response\n".to_owned(),
-        ),
+        // A quarter of the connections may have pipes, and a pipe is two files: of thousands they would be too many.
+        Program::HaproxySplice if connections > MANY => {
+            ("    tune.pipesize 1048576\n    maxpipes 250\n", SPLICE.to_owned())
+        }
+        Program::HaproxySplice => ("    tune.pipesize 1048576\n", SPLICE.to_owned()),
         _ => ("", String::new()),
     };
     if subject.log {
