@@ -120,12 +120,11 @@ impl Choice {
 
     /// Those with access logs.
     fn logging(&self) -> Vec<Subject> {
-        let quick = if self.quick { 2 } else { 5 };
-        [Subject::TIDEGATE, Subject::ENVOY, Subject::HAPROXY, Subject::NGINX, Subject::plain(Program::Base)]
-            [..quick.min(if self.base { 5 } else { 4 })]
-            .iter()
-            .map(|subject| subject.logging())
-            .collect()
+        let mut subjects = vec![Subject::TIDEGATE, Subject::ENVOY];
+        if !self.quick {
+            subjects.extend([Subject::HAPROXY, Subject::NGINX]);
+        }
+        subjects.into_iter().map(Subject::logging).collect()
     }
 
     /// The plan that this makes.

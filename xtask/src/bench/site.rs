@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+use tidegate_tests::cgroup::Cgroup;
 use tidegate_tests::load::account;
 use tidegate_tests::load::agent::Agent;
 use tidegate_tests::netns::Netns;
@@ -96,6 +97,8 @@ pub(super) struct Site {
     shape: Shape,
     cpus: Vec<usize>,
     congestion_control: String,
+    /// Of what runs in no pod: whatever ends this process, its programs are found and ended.
+    cgroup: Cgroup,
 }
 
 #[derive(Debug)]
@@ -128,12 +131,13 @@ impl Captured {
 impl Site {
     /// Makes them, with a pod for each of the subjects that capture.
     pub(super) fn new(topology: Topology, capturing: &[Subject]) -> Result<Self> {
+        let cgroup = Cgroup::new("bench")?;
         let mut captured = Vec::new();
         let (shape, clients) = match topology {
             Topology::Loopback => {
                 ensure!(capturing.is_empty(), "interception needs --topology veth");
                 let netns = Netns::new("bench")?;
-                let clients = Agent::start(netns.command("env"))?;
+                let clients = Agent::start(inside(&netns, &cgroup))?;
                 (Shape::Loopback(netns), clients)
             }
             Topology::Veth => {
@@ -153,7 +157,8 @@ impl Site {
         };
         let allowed = sched_getaffinity(Pid::from_raw(0))?;
         let cpus = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu) == Ok(true)).collect();
-        let mut site = Self { topology, clients, captured, shape, cpus, congestion_control: String::new() };
+        let mut site =
+            Self { topology, clients, captured, shape, cpus, congestion_control: String::new(), cgroup };
         site.congestion_control = site.tune()?;
         Ok(site)
     }
@@ -192,15 +197,15 @@ impl Site {
     /// A command where the proxies are; a program is still to be added.
     pub(super) fn proxy_command(&self) -> Command {
         match &self.shape {
-            Shape::Loopback(netns) => netns.command("env"),
-            Shape::Veth(veth) => veth.network.router().command("env"),
+            Shape::Loopback(netns) => inside(netns, &self.cgroup),
+            Shape::Veth(veth) => inside(veth.network.router(), &self.cgroup),
         }
     }
 
     /// A command where the servers are.
     pub(super) fn server_command(&self) -> Command {
         match &self.shape {
-            Shape::Loopback(netns) => netns.command("env"),
+            Shape::Loopback(netns) => inside(netns, &self.cgroup),
             Shape::Veth(veth) => veth.server.command("env"),
         }
     }
@@ -209,7 +214,7 @@ impl Site {
     pub(super) fn client_command(&self, subject: Subject) -> Command {
         match (&self.shape, self.captured(subject)) {
             (_, Some(captured)) => captured.pod.command("env"),
-            (Shape::Loopback(netns), None) => netns.command("env"),
+            (Shape::Loopback(netns), None) => inside(netns, &self.cgroup),
             (Shape::Veth(veth), None) => veth.client.command("env"),
         }
     }
@@ -273,6 +278,13 @@ impl Site {
         let agent = self.agent(running.subject()).pid();
         run_on(agent, &others)
     }
+}
+
+/// A command in a namespace and a cgroup; a program is still to be added.
+fn inside(netns: &Netns, cgroup: &Cgroup) -> Command {
+    let mut command = netns.command("sh");
+    command.args(["-c", r#"echo 0 > "$0" && exec "$@""#]).arg(cgroup.path().join("cgroup.procs"));
+    command
 }
 
 fn set(cpus: &[usize]) -> Result<CpuSet> {
