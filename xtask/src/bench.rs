@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: tidegate and its peers side by side, with one worker thread each.
 //!
-//! All of them run at the same time in network namespaces of their own and take turns (A B C, A B C, …), so that
+//! All of them run at the same time in network namespaces of their own and take turns (A B C, B C A, …), so that
 //! whatever else the machine does hits all alike. CPU is what the scheduler has charged to the threads of a process.
 
 mod about;

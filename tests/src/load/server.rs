@@ -296,7 +296,7 @@ impl Process {
         &self.addresses
     }
 
-    /// Where [`Counter`] asks.
+    /// The socket that tells how many bytes have arrived.
     pub fn control(&self) -> &Path {
         &self.control
     }

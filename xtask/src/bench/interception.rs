@@ -37,28 +37,54 @@ impl Drop for Noting {
     }
 }
 
-/// Time and number of runs of all programs that a process holds.
-fn programs(pid: u32) -> Result<(u64, u64)> {
+/// What programs have done since they were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Ran {
+    nanoseconds: u64,
+    /// Those of them in connect(2) and getpeername(2).
+    connecting: u64,
+    runs: u64,
+}
+
+impl Ran {
+    fn since(self, before: Self) -> Self {
+        Self {
+            nanoseconds: self.nanoseconds - before.nanoseconds,
+            connecting: self.connecting - before.connecting,
+            runs: self.runs - before.runs,
+        }
+    }
+}
+
+/// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`, as fdinfo shows it.
+const SOCK_ADDR: u64 = 18;
+
+/// All programs that a process holds.
+fn programs(pid: u32) -> Result<Ran> {
     let dir = format!("/proc/{pid}/fdinfo");
     let mut programs = BTreeMap::new();
     for file in fs::read_dir(&dir).with_context(|| dir.clone())?.flatten() {
         // Connections come and go.
         let Ok(text) = fs::read_to_string(file.path()) else { continue };
-        if let Some((id, time, runs)) = program(&text) {
-            programs.insert(id, (time, runs));
-        }
+        programs.extend(program(&text));
     }
     ensure!(!programs.is_empty(), "process {pid} has no eBPF programs: nothing is intercepted");
-    Ok(programs.values().fold((0, 0), |(a, b), (time, runs)| (a + time, b + runs)))
+    Ok(programs.values().fold(Ran::default(), |sum: Ran, ran| Ran {
+        nanoseconds: sum.nanoseconds + ran.nanoseconds,
+        connecting: sum.connecting + ran.connecting,
+        runs: sum.runs + ran.runs,
+    }))
 }
 
-/// Id, nanoseconds and runs, from the fdinfo of a program.
-fn program(fdinfo: &str) -> Option<(u64, u64, u64)> {
+/// Id and account, from the fdinfo of a program.
+fn program(fdinfo: &str) -> Option<(u64, Ran)> {
     let field = |name: &str| {
         let line = fdinfo.lines().find_map(|line| line.strip_prefix(name))?;
         line.trim().parse::<u64>().ok()
     };
-    Some((field("prog_id:")?, field("run_time_ns:")?, field("run_cnt:")?))
+    let (nanoseconds, runs) = (field("run_time_ns:")?, field("run_cnt:")?);
+    let connecting = if field("prog_type:")? == SOCK_ADDR { nanoseconds } else { 0 };
+    Some((field("prog_id:")?, Ran { nanoseconds, connecting, runs }))
 }
 
 /// Short connections of captured clients, then of clients in a cgroup that is not covered.
@@ -71,20 +97,22 @@ pub(super) fn measure(site: &mut Site, running: &Running, duration: Duration) ->
     job.warm_up = Duration::ZERO;
     let before = programs(pid)?;
     let measured = site.agent(running.subject()).run(&job)?;
-    let after = programs(pid)?;
+    let own = programs(pid)?.since(before);
     let connections = measured.requests as f64;
-    let took = (after.0 - before.0) as f64 / 1e3 / connections;
-    let own_runs = (after.1 - before.1) as f64 / connections;
-    ensure!(after.1 > before.1, "captured connections ran no program");
+    ensure!(own.runs > 0, "captured connections ran no program");
 
     sleep(SETTLE);
     let backs = site.backs(running.subject());
     (job.echo, job.bulk, job.proxy) = (backs.echo, backs.bulk, Vec::new());
     let before = programs(pid)?;
     let measured = site.agent(Subject::DIRECT).run(&job)?;
-    let after = programs(pid)?;
-    let runs = (after.1 - before.1) as f64 / measured.requests as f64;
-    Ok(vec![(Metric::InterceptCpu, took), (Metric::InterceptRuns, own_runs), (Metric::ForeignRuns, runs)])
+    let foreign = programs(pid)?.since(before);
+    Ok(vec![
+        (Metric::InterceptCpu, own.nanoseconds as f64 / 1e3 / connections),
+        (Metric::ConnectCpu, own.connecting as f64 / 1e3 / connections),
+        (Metric::InterceptRuns, own.runs as f64 / connections),
+        (Metric::ForeignRuns, foreign.runs as f64 / measured.requests as f64),
+    ])
 }
 
 #[cfg(test)]
@@ -95,7 +123,9 @@ mod tests {
     fn programs_among_descriptors() {
         let text =
             "pos:\t0\nprog_type:\t18\nprog_jited:\t1\nprog_id:\t28531\nrun_time_ns:\t1500\nrun_cnt:\t3\n";
-        assert_eq!(program(text), Some((28531, 1500, 3)));
+        assert_eq!(program(text), Some((28531, Ran { nanoseconds: 1500, connecting: 1500, runs: 3 })));
+        let events = text.replace("prog_type:\t18", "prog_type:\t13");
+        assert_eq!(program(&events).map(|(_, ran)| ran.connecting), Some(0));
         assert_eq!(program("link_type:\tcgroup\nprog_id:\t28537\n"), None, "a link counts nothing");
     }
 }

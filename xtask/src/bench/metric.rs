@@ -29,8 +29,10 @@ pub(super) enum Metric {
     SlabPerConnection,
     /// CPU of a proxy with idle connections only.
     IdleCpu,
-    /// Time in the programs of interception, whoever ran them.
+    /// Time in the programs of interception, whoever ran them: those of the proxy's own sockets count too.
     InterceptCpu,
+    /// The part of it in the connect(2) and getpeername(2) of those who are captured.
+    ConnectCpu,
     /// How often they ran for each captured connection.
     InterceptRuns,
     /// The same for connections of pods that are not captured.
@@ -54,6 +56,7 @@ impl Metric {
             Self::SlabPerConnection => "slab_per_connection",
             Self::IdleCpu => "idle_cpu",
             Self::InterceptCpu => "intercept_cpu",
+            Self::ConnectCpu => "connect_cpu",
             Self::InterceptRuns => "intercept_runs",
             Self::ForeignRuns => "foreign_runs",
         }
@@ -75,6 +78,7 @@ impl Metric {
             Self::SlabPerConnection => "kernel memory per connection",
             Self::IdleCpu => "CPU",
             Self::InterceptCpu => "CPU in eBPF programs",
+            Self::ConnectCpu => "of which in connect(2)",
             Self::InterceptRuns => "program runs",
             Self::ForeignRuns => "program runs of others",
         }
@@ -88,7 +92,9 @@ impl Metric {
             Self::Rate => format!("{unit}s/s"),
             Self::BulkRate => "GiB/s".to_owned(),
             Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu if unit == "GiB" => "s/GiB".to_owned(),
-            Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu | Self::InterceptCpu => format!("µs/{unit}"),
+            Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu | Self::InterceptCpu | Self::ConnectCpu => {
+                format!("µs/{unit}")
+            }
             Self::P50 | Self::P99 | Self::P999 => "µs".to_owned(),
             Self::RssStart => "MB".to_owned(),
             Self::RssPerConnection | Self::SlabPerConnection => "B".to_owned(),

@@ -39,6 +39,11 @@ impl Readme {
             // Only what can be read again.
             let results = Results::read(from)?;
             ensure!(results.failures.is_empty(), "{} has failed measurements", from.display());
+            ensure!(
+                !results.about.versions.values().any(|version| version.contains('/')),
+                "{} is not of a commit: let `cargo xtask bench` build tidegate, without --tidegate",
+                from.display()
+            );
             fs::create_dir_all(repository.join("benches/results"))?;
             fs::write(repository.join(RESULTS), serde_json::to_string(&results)? + "\n")?;
         }

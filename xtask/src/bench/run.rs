@@ -139,7 +139,9 @@ impl Run {
         let duration = self.plan.measure;
         for round in 0..self.plan.rounds {
             for entry in &entries {
-                for subject in &entry.subjects {
+                // Each round begins with another one, so that nobody always follows the same.
+                let first = round as usize % entry.subjects.len();
+                for subject in entry.subjects[first..].iter().chain(&entry.subjects[..first]) {
                     let running = &running[subject];
                     self.note(entry.case, *subject, round, self.plan.rounds, || {
                         entry.case.workload.measure(&mut site, running, entry.case.placement, duration)
