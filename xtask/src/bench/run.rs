@@ -18,8 +18,9 @@ use super::tools::Programs;
 use super::workload::{self, Workload};
 use super::{about, progress};
 
-/// Connections that a proxy must allow beside the workloads' own.
-const SPARE_CONNECTIONS: usize = 1000;
+/// Connections that a proxy must allow: more than any workload has, and few enough for HAProxy to start where 20,000 files
+/// may be open.
+const SPARE_CONNECTIONS: usize = 4500;
 
 /// A run in the making.
 pub(super) struct Run {
