@@ -38,6 +38,7 @@ use crate::xds::tables::Tables;
 use crate::{check, cleanup};
 
 mod admin_state;
+mod announce;
 mod config_dump;
 
 use admin_state::{Running, ServerState};
@@ -54,9 +55,6 @@ const EBPF_LOG_INTERVAL: Duration = Duration::from_millis(100);
 /// Events of control planes that are handled before what they change is published. Enough that the work for each
 /// publication is small beside them, few enough that signals are heard.
 const EVENTS_AT_ONCE: usize = 256;
-
-/// Captured and refused destinations that the start is logged with.
-const ANNOUNCED: usize = 100;
 
 /// How often `/init_dump` is brought up to date: with thousands of resources it costs more than handling one.
 const UNREADY_INTERVAL: Duration = Duration::from_millis(200);
@@ -516,14 +514,8 @@ impl Proxy {
             tracing::info!("intercepting connects from cgroup {}", attach_point.display());
         }
         let destinations = self.destinations().to_string();
-        let (count, mut lines) = (destinations.lines().count(), destinations.lines());
-        for line in lines.by_ref().take(ANNOUNCED) {
+        for line in announce::lines(&destinations) {
             tracing::info!("{line}");
-        }
-        // What happens to everything else is the last one.
-        if let Some(last) = lines.last() {
-            tracing::info!("and {} more", count - ANNOUNCED - 1);
-            tracing::info!("{last}");
         }
         for pod in interception.status().map(|status| status.pods).unwrap_or_default() {
             tracing::info!("pod {}: {:?}", pod.name, pod.state);

@@ -29,4 +29,5 @@ pub mod sys;
 pub mod takeover;
 pub mod uring;
 pub mod worker;
+pub mod x509;
 pub mod xds;

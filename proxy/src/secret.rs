@@ -7,16 +7,14 @@
 use std::fmt;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use rustls::RootCertStore;
-use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
-use webpki::EndEntityCert;
 
 use crate::config::tls::{Certificate, DataSource, Secret, SecretContent, SubjectAltName, Use, Validation};
+use crate::x509::{self, Bad, Part};
 
 mod credentials;
 mod view;
@@ -28,10 +26,6 @@ pub use watch::Watcher;
 
 /// Largest file with certificates or a key, in bytes: ten times a bundle of all public authorities.
 const MAX_FILE: u64 = 4 << 20;
-
-/// What does the cryptography.
-pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> =
-    LazyLock::new(|| Arc::new(ring::default_provider()));
 
 /// Why a secret can't be used. Its words are for control planes and logs, so they have nothing of its content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -67,6 +61,13 @@ pub enum SecretError {
     /// Nobody would be verified.
     #[error("it has no trusted_ca (without it anybody could be the server)")]
     NoCa,
+}
+
+impl SecretError {
+    fn bad(bad: Bad, source: &DataSource) -> Self {
+        let Bad { part, reason } = bad;
+        Self::Bad { what: part.words(), place: source.to_string(), reason }
+    }
 }
 
 /// The content of a secret, loaded.
@@ -157,36 +158,13 @@ pub struct Identity {
 impl Identity {
     /// Reads a certificate and its key, and checks that they belong together.
     pub fn load(certificate: &Certificate) -> Result<Self, SecretError> {
-        let Certificate { chain: source, private_key, watched_directories: _ } = certificate;
-        let place = source.to_string();
-        let chain = certificates(source, "certificate_chain", "certificate chain")?;
-        for (index, certificate) in chain.iter().enumerate() {
-            if EndEntityCert::try_from(certificate).is_err() {
-                return Err(SecretError::Bad {
-                    what: "certificate chain",
-                    place,
-                    reason: format!("certificate {} is not valid X.509", index + 1),
-                });
-            }
-        }
-        let bad_key = |reason: &str| SecretError::Bad {
-            what: "private key",
-            place: private_key.to_string(),
-            reason: reason.to_owned(),
-        };
-        let pem = read(private_key, "private_key")?;
-        // The reader's own errors quote what they have read.
-        let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| bad_key(key_problem(&error, &pem)))?;
-        let certified =
-            CertifiedKey::from_der(chain, key.clone_key(), &PROVIDER).map_err(|error| match error {
-                rustls::Error::InconsistentKeys(_) => bad_key("it is not the key of the certificate"),
-                rustls::Error::InvalidCertificate(_) => SecretError::Bad {
-                    what: "certificate chain",
-                    place: place.clone(),
-                    reason: "its first certificate has no usable public key".to_owned(),
-                },
-                _ => bad_key("it is of no supported kind; use RSA (2048 bits or more), ECDSA (P-256, P-384) or Ed25519"),
-            })?;
+        let Certificate { chain, private_key, watched_directories: _ } = certificate;
+        let pem = (read(chain, "certificate_chain")?, read(private_key, "private_key")?);
+        let (certified, key) = x509::identity(&pem.0, &pem.1).map_err(|bad| match bad.part {
+            Part::Key => SecretError::bad(bad, private_key),
+            Part::Chain | Part::Authorities => SecretError::bad(bad, chain),
+        })?;
+        let place = chain.to_string();
         Ok(Self { key: Arc::new(certified), der: Arc::new(key), place })
     }
 
@@ -225,7 +203,6 @@ pub struct Trust {
 impl Trust {
     /// Reads the certificates of authorities.
     pub fn load(validation: &Validation) -> Result<Self, SecretError> {
-        const WHAT: &str = "trusted CA certificates";
         let Validation { trusted_ca, names, watched_directories: _ } = validation;
         let Some(source) = trusted_ca else {
             return Ok(Self {
@@ -235,15 +212,8 @@ impl Trust {
                 place: String::new(),
             });
         };
-        let authorities = certificates(source, "trusted_ca", WHAT)?;
-        let mut roots = RootCertStore::empty();
-        for (index, certificate) in authorities.iter().enumerate() {
-            roots.add(certificate.clone()).map_err(|_| SecretError::Bad {
-                what: WHAT,
-                place: source.to_string(),
-                reason: format!("certificate {} can't be a trust anchor", index + 1),
-            })?;
-        }
+        let pem = read(source, "trusted_ca")?;
+        let (authorities, roots) = x509::authorities(&pem).map_err(|bad| SecretError::bad(bad, source))?;
         let roots = Some(Arc::new(roots));
         Ok(Self { roots, authorities, names: names.clone(), place: source.to_string() })
     }
@@ -285,34 +255,6 @@ fn read_file(path: &Path) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("larger than {MAX_FILE} bytes")));
     }
     Ok(content)
-}
-
-/// At least one certificate.
-fn certificates(
-    source: &DataSource,
-    field: &'static str,
-    what: &'static str,
-) -> Result<Vec<CertificateDer<'static>>, SecretError> {
-    let bad = |reason: String| SecretError::Bad { what, place: source.to_string(), reason };
-    let pem = read(source, field)?;
-    let found: Result<Vec<_>, pem::Error> = CertificateDer::pem_slice_iter(&pem).collect();
-    // The reader's own errors quote what they have read: it may be a key at the wrong place.
-    let found = found.map_err(|_| bad("it is not valid PEM".to_owned()))?;
-    if found.is_empty() {
-        return Err(bad("there is no certificate in it (PEM: -----BEGIN CERTIFICATE-----)".to_owned()));
-    }
-    Ok(found)
-}
-
-fn key_problem(error: &pem::Error, pem: &[u8]) -> &'static str {
-    let has = |text: &[u8]| pem.windows(text.len()).any(|window| window == text);
-    if has(b"BEGIN ENCRYPTED PRIVATE KEY") || has(b"Proc-Type: 4,ENCRYPTED") {
-        "it is encrypted, which is not supported; use a key without a password"
-    } else if matches!(error, pem::Error::NoItemsFound) {
-        "there is no key in it (PEM: -----BEGIN PRIVATE KEY-----)"
-    } else {
-        "it is not valid PEM"
-    }
 }
 
 #[cfg(test)]

@@ -179,7 +179,7 @@ pub enum Change {
 }
 
 /// A resource as it came: type checked, not decoded.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Resource {
     /// The name in the `Resource` wrapper; none for a bare Any of a state-of-the-world response.
     pub name: Option<Arc<str>>,

@@ -454,4 +454,4 @@ async fn until(deadline: Option<Instant>) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

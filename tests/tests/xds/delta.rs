@@ -105,6 +105,23 @@ fn p29_a_bad_resource_is_rejected_alone() -> Result<()> {
     assert!(error.contains("127.0.0.1_10001") && !error.contains("127.0.0.1_10002"), "{error}");
     with_log(ads.world.reaches(third, "b"), &ads.proxy)?;
     assert_eq!(ads.world.ask(LISTENER)?, "a");
+    // Of several each is named.
+    let bad = |address: &str| -> Result<Resource> {
+        Ok(wrapped("3", &resource::listener(address, json!({}), &json!({"name": "x.unknown"}))?))
+    };
+    let listeners = vec![bad("127.0.0.1:10003")?, listener("3", third, "a")?, bad("127.0.0.1:10004")?];
+    let error = ads.rejected_delta(Kind::Listener, listeners, &[])?;
+    assert!(error.contains("127.0.0.1_10003") && error.contains("127.0.0.1_10004"), "{error}");
+    assert!(!error.contains("127.0.0.1_10002"), "{error}");
+    with_log(ads.world.reaches(third, "a"), &ads.proxy)?;
+    let eds = |name: &str| -> Result<Resource> {
+        Ok(wrapped("3", &resource::cluster(name, &[], json!({"type": "EDS", "load_assignment": null}))?))
+    };
+    let clusters = vec![eds("bad-1")?, fixed("3", "c", World::A)?, eds("bad-2")?, eds("bad-3")?];
+    let error = ads.rejected_delta(Kind::Cluster, clusters, &[])?;
+    for name in ["bad-1", "bad-2", "bad-3"] {
+        assert!(error.contains(name), "{name}: {error}");
+    }
     Ok(())
 }
 

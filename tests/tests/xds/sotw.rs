@@ -183,6 +183,24 @@ fn p29_a_bad_resource_is_rejected_alone() -> Result<()> {
     with_log(ads.world.reaches(third, "b"), &ads.proxy)?;
     with_log(ads.world.refused(LISTENER), &ads.proxy)?;
     assert_eq!(ads.world.ask(SECOND)?, "a", "what was accepted of it serves on");
+    // Of several each is named.
+    let bad = |address: &str| -> Result<Any> {
+        Ok(resource::listener(address, json!({}), &json!({"name": "x.unknown"}))?.packed())
+    };
+    let listeners = vec![bad("127.0.0.1:10003")?, listener(third, "b")?, bad("127.0.0.1:10004")?];
+    let (_, error) = ads.rejected(Kind::Listener, "4", listeners)?;
+    assert!(error.contains("127.0.0.1_10003") && error.contains("127.0.0.1_10004"), "{error}");
+    assert!(!error.contains("127.0.0.1_10002"), "{error}");
+    let eds = |name: &str| -> Result<Any> {
+        Ok(resource::cluster(name, &[], json!({"type": "EDS", "load_assignment": null}))?.packed())
+    };
+    let clusters =
+        vec![eds("bad-1")?, fixed("a", World::A)?, eds("bad-2")?, fixed("b", World::B)?, eds("bad-3")?];
+    let (_, error) = ads.rejected(Kind::Cluster, "2", clusters)?;
+    for name in ["bad-1", "bad-2", "bad-3"] {
+        assert!(error.contains(name), "{name}: {error}");
+    }
+    assert_eq!(ads.world.ask(third)?, "b");
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use crate::config::proto::FieldPath;
 use crate::config::tls::{
     Certificate, DataSource, SanType, Secret, SecretContent, StringMatch, SubjectAltName, Validation,
 };
-use crate::secret::{Identity, Trust};
+use crate::x509;
 
 /// A secret: a static one, or one from SDS.
 pub(in crate::config) fn secret(
@@ -100,10 +100,11 @@ pub(super) fn certificate(
     let chain = data_source(certificate_chain, &mut watched_directories, path, "certificate_chain", report);
     let private_key = data_source(private_key, &mut watched_directories, path, "private_key", report);
     let certificate = Certificate { chain: chain?, private_key: private_key?, watched_directories };
-    if let (DataSource::Inline(_), DataSource::Inline(_)) = (&certificate.chain, &certificate.private_key)
-        && let Err(error) = Identity::load(&certificate)
+    if let (DataSource::Inline(chain), DataSource::Inline(key)) =
+        (&certificate.chain, &certificate.private_key)
+        && let Err(bad) = x509::identity(chain, key)
     {
-        report.invalid(path, error.to_string());
+        report.invalid(path, bad.describe(&certificate.chain));
         return None;
     }
     Some(certificate)
@@ -184,10 +185,10 @@ pub(super) fn validation(
         ca => Some(data_source(ca, &mut watched_directories, path, "trusted_ca", report)?),
     };
     let validation = Validation { trusted_ca, names, watched_directories };
-    if let Some(DataSource::Inline(_)) = &validation.trusted_ca
-        && let Err(error) = Trust::load(&validation)
+    if let Some(source @ DataSource::Inline(pem)) = &validation.trusted_ca
+        && let Err(bad) = x509::authorities(pem)
     {
-        report.invalid(path, error.to_string());
+        report.invalid(path, bad.describe(source));
         return None;
     }
     Some(validation)

@@ -2,8 +2,10 @@
 //!
 //! The property: a response is ignored (when nobody asked for it) or gets exactly one answer, of its nonce, after it was
 //! judged; the answer is a NACK with a reason if and only if something was refused; nothing waits afterwards, and a new
-//! stream begins with what was accepted. The same bytes have the same answer twice.
+//! stream begins with what was accepted. The same bytes have the same answer twice. A store takes the resources without a
+//! panic, and with the same verdict when they come again.
 
+use std::cell::RefCell;
 use std::fmt::Debug;
 use std::path::Path;
 use std::rc::Rc;
@@ -26,6 +28,7 @@ use crate::config::config_source::Protocol as Variant;
 use crate::config::proto::{Format, Source};
 use crate::fuzz::{Target, as_it_is, class, run};
 use crate::xds::store::judge;
+use crate::xds::store::tests::{Ready, local};
 use crate::xds::{Change, Kind, MAX_ERROR_DETAIL, Verdict};
 
 const WORDS: &[&[u8]] = &[
@@ -105,7 +108,7 @@ fn sent<P: Protocol>(client: &mut P, now: Instant) -> Vec<P::Request> {
 }
 
 /// One stream with one response. Gives everything that was sent after it, and what became of it.
-fn stream<P>(mut client: P, input: &[u8]) -> (Vec<P::Request>, u64)
+fn stream<P>(mut client: P, input: &[u8], store: Option<&RefCell<Ready>>) -> (Vec<P::Request>, u64)
 where
     P: Protocol,
     P::Response: Wire<Request = P::Request>,
@@ -135,6 +138,16 @@ where
         Received::Deliver(delivery) => {
             assert!(sent(&mut client, now).is_empty(), "an answer before the verdict");
             assert_eq!(client.unanswered(), 1);
+            if let Some(store) = store {
+                let mut store = store.borrow_mut();
+                match &delivery.change {
+                    Change::State { resources, .. } => store.apply(delivery.id.kind, resources, None),
+                    Change::Delta { resources, removed, .. } => {
+                        store.apply(delivery.id.kind, resources, Some(removed));
+                    }
+                    Change::Expired(_) => {}
+                }
+            }
             let verdict = match delivery.change {
                 Change::State { version, resources, unreadable, .. } => {
                     judge(delivery.id.kind, &version, resources, unreadable)
@@ -198,22 +211,30 @@ fn encoded<M: Message + Name>(path: &Path, content: Vec<u8>) -> Option<Vec<u8>> 
 #[test]
 fn fuzz_discovery_response() {
     let target = Target { name: "discovery_response", seed: encoded::<DiscoveryResponse>, words: WORDS };
-    run(&target, |input| {
-        let once = || stream(Sotw::new(node(), &api(Variant::AggregatedGrpc)), input);
-        let (requests, outcome) = once();
-        assert_eq!(requests, once().0, "the same bytes have two answers");
-        outcome
+    local(|| {
+        let store = RefCell::new(Ready::new());
+        run(&target, |input| {
+            let once = |store| stream(Sotw::new(node(), &api(Variant::AggregatedGrpc)), input, store);
+            let (requests, outcome) = once(Some(&store));
+            assert_eq!(requests, once(None).0, "the same bytes have two answers");
+            outcome
+        });
+        assert!(store.borrow().accepted > 0, "nothing was applied");
     });
 }
 
 #[test]
 fn fuzz_delta_response() {
     let target = Target { name: "delta_response", seed: encoded::<DeltaDiscoveryResponse>, words: WORDS };
-    run(&target, |input| {
-        let once = || stream(Delta::new(node(), &api(Variant::AggregatedDeltaGrpc)), input);
-        let (requests, outcome) = once();
-        assert_eq!(requests, once().0, "the same bytes have two answers");
-        outcome
+    local(|| {
+        let store = RefCell::new(Ready::new());
+        run(&target, |input| {
+            let once = |store| stream(Delta::new(node(), &api(Variant::AggregatedDeltaGrpc)), input, store);
+            let (requests, outcome) = once(Some(&store));
+            assert_eq!(requests, once(None).0, "the same bytes have two answers");
+            outcome
+        });
+        assert!(store.borrow().accepted > 0, "nothing was applied");
     });
 }
 
@@ -237,7 +258,12 @@ fn fuzz_rest_json() {
         b"1e999",
         b"\"connect_timeout\"",
     ];
-    run(&Target { name: "rest_json", seed: as_it_is, words }, |input| {
+    local(|| rest_json(&Target { name: "rest_json", seed: as_it_is, words }));
+}
+
+fn rest_json(target: &Target) {
+    let store = RefCell::new(Ready::new());
+    run(target, |input| {
         let text = String::from_utf8_lossy(input);
         let read = || {
             let source = Source { format: Format::Json, ..Source::yaml("fuzz.json", text.clone()) };
@@ -245,6 +271,7 @@ fn fuzz_rest_json() {
                 Err(Refusal::Unreadable(reason)) => (0, Some(reason)),
                 Err(Refusal::Rejected { reason, .. }) => (1, Some(reason)),
                 Ok(content) => {
+                    store.borrow_mut().apply(Kind::Cluster, &content.resources, None);
                     let names: Vec<_> = content.unchanged.iter().map(Arc::clone).collect();
                     match judge(Kind::Cluster, &content.version, content.resources, content.unreadable) {
                         Verdict::Accept => (2 + names.len(), None),

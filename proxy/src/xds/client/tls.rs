@@ -17,7 +17,8 @@ use webpki::EndEntityCert;
 use super::{Alpn, Connection};
 use crate::addr::EndpointAddr;
 use crate::config::tls::{SanType, ServerNames, StringMatch, SubjectAltName, UpstreamTls};
-use crate::secret::{CurrentCredentials, PROVIDER};
+use crate::secret::CurrentCredentials;
+use crate::x509::PROVIDER;
 
 /// Does the handshake.
 ///

@@ -239,7 +239,82 @@ impl Fixture {
     }
 }
 
-fn local(test: impl FnOnce()) {
+/// A store in which something wants one resource of each kind, for what fuzzing finds acceptable.
+pub(crate) struct Ready {
+    fixture: Fixture,
+    /// How many changes were accepted.
+    pub(crate) accepted: usize,
+}
+
+impl Ready {
+    /// Must be called, and used, within [`local`].
+    pub(crate) fn new() -> Self {
+        Self { fixture: Fixture::started(&json!({})), accepted: 0 }
+    }
+
+    /// Applies a change to the same state each time, twice. What could reach beyond the process is left out: ports to
+    /// bind, and files of access logs.
+    pub(crate) fn apply(&mut self, kind: Kind, change: &[Resource], removed: Option<&[Arc<str>]>) {
+        let Some(resources) = change.iter().map(|it| harmless(kind, it)).collect::<Option<Vec<_>>>() else {
+            return;
+        };
+        let fixture = &mut self.fixture;
+        fixture.state(Kind::Cluster, "0", vec![]);
+        fixture.state(Kind::Listener, "0", vec![]);
+        fixture.state(Kind::Cluster, "1", vec![cluster("a", json!({})), cluster("b", json!({}))]);
+        fixture.add(secrets::secure("s", Some(secrets::tls())), 1);
+        fixture.state(Kind::ClusterLoadAssignment, "1", vec![endpoints("a", &[1]), endpoints("b", &[2])]);
+        let http = any::<tidegate_api::listener::Listener>(&listener_json("h", 80, &[http("r")]));
+        fixture.state(Kind::Listener, "1", vec![http, listener("l", 81, "a")]);
+        fixture.state(Kind::RouteConfiguration, "1", vec![routes("r", "a")]);
+        let once = |fixture: &mut Fixture| {
+            let resources = resources.clone();
+            let change = match removed {
+                Some(removed) => Change::Delta { version: "2".into(), resources, removed: removed.to_vec() },
+                None => Change::State {
+                    version: "2".into(),
+                    resources,
+                    unchanged: Vec::new(),
+                    unreadable: Vec::new(),
+                },
+            };
+            match fixture.change(kind, change) {
+                Verdict::Accept => None,
+                Verdict::Reject { message, .. } => Some(message),
+            }
+        };
+        let first = once(fixture);
+        assert_eq!(first, once(fixture), "the same again has another verdict");
+        self.accepted += usize::from(first.is_none() && !resources.is_empty());
+        assert!(first.is_none_or(|message| !message.is_empty()));
+        let snapshot = fixture.store.snapshot(&[]);
+        for cluster in snapshot.clusters() {
+            cluster.hosts().priorities();
+        }
+        fixture.changes.clear();
+    }
+}
+
+/// The resource without effect on anything but the store; none where that is not simple.
+fn harmless(kind: Kind, resource: &Resource) -> Option<Resource> {
+    use tidegate_api::listener::Listener;
+    let value = &resource.body.value;
+    if value.windows(10).any(|window| window == b"access_log") {
+        return None;
+    }
+    if kind != Kind::Listener {
+        return Some(resource.clone());
+    }
+    // What can't be read is refused anyhow.
+    let Ok(mut listener) = <Listener as prost::Message>::decode(&value[..]) else {
+        return Some(resource.clone());
+    };
+    listener.bind_to_port = Some(false);
+    let value = prost::Message::encode_to_vec(&listener);
+    Some(Resource { body: Any { value, ..resource.body.clone() }, ..resource.clone() })
+}
+
+pub(crate) fn local(test: impl FnOnce()) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     tokio::task::LocalSet::new().block_on(&runtime, async { test() });
 }

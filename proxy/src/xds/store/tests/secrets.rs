@@ -15,7 +15,7 @@ fn wanted(name: &str) -> SecretSource {
 }
 
 /// TLS with a certificate and a CA from SDS.
-fn tls() -> UpstreamTls {
+pub(super) fn tls() -> UpstreamTls {
     UpstreamTls {
         sni: None,
         auto_sni_san_validation: false,
@@ -29,25 +29,25 @@ fn tls() -> UpstreamTls {
 }
 
 /// A cluster with TLS. The bootstrap has such clusters only for control planes; where one comes from does not matter here.
-fn secure(name: &str, tls: Option<UpstreamTls>) -> Cluster {
+pub(super) fn secure(name: &str, tls: Option<UpstreamTls>) -> Cluster {
     let address = crate::config::endpoint::EndpointAddress::Ip(([127, 0, 0, 1], 1).into());
     let config = crate::cluster::tests::config(name, crate::config::cluster::Discovery::Static, &[address]);
     Cluster { tls: tls.map(Arc::new), ..config }
 }
 
-fn certificate(name: &str, (chain, key): (&str, &str)) -> Any {
+pub(super) fn certificate(name: &str, (chain, key): (&str, &str)) -> Any {
     any::<tidegate_api::tls::Secret>(&json!({ "name": name, "tls_certificate": {
         "certificate_chain": { "inline_string": chain }, "private_key": { "inline_string": key } } }))
 }
 
-fn authority(name: &str, pem: &str) -> Any {
+pub(super) fn authority(name: &str, pem: &str) -> Any {
     any::<tidegate_api::tls::Secret>(
         &json!({ "name": name, "validation_context": { "trusted_ca": { "inline_string": pem } } }),
     )
 }
 
 impl Fixture {
-    fn add(&mut self, config: Cluster, content: u64) {
+    pub(super) fn add(&mut self, config: Cluster, content: u64) {
         self.store.add_cluster(config, content, Origin::Dynamic);
         let changes = self.store.settle();
         self.changes.push(changes);
