@@ -45,14 +45,24 @@ pub fn require(programs: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
+/// Installs its arguments. Debian's policy-rc.d keeps their services from being started: an nginx or HAProxy that is here
+/// to be measured must not listen on the machine's own addresses.
+const APT_INSTALL: &str = r#"
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT INT TERM
+    printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod 755 "$policy"
+fi
+DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
+"#;
+
 /// `apt-get install`, after an `apt-get update` if that is what it takes.
 pub fn apt_install(packages: &[&str]) -> Result<()> {
     eprintln!("installing {}", packages.join(" "));
     let install = || {
-        as_root("apt-get")
-            .args(["install", "-y", "-q", "--no-install-recommends"])
+        as_root("sh")
+            .args(["-c", APT_INSTALL, "sh"])
             .args(packages)
-            .env("DEBIAN_FRONTEND", "noninteractive")
             .stdout(std::process::Stdio::null())
             .status()
     };
