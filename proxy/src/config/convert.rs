@@ -52,6 +52,7 @@ mod net;
 pub(super) mod route;
 pub(super) mod runtime;
 pub(super) mod secret;
+mod servers;
 mod tcp_proxy;
 mod tls;
 mod transport_socket;

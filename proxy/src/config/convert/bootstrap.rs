@@ -14,11 +14,12 @@ use tidegate_api::interception as extension_api;
 
 use super::access_log::access_logs;
 use super::cluster::cluster;
-use super::config_source::{ads_config, config_source, server_clusters};
+use super::config_source::{ads_config, config_source};
 use super::extension::{Extension, unregistered};
 use super::listener::listener;
 use super::net::{cidr, socket_addr};
 use super::runtime::runtime;
+use super::servers::server_clusters;
 use super::tls::check_secret_servers;
 use super::{Report, each, enumeration, inactive, optional_duration, port};
 use crate::config::bootstrap::{
