@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::proto::Encoded;
 use crate::xds::Kind;
+use crate::xds::store::KEY_SEPARATOR;
 use crate::xds::tables::{All, Held, Record, Refused};
 
 /// The whole dump. `bootstrap` was read at `read`.
@@ -196,11 +197,17 @@ fn static_secrets(bootstrap: &Value, at: &str) -> Vec<Value> {
     all.map(|all| all.iter().map(dump).collect()).unwrap_or_default()
 }
 
-fn secret(name: &str, state: Map<String, Value>, record: &Record) -> Value {
+fn secret(key: &str, state: Map<String, Value>, record: &Record) -> Value {
+    let name = secret_name(key);
     let mut fields = Map::new();
     fields.insert("name".into(), name.into());
     fields.extend(state);
     with_status(fields, Kind::Secret, record)
+}
+
+/// Several sources may have one of the same name: each is shown.
+fn secret_name(key: &str) -> &str {
+    key.split_once(KEY_SEPARATOR).map_or(key, |(name, _)| name)
 }
 
 /// Those that came.
@@ -218,7 +225,7 @@ fn waiting_secrets(tables: &All) -> Vec<Value> {
         let mut state = Map::new();
         state.insert("version_info".into(), "uninitialized".into());
         let message = "envoy.extensions.transport_sockets.tls.v3.Secret";
-        state.insert("secret".into(), typed(message, &json!({ "name": **name })));
+        state.insert("secret".into(), typed(message, &json!({ "name": secret_name(name) })));
         secret(name, state, record)
     };
     records(tables, Kind::Secret).filter(|(_, record)| record.active.is_none()).map(dump).collect()

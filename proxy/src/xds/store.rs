@@ -45,6 +45,7 @@ use listeners::Listeners;
 #[cfg(test)]
 pub(crate) use response::judge;
 use routes::Routes;
+pub(crate) use secrets::KEY_SEPARATOR;
 use secrets::Secrets;
 use subscription::SubscriptionStats as _;
 

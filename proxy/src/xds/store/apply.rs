@@ -167,7 +167,10 @@ impl Store {
                 if !contents.unchanged.is_empty() {
                     let mut tables = self.tables.lock();
                     let table = tables.kind_mut(key.kind);
-                    contents.unchanged.iter().for_each(|name| table.confirm(name));
+                    for name in &contents.unchanged {
+                        let secret = (key.kind == Kind::Secret).then(|| self.secrets.key(&key.source, name));
+                        table.confirm(secret.flatten().unwrap_or(name));
+                    }
                 }
                 apply(self, contents, &mut rejections);
                 rejections

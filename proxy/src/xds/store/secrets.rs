@@ -23,6 +23,9 @@ use crate::stats::{SdsStats, Stats};
 use crate::xds::tables::Held;
 use crate::xds::{Key, Kind};
 
+/// Stands in the tables' keys between a name and what makes it unique.
+pub(crate) const KEY_SEPARATOR: char = '\0';
+
 /// What identifies a secret.
 type Id = (Source, Arc<str>);
 
@@ -41,6 +44,8 @@ pub(super) struct Secrets {
 struct Entry {
     /// By which the watcher of files knows it.
     number: u64,
+    /// By which the tables know it: its name, and more if another source has one of this name.
+    key: Arc<str>,
     timeout: Option<Duration>,
     /// Clusters, and what it is for them.
     users: Vec<(Arc<str>, Use)>,
@@ -103,12 +108,18 @@ impl Secrets {
 
     fn entry(&mut self, source: &SecretSource) -> &mut Entry {
         let id = (source.config.source.clone(), Arc::clone(&source.name));
+        let taken = self.entries.keys().any(|other| other.1 == id.1 && *other != id);
         let (numbers, unasked, stats) = (&mut self.numbers, &mut self.unasked, &self.stats);
         self.entries.entry(id.clone()).or_insert_with(|| {
             unasked.push(id);
             *numbers += 1;
             Entry {
                 number: *numbers,
+                key: if taken {
+                    format!("{}{KEY_SEPARATOR}{numbers}", source.name).into()
+                } else {
+                    Arc::clone(&source.name)
+                },
                 timeout: source.config.initial_fetch_timeout,
                 users: Vec::new(),
                 publication: Publication::new(Arc::clone(&source.name)),
@@ -132,6 +143,11 @@ impl Secrets {
     /// Names of those that are waited for.
     pub(super) fn waiting(&self) -> impl Iterator<Item = &Arc<str>> {
         self.entries.iter().filter(|(_, entry)| entry.fetch != Fetch::Done).map(|((_, name), _)| name)
+    }
+
+    /// By which the tables know a secret.
+    pub(super) fn key(&self, source: &Source, name: &Arc<str>) -> Option<&Arc<str>> {
+        self.entries.get(&(source.clone(), Arc::clone(name))).map(|entry| &entry.key)
     }
 
     /// Whether it is what was accepted last.
@@ -180,7 +196,8 @@ impl Store {
     pub(super) fn want_secrets(&mut self, cluster: &Arc<str>) {
         let mut names = Vec::new();
         for tls in self.clusters.versions(cluster).filter_map(|version| version.config().tls.as_ref()) {
-            names.extend(tls.secrets().map(|(source, _)| Arc::clone(&source.name)));
+            let key = |source: &SecretSource| self.secrets.key(&source.config.source, &source.name).cloned();
+            names.extend(tls.secrets().filter_map(|(source, _)| key(source)));
         }
         if !names.is_empty() {
             let mut tables = self.tables.lock();
@@ -245,12 +262,9 @@ impl Store {
                 continue;
             }
             self.files.forget(&entry.number);
+            self.tables.lock().kind_mut(Kind::Secret).remove(&entry.key);
             self.secrets.entries.remove(&id);
             let (source, name) = id;
-            // Another source may have one of the same name.
-            if !self.secrets.entries.keys().any(|(_, other)| *other == name) {
-                self.tables.lock().kind_mut(Kind::Secret).remove(&name);
-            }
             self.client.remove(&Key { source, kind: Kind::Secret }, name);
         }
     }
@@ -291,7 +305,11 @@ impl Store {
                 }
             };
             if let Err(error) = taken {
-                self.refuse(Kind::Secret, &name, wrapper_name, &held, &error, rejections);
+                if let Some(key) = self.secrets.key(source, &name) {
+                    let refused = response::refused(&held.version, &error, &held.body);
+                    self.tables.lock().kind_mut(Kind::Secret).refuse(key, refused);
+                }
+                rejections.refuse(wrapper_name.unwrap_or(name), error);
             }
         }
     }
@@ -329,11 +347,12 @@ impl Store {
         entry.refused = None;
         self.files.set(&entry.number, entry.directories());
         entry.stats.count_success(applying);
+        let key = Arc::clone(&entry.key);
         self.publish_secret(id, material);
         let mut tables = self.tables.lock();
         let table = tables.kind_mut(Kind::Secret);
-        table.accept(&id.1, held.clone());
-        table.activate(&id.1);
+        table.accept(&key, held.clone());
+        table.activate(&key);
         drop(tables);
         self.settle_secret(id);
     }
@@ -407,8 +426,10 @@ impl Store {
             if let Some(entry) = self.secrets.entries.get(&id) {
                 entry.stats.count_rejected();
             }
-            if let Some(reason) = refused.get(&*id.1) {
-                self.tables.lock().kind_mut(Kind::Secret).refuse_unread(&id.1, version, reason);
+            if let Some(reason) = refused.get(&*id.1)
+                && let Some(key) = self.secrets.key(&id.0, &id.1)
+            {
+                self.tables.lock().kind_mut(Kind::Secret).refuse_unread(key, version, reason);
             }
             self.settle_secret(&id);
         }

@@ -243,6 +243,33 @@ fn a_secret_that_is_sent_again_is_counted_and_not_read() {
 }
 
 #[test]
+fn a_name_that_two_sources_have_is_two_secrets() {
+    local(|| {
+        let (ca, mut fixture) = (Authority::new(), Fixture::started(&json!({})));
+        let (chain, key) = ca.issue(&["a"]);
+        let mut elsewhere = tls();
+        let config = ConfigSource { source: source("elsewhere"), initial_fetch_timeout: None };
+        elsewhere.certificate =
+            Some(Provided::Secret(SecretSource { name: "own".into(), config: config.clone() }));
+        fixture.add(secure("s", Some(tls())), 1);
+        fixture.add(secure("t", Some(elsewhere)), 1);
+        let keys = fixture.secrets();
+        assert_eq!((keys.len(), &*keys[0], &*keys[1]), (3, "ca", "own"));
+        assert!(keys[2].starts_with("own\0"), "{keys:?}");
+        fixture.accepted(Kind::Secret, vec![certificate("own", (&chain, &key)), authority("ca", &ca.pem())]);
+        let active = |fixture: &Fixture| -> Vec<bool> {
+            let tables = fixture.tables.lock();
+            tables.kind(Kind::Secret).unwrap().records.values().map(|it| it.active.is_some()).collect()
+        };
+        assert_eq!(active(&fixture), [true, true, false], "what comes is from one source");
+        assert_eq!((fixture.ready("s"), fixture.ready("t")), (Ok(()), Err("it is not in force".into())));
+        // It goes with its user, and the other stays.
+        fixture.delta(Kind::Cluster, vec![], &["s"]);
+        assert_eq!(fixture.secrets(), ["ca", &keys[2]]);
+    });
+}
+
+#[test]
 fn a_secret_is_asked_for_when_its_server_can_be_reached() {
     local(|| {
         let mut fixture = Fixture::started(&json!({}));
