@@ -1,6 +1,6 @@
 //! Wiring: from the command line to a running proxy and back to nothing.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
@@ -15,31 +15,31 @@ use socket2::Socket;
 use tokio::sync::mpsc;
 
 use crate::access_log::{self, FlushSettings};
-use crate::args::{Args, Command, FailModeArg, Mode, ServeArgs};
-use crate::cluster::removal::Lost;
-use crate::config::bootstrap::{Bootstrap, FailMode, Interception as Wanted, Node};
+use crate::args::{Args, Command, Mode, ServeArgs};
+use crate::config::bootstrap::{Bootstrap, Node};
 use crate::config::{self, Loaded, Sources};
+use crate::intercept::Interception;
 use crate::intercept::audit::{Audit, Health};
-use crate::intercept::destinations::{BLACK_HOLE, is_black_hole};
-use crate::intercept::{self, Destinations, EbpfLog, InterceptError, Interception, OnPod, PodEvent};
 use crate::log::Log;
 use crate::signal::{Request, Signals};
 use crate::snapshot::{Publisher, Snapshot};
-use crate::stats::{SharedGauge, Stats};
+use crate::stats::Stats;
 use crate::sys;
-use crate::takeover::{self, Starting, StatePaths};
+use crate::takeover::{self, StatePaths};
 use crate::uring::{self, Engine};
-use crate::worker::{self, Handle, Role, Shared, SocketId};
+use crate::worker::{self, Handle, Shared, SocketId};
 use crate::xds::cache::Cache;
 use crate::xds::client;
 use crate::xds::client::upstream::Upstream;
-use crate::xds::store::{Bound, Changes, Draining, Happened, Parts, Phase, Store, UnknownFields};
+use crate::xds::store::{Bound, Parts, Phase, Store, UnknownFields};
 use crate::xds::tables::Tables;
 use crate::{check, cleanup};
 
 mod admin_state;
 mod announce;
+mod changes;
 mod config_dump;
+mod interception;
 
 use admin_state::{Running, ServerState};
 
@@ -48,13 +48,6 @@ const KILL_GRACE: Duration = Duration::from_secs(2);
 
 /// How long the end waits for access logs to reach their files.
 const LOG_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How often the eBPF programs' debug lines are printed, when they are asked for.
-const EBPF_LOG_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Events of control planes that are handled before what they change is published. Enough that the work for each
-/// publication is small beside them, few enough that signals are heard.
-const EVENTS_AT_ONCE: usize = 256;
 
 /// How often `/init_dump` is brought up to date: with thousands of resources it costs more than handling one.
 const UNREADY_INTERVAL: Duration = Duration::from_millis(200);
@@ -279,215 +272,6 @@ impl Proxy {
         true
     }
 
-    /// Lets the workers accept.
-    fn accept(&mut self, state: &Running) {
-        self.accepting = true;
-        for bound in std::mem::take(&mut self.waiting) {
-            self.listen(bound, state);
-        }
-        self.stats.listener_manager().workers_started().set(1);
-    }
-
-    fn listen(&mut self, bound: Bound, state: &Running) {
-        if !self.accepting {
-            self.waiting.push(bound);
-            return;
-        }
-        let Bound { listener, direction, sockets } = bound;
-        for (index, (worker, sockets)) in self.workers.iter().zip(sockets).enumerate() {
-            for socket in sockets {
-                self.sockets += 1;
-                let id = SocketId::Bound(self.sockets);
-                state.bound(index, id, direction);
-                self.bound.entry(Arc::clone(&listener)).or_default().push((index, id));
-                worker.send(worker::Command::Listen(id, socket, Role::Bound(Arc::clone(&listener))));
-            }
-        }
-    }
-
-    fn close(&mut self, listener: &str, state: &Running) {
-        self.waiting.retain(|bound| *bound.listener != *listener);
-        for (worker, id) in self.bound.remove(listener).unwrap_or_default() {
-            state.unbound(id);
-            self.workers[worker].send(worker::Command::Close(id));
-        }
-    }
-
-    /// The configuration changes, perhaps.
-    fn take(&mut self, happened: Happened, state: &Running) {
-        let mut changes = self.store.handle(happened);
-        // A control plane that sends thousands of resources one by one does not make us publish as often.
-        for _ in 0..EVENTS_AT_ONCE {
-            let Some(happened) = self.store.try_next() else { break };
-            changes.absorb(self.store.handle(happened));
-        }
-        self.apply(changes, state);
-    }
-
-    /// Puts a change of the configuration in force. A destination is captured when there is somebody who serves it,
-    /// and served until it is captured no longer.
-    fn apply(&mut self, changes: Changes, state: &Running) {
-        if changes.is_empty() {
-            return;
-        }
-        let Changes { clusters, clusters_gone, listeners, close, listen, released, draining, lost } = changes;
-        if clusters || listeners {
-            self.shared.publisher.publish(self.store.snapshot(&released));
-        }
-        for listener in close {
-            self.close(&listener, state);
-        }
-        for bound in listen {
-            self.listen(bound, state);
-        }
-        let refuses =
-            self.snapshot().cluster(BLACK_HOLE).is_some_and(|cluster| is_black_hole(cluster.config()));
-        let refused_before = std::mem::replace(&mut self.black_hole, refuses);
-        if (listeners || refuses != refused_before)
-            && let Some(interception) = &self.interception
-            && let Err(error) = interception.apply(&self.destinations())
-        {
-            tracing::error!(%error, "the kernel's rules can't follow the configuration");
-        }
-        if !released.is_empty() {
-            self.shared.publisher.publish(self.store.snapshot(&[]));
-        }
-        if clusters_gone {
-            self.tell(|| worker::Command::ForgetClusters);
-        }
-        for draining in draining {
-            self.end_later(draining);
-        }
-        for lost in lost {
-            self.end_hosts(lost);
-        }
-    }
-
-    /// Connections to endpoints that are gone end, by the policy of their cluster.
-    fn end_hosts(&self, lost: Lost) {
-        let workers: Vec<_> = self.workers.iter().map(Handle::sender).collect();
-        tracing::debug!(
-            cluster = %lost.cluster,
-            reason = lost.loss.reason.name(),
-            "connections to {} endpoints end in {:?}", lost.len(), lost.deadline
-        );
-        tokio::task::spawn_local(async move {
-            tokio::time::sleep(lost.deadline).await;
-            let loss = lost.loss;
-            let hosts: Arc<[_]> = lost.take().into();
-            for worker in workers.iter().filter(|_| !hosts.is_empty()) {
-                worker.send(worker::Command::EndHosts(Arc::clone(&hosts), loss));
-            }
-        });
-    }
-
-    /// Connections of chains that are gone end when the drain time has passed.
-    fn end_later(&self, draining: Draining) {
-        let Draining { listener, whole, chains } = draining;
-        let (workers, stats) =
-            (self.workers.iter().map(Handle::sender).collect::<Vec<_>>(), Arc::clone(&self.stats));
-        let drain_time = self.args.drain_time();
-        // Only this thread changes these gauges.
-        fn gauge(stats: &Stats, whole: bool) -> SharedGauge<'_> {
-            let stats = stats.listener_manager();
-            if whole { stats.total_listeners_draining() } else { stats.total_filter_chains_draining() }
-        }
-        gauge(&stats, whole).set(gauge(&stats, whole).value() + 1);
-        tracing::debug!(%listener, "{} filter chains drain for {} s", chains.len(), drain_time.as_secs());
-        tokio::task::spawn_local(async move {
-            tokio::time::sleep(drain_time).await;
-            for chain in &chains {
-                chain.end();
-            }
-            let ids = Arc::new(chains.iter().map(|chain| chain.id).collect::<HashSet<_>>());
-            for worker in &workers {
-                worker.send(worker::Command::EndChains(Arc::clone(&ids)));
-            }
-            gauge(&stats, whole).set(gauge(&stats, whole).value().saturating_sub(1));
-        });
-    }
-
-    /// Starts intercepting, if that is wanted and possible.
-    fn intercept(&mut self) -> anyhow::Result<()> {
-        if self.args.no_interception {
-            tracing::info!("interception is off: bound listeners, iptables REDIRECT and TPROXY are served");
-            return Ok(());
-        }
-        let wanted = wanted(&self.args, self.loaded.bootstrap.interception.as_ref());
-        let paths = StatePaths::from(self.args.state.clone());
-        let named = !wanted.cgroups.is_empty() || !wanted.host_cgroups.is_empty();
-        let asked_for = self.args.require_interception || named;
-        let settings = intercept::Settings { wanted, workers: self.workers.len(), debug: self.args.ebpf_log };
-        let started = Starting::claim(&paths.state_dir)
-            .map_err(anyhow::Error::from)
-            .and_then(|starting| Ok((starting, Interception::start(&settings, self.on_pod())?)));
-        match started {
-            Ok((starting, interception)) => {
-                // Before anything is captured: what the proxy itself connects to must pass.
-                let _ = self.shared.own_sockets.set(interception.own_sockets());
-                if let Some(log) = interception.take_log() {
-                    tokio::task::spawn_local(print_ebpf_log(log));
-                }
-                interception.apply(&self.destinations())?;
-                self.interception = Some(interception);
-                self.record = Some(starting.finish()?);
-            }
-            Err(error) if asked_for => {
-                return Err(error).context("interception was asked for, but can't be set up");
-            }
-            Err(error) if matches!(error.downcast_ref(), Some(InterceptError::NoCgroup)) => {
-                self.awaits_kubepods = true;
-                tracing::info!(
-                    "nothing is intercepted: there is no kubepods cgroup here (pods will be intercepted when one \
-                     appears), and none was given (--pod-cgroup, --intercept-cgroup); bound listeners, iptables \
-                     REDIRECT and TPROXY are served"
-                );
-            }
-            Err(error) => {
-                tracing::warn!(
-                    "{error:#}; bound listeners, iptables REDIRECT and TPROXY are served without interception"
-                );
-            }
-        }
-        Ok(())
-    }
-
-    /// Begins to intercept as soon as there is a kubepods cgroup.
-    fn look_for_kubepods(&mut self) {
-        if !self.awaits_kubepods || !intercept::has_kubepods() {
-            return;
-        }
-        self.awaits_kubepods = false;
-        match self.intercept() {
-            Ok(()) => self.announce_interception(),
-            Err(error) => tracing::error!("{error:#}; pods are not intercepted"),
-        }
-    }
-
-    fn destinations(&self) -> Destinations {
-        let listeners: Vec<_> =
-            self.store.listeners().iter().map(|listener| Arc::clone(&listener.config)).collect();
-        Destinations::of(&listeners, self.snapshot().cluster(BLACK_HOLE).map(|cluster| &**cluster.config()))
-    }
-
-    /// Gives the capture sockets of pods to the workers. Runs on the pods thread.
-    fn on_pod(&self) -> OnPod {
-        let workers: Vec<_> = self.workers.iter().map(Handle::sender).collect();
-        Box::new(move |event| match event {
-            PodEvent::Enrolled { capture, sockets } => {
-                let id = SocketId::Pod(capture.pod.netns().cookie());
-                for (worker, socket) in workers.iter().zip(sockets) {
-                    worker.send(worker::Command::Listen(id, socket, Role::Capture(Arc::clone(&capture))));
-                }
-            }
-            PodEvent::Gone { capture } => {
-                for worker in &workers {
-                    worker.send(worker::Command::Gone(Arc::clone(&capture)));
-                }
-            }
-        })
-    }
-
     /// Says what runs where.
     fn announce(&self, admin: Option<SocketAddr>) {
         for (listener, address) in self.store.bound_addresses() {
@@ -505,21 +289,6 @@ impl Proxy {
             self.node.id,
             self.node.cluster
         );
-    }
-
-    /// Says what is intercepted.
-    fn announce_interception(&self) {
-        let Some(interception) = &self.interception else { return };
-        for attach_point in interception.attach_points() {
-            tracing::info!("intercepting connects from cgroup {}", attach_point.display());
-        }
-        let destinations = self.destinations().to_string();
-        for line in announce::lines(&destinations) {
-            tracing::info!("{line}");
-        }
-        for pod in interception.status().map(|status| status.pods).unwrap_or_default() {
-            tracing::info!("pod {}: {:?}", pod.name, pod.state);
-        }
     }
 
     /// The main loop, until it is time to stop.
@@ -611,34 +380,6 @@ impl Proxy {
         tracing::info!("exiting");
         Ok(())
     }
-}
-
-/// Passes the eBPF programs' debug lines on to the process log (`--ebpf-log`), soon enough for whoever reads along.
-async fn print_ebpf_log(mut log: EbpfLog) {
-    let mut tick = tokio::time::interval(EBPF_LOG_INTERVAL);
-    loop {
-        tick.tick().await;
-        log.flush();
-    }
-}
-
-/// What to intercept: the configuration, overridden by the command line.
-fn wanted(args: &ServeArgs, configured: Option<&Wanted>) -> Wanted {
-    let mut wanted = configured.cloned().unwrap_or_default();
-    if !args.pod_cgroup.is_empty() {
-        wanted.cgroups.clone_from(&args.pod_cgroup);
-    }
-    if !args.intercept_cgroup.is_empty() {
-        wanted.host_cgroups.clone_from(&args.intercept_cgroup);
-    }
-    match args.fail_mode {
-        Some(FailModeArg::Open) => wanted.fail_mode = FailMode::Open,
-        Some(FailModeArg::Closed) => wanted.fail_mode = FailMode::Closed,
-        None => {}
-    }
-    wanted.capture_port = args.capture_port.or(wanted.capture_port);
-    wanted.pin_path = args.state.pin_path.clone().or(wanted.pin_path);
-    wanted
 }
 
 /// What the workers wait with.
