@@ -64,6 +64,7 @@ pub fn validate(log: &config::AccessLog) -> Result<(), AccessLogError> {
 pub struct AccessLogs {
     loggers: Arc<[Logger]>,
     wants_retransmitted: bool,
+    wants_upstream_local_address: bool,
 }
 
 #[derive(Debug)]
@@ -124,8 +125,12 @@ impl AccessLogs {
             })
         };
         let loggers = logs.iter().map(open).collect::<Result<Arc<[_]>, _>>()?;
-        let wants_retransmitted = loggers.iter().any(|log| log.formatter.prints(Operator::is_retransmitted));
-        Ok(Self { loggers, wants_retransmitted })
+        let prints = |what: fn(&Operator) -> bool| loggers.iter().any(|log| log.formatter.prints(what));
+        Ok(Self {
+            wants_retransmitted: prints(Operator::is_retransmitted),
+            wants_upstream_local_address: prints(Operator::is_upstream_local_address),
+            loggers,
+        })
     }
 
     /// Whether there is nothing to write to.
@@ -136,6 +141,11 @@ impl AccessLogs {
     /// Whether a format prints what was sent again, which costs a system call to know.
     pub fn wants_retransmitted(&self) -> bool {
         self.wants_retransmitted
+    }
+
+    /// Whether a format prints our own address of the upstream connection, which costs one too.
+    pub fn wants_upstream_local_address(&self) -> bool {
+        self.wants_upstream_local_address
     }
 
     /// Writes an entry to every log whose filter lets it pass. Never blocks.
@@ -168,7 +178,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::config::access_log::{AccessLog, Filter, Format, Sink};
-    use crate::connection::record::{CloseType, Upstream};
+    use crate::connection::record::{CloseType, Details, Upstream};
     use crate::response_flag::{ResponseFlag, ResponseFlags};
     use crate::stats::Stats;
 
@@ -186,34 +196,27 @@ pub(crate) mod tests {
             downstream_direct_local: addr("127.0.0.1:15998"),
             listener: "lname".into(),
             filter_chain: "fc1".into(),
-            route_name: None,
-            requested_server_name: None,
             cluster: Some("c".into()),
-            cluster_alt_stat_name: Some("altc".into()),
             upstream: Some(Upstream {
                 address: addr("127.0.0.1:15997"),
                 hostname: "hh".into(),
                 local_address: Some(addr("127.0.0.1:53026")),
                 connection_id: Some(1),
             }),
-            earlier_attempts: Vec::new(),
             attempts: 1,
             connect_begin: Some(Duration::from_micros(100)),
             connect_end: Some(Duration::from_micros(300)),
             flags: ResponseFlags::default(),
-            termination_details: None,
-            upstream_transport_failure: None,
-            downstream_transport_failure: None,
-            downstream_local_close_reason: None,
-            upstream_local_close_reason: None,
             downstream_close_type: CloseType::Normal,
             upstream_close_type: Some(CloseType::Normal),
-            response_code_details: None,
+            details: Some(Box::new(Details {
+                cluster_alt_stat_name: Some("altc".into()),
+                ..Details::default()
+            })),
             bytes_received: 3,
             bytes_sent: 6,
             upstream_bytes_sent: 3,
             upstream_bytes_received: 6,
-            retransmitted: crate::connection::record::Retransmitted::default(),
         }
     }
 

@@ -174,6 +174,7 @@ async fn serve(args: ServeArgs, loaded: Loaded, log: Log) -> anyhow::Result<()> 
     // Reading the configuration took many times the memory that is left of it.
     config::proto::release_descriptors();
     sys::memory::trim();
+    sys::memory::release_program();
     state.set(ServerState::Live);
     proxy.announce(admin.as_ref().map(admin_state::Serving::address));
     let stopping = proxy.run(&state, &mut signals).await;
@@ -384,13 +385,11 @@ impl Proxy {
 
 /// What the workers wait with.
 fn engine() -> Engine {
-    match uring::probe() {
-        Ok(()) => Engine::IoUring,
-        Err(error) => {
-            tracing::warn!("{error}; using epoll instead, at more memory per idle connection");
-            Engine::Epoll
-        }
+    let (engine, refused) = uring::best();
+    if let Some(error) = refused {
+        tracing::warn!("{error}; using {engine} instead, at more CPU and memory per connection");
     }
+    engine
 }
 
 /// `node` of the bootstrap, with what the command line says instead.

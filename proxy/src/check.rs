@@ -13,6 +13,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use crate::intercept::programs;
 use crate::sys::{cgroup, mounts};
 use crate::takeover::{Recorded, StatePaths, recorded};
+use crate::uring::{self, Engine};
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -277,19 +278,22 @@ fn io_uring(report: &mut Report) {
         Ok(2) => " (kernel.io_uring_disabled is 2)",
         _ => "",
     };
-    match ring() {
-        Ok(()) => report.ok("io_uring", "a ring was set up"),
-        Err(error) => report.warn(
+    match uring::best() {
+        (Engine::IoUring, _) => report.ok("io_uring", "a ring was set up"),
+        (engine, None) => report.warn(
+            "io_uring",
+            "not with everything that the workers use",
+            format!("{engine} is used instead, at more CPU per request; Linux 6.1"),
+        ),
+        (engine, Some(error)) => report.warn(
             "io_uring",
             format!("{error}{disabled}"),
-            "epoll is used instead; sysctl kernel.io_uring_disabled=0, a seccomp profile that allows io_uring, Linux 5.19",
+            format!(
+                "{engine} is used instead; sysctl kernel.io_uring_disabled=0, a seccomp profile that allows io_uring, \
+                 Linux 6.1"
+            ),
         ),
     }
-}
-
-/// A real one, with the flag that the workers need.
-fn ring() -> io::Result<()> {
-    io_uring::IoUring::<io_uring::squeue::Entry>::builder().setup_coop_taskrun().build(8).map(drop)
 }
 
 /// Size of a pipe for bulk data, bytes.

@@ -23,15 +23,15 @@ mod lane;
 mod resources;
 mod splice;
 
-use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
 
 use crate::connection::record::CloseType;
 use crate::drain;
-use crate::uring::PendingHangUp;
+use crate::uring::{PendingHangUp, time};
 
 pub use counters::Counters;
 pub use resources::{PipeBudget, Resources};
@@ -135,16 +135,30 @@ pub enum Cause {
 /// Must be called in a runtime of [`crate::uring::start`]. `counters` may be read at any time meanwhile. A
 /// caller that drops the future instead ends both connections by closing the sockets: with a FIN, or with a
 /// RST if something was left unread.
-pub async fn run(
-    resources: &Resources,
-    sockets: [&Socket; 2],
+pub fn run<'a>(
+    resources: &'a Resources,
+    sockets: [&'a Socket; 2],
     hang_up: Option<PendingHangUp>,
-    options: &Options<'_>,
-    counters: &Counters,
-) -> Outcome {
-    let mut duplex = duplex::Duplex::new(resources, sockets, hang_up, options, counters);
-    let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
-    poll_fn(|cx| duplex.poll(timer.as_mut(), cx)).await
+    options: &'a Options<'a>,
+    counters: &'a Counters,
+) -> Running<'a> {
+    let duplex = duplex::Duplex::new(resources, sockets, hang_up, options, counters);
+    Running { duplex, timer: time::sleep(Duration::ZERO) }
+}
+
+/// What [`run`] returns.
+pub struct Running<'a> {
+    duplex: duplex::Duplex<'a>,
+    timer: time::Sleep,
+}
+
+impl Future for Running<'_> {
+    type Output = Outcome;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let this = &mut *self;
+        this.duplex.poll(&mut this.timer, cx)
+    }
 }
 
 #[cfg(test)]

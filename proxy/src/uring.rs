@@ -1,22 +1,34 @@
-//! The runtime of a worker, and waiting for sockets. The only place that names tokio-uring and io-uring.
+//! The runtime of a worker, and waiting for sockets. The only place that names io-uring and tokio-uring.
 //!
-//! The seam is small on purpose: [`start`] a worker's runtime, wait for a [`Source`], [`connect`], accept with
-//! an [`Acceptor`], and end a socket with [`close_gracefully`] or [`reset`]. Nothing reads or writes through
-//! the ring: a wait is one `IORING_OP_POLL_ADD`, the work is a nonblocking system call.
+//! The seam is small on purpose: [`start`] a worker's runtime, [`spawn`] tasks, wait for a [`Source`] or for
+//! [`time`], [`connect`], accept with an [`Acceptor`], and end a socket with [`close_gracefully`] or [`reset`].
 //!
-//! Two facts of io_uring shape it:
-//! - **A pending poll holds its file.** Closing the descriptor ends neither: the peer sees nothing, the file
-//!   leaks. So a [`Source`] that is dropped while it waits has its poll cancelled through a duplicate of the
-//!   descriptor, which lives until the cancellation is through.
+//! There are three engines. [`Engine::IoUring`] is a ring and an executor of our own (`ring`, `executor`): one system
+//! call hands over and takes back whatever there is, and small messages are received into buffers of the ring. The
+//! others are for kernels that don't have what it needs: tokio-uring, which waits for its ring with epoll and so
+//! enters the kernel twice per turn, and plain epoll. docs/performance.md has the figures.
+//!
+//! What a wait finds is a hint, and the work is a nonblocking system call; only [`Source::poll_receive`] has the
+//! kernel receive by itself.
+//!
+//! Two facts of io_uring shape this:
+//! - **A pending operation holds its file.** Closing the descriptor ends neither: the peer sees nothing, the file
+//!   leaks. So a [`Source`] that is dropped while it waits has its operations cancelled: by number, and with
+//!   tokio-uring through a duplicate of the descriptor, which lives until the cancellation is through.
 //! - **A poll always reports `EPOLLRDHUP`**, asked for or not. After the peer's FIN, a poll for "writable"
-//!   completes at once for ever. So such waits go through the runtime's epoll instead.
+//!   completes at once for ever. So such waits ask for edges instead.
 //!
-//! A task must not wake itself in a loop (`yield_now`): the ring is flushed when the thread parks, and a
+//! A task must not wake itself in a loop (`yield_now`): tokio-uring's ring is flushed when the thread parks, and a
 //! thread that always has something to do never parks. Wait for readiness instead.
 #![allow(unsafe_code)]
 
-mod op;
+mod buffers;
+mod executor;
+mod ring;
 mod source;
+pub mod time;
+mod timers;
+mod tokio_op;
 
 use std::cell::Cell;
 use std::fmt;
@@ -24,6 +36,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use socket2::{SockAddr, Socket};
@@ -31,7 +44,10 @@ use thiserror::Error;
 
 use crate::sys::socket;
 
-pub use source::{File, Interest, PendingHangUp, Readiness, Source, ready};
+pub use source::{
+    Bytes, File, Interest, PendingHangUp, Readiness, Received, Sending, Source, can_receive, flush_sends,
+    hurry_sends, ready,
+};
 
 /// Submission queue entries: how many waits are handed to the kernel at once before it must be entered early.
 const SUBMISSIONS: u32 = 512;
@@ -41,8 +57,10 @@ const COMPLETIONS: u32 = 4096;
 /// What a worker waits with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
-    /// io_uring; Linux 5.19 or newer.
+    /// io_uring, with a ring and an executor of our own; Linux 6.1 or newer.
     IoUring,
+    /// io_uring through tokio-uring; Linux 5.19 or newer.
+    TokioUring,
     /// epoll: for kernels and containers that have no io_uring. More memory per idle connection.
     Epoll,
 }
@@ -51,6 +69,7 @@ impl fmt::Display for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::IoUring => "io_uring",
+            Self::TokioUring => "tokio-uring",
             Self::Epoll => "epoll",
         })
     }
@@ -93,15 +112,23 @@ thread_local! {
     static RUNNING: Cell<Option<Engine>> = const { Cell::new(None) };
 }
 
-/// Whether this process may use io_uring as it is needed here.
-pub fn probe() -> Result<(), StartError> {
-    with_flags(|builder| builder.build(8).map(drop))
+/// The best engine that this process may use here, and why not a better one.
+pub fn best() -> (Engine, Option<StartError>) {
+    let Err(_) = ring::build(8) else { return (Engine::IoUring, None) };
+    match with_flags(|builder| builder.build(8).map(drop)) {
+        Ok(()) => (Engine::TokioUring, None),
+        Err(error) => (Engine::Epoll, Some(error)),
+    }
 }
 
-/// Runs `future` on this thread until it completes, in a runtime of its own. Tasks are spawned with
-/// `tokio::task::spawn_local`; tokio's timers and channels work. Tasks that are left are dropped at the end.
+/// Runs `future` on this thread until it completes, in a runtime of its own, which has [`spawn`] and [`time`].
+/// Tasks that are left are dropped at the end.
 ///
-/// `future` itself is polled whenever any task is woken, so let it only wait, and spawn what has work to do.
+/// With tokio's engines `future` itself is polled whenever any task is woken, so let it only wait, and spawn what has
+/// work to do.
+///
+/// # Errors
+/// When there is no such runtime to be had. Also when the kernel refuses to go on with the ring, which is a bug.
 pub fn start<F: Future>(engine: Engine, future: F) -> Result<F::Output, StartError> {
     let future = async {
         let _running = Running::enter(engine);
@@ -109,6 +136,11 @@ pub fn start<F: Future>(engine: Engine, future: F) -> Result<F::Output, StartErr
     };
     match engine {
         Engine::IoUring => {
+            let remote = executor::Remote::new().map_err(StartError::NoResources)?;
+            let driver = Rc::new(ring::Driver::new(ring::build(SUBMISSIONS)?, remote));
+            executor::run(&driver, future).map_err(StartError::Other)
+        }
+        Engine::TokioUring => {
             let runtime = with_flags(|flags| {
                 let mut builder = tokio_uring::builder();
                 builder.entries(SUBMISSIONS).uring_builder(flags.clone().setup_cqsize(COMPLETIONS));
@@ -122,6 +154,18 @@ pub fn start<F: Future>(engine: Engine, future: F) -> Result<F::Output, StartErr
             Ok(tokio::task::LocalSet::new().block_on(&runtime, future))
         }
     }
+}
+
+/// Runs a task beside the others of this thread's runtime. It is dropped, wherever it is, when the runtime ends.
+pub fn spawn(future: impl Future<Output = ()> + 'static) {
+    match engine() {
+        Engine::IoUring => ring::with(|driver| executor::spawn(driver.remote(), future)),
+        Engine::TokioUring | Engine::Epoll => drop(tokio::task::spawn_local(future)),
+    }
+}
+
+fn engine() -> Engine {
+    RUNNING.get().expect("waits need uring::start")
 }
 
 /// Tries the flags from best to oldest.

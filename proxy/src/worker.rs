@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use socket2::Socket;
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::task::spawn_local;
 
 use crate::access_log;
 use crate::cluster::WorkerBalancers;
@@ -28,7 +27,7 @@ use crate::snapshot::{Publisher, Snapshot, WorkerView};
 use crate::stats::{self, Gauge, Stats};
 use crate::sys::netns;
 use crate::sys::socket;
-use crate::uring::{self, Engine, Source, StartError};
+use crate::uring::{self, Engine, Source, StartError, spawn, time};
 
 /// How long a worker that ran out of file descriptors waits before it accepts again. Long enough for some
 /// connection to end, short enough to go unnoticed.
@@ -248,14 +247,14 @@ impl Worker {
 
     async fn run(self: Rc<Self>, mut commands: mpsc::UnboundedReceiver<Command>) {
         // The flush interval is never zero: the command line refuses it.
-        let mut flush = tokio::time::interval(self.shared.log_flush_interval);
+        let mut flush = time::interval(self.shared.log_flush_interval);
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(Command::Exit) | None => break,
                     Some(command) => self.obey(command),
                 },
-                _ = flush.tick() => access_log::flush_worker(),
+                () = flush.tick() => access_log::flush_worker(),
             }
         }
         access_log::flush_worker();
@@ -276,7 +275,7 @@ impl Worker {
             Command::Listen(id, socket, role) => {
                 let listening = Rc::new(Listening { socket, role, close: Notify::new() });
                 self.listening.borrow_mut().insert(id, Rc::clone(&listening));
-                spawn_local(accept(Rc::clone(self), listening));
+                spawn(accept(Rc::clone(self), listening));
             }
             Command::Close(id) => self.close(id),
             Command::CloseAll => {
@@ -291,7 +290,7 @@ impl Worker {
             }
             Command::Drained(done) => {
                 let connections = Rc::clone(&self.connections);
-                spawn_local(async move {
+                spawn(async move {
                     connections.drained().await;
                     let _ = done.send(());
                 });
@@ -322,12 +321,12 @@ impl Worker {
     fn gone(self: &Rc<Self>, capture: Arc<Capture>) {
         self.close(SocketId::Pod(capture.pod.netns().cookie()));
         let worker = Rc::clone(self);
-        spawn_local(async move {
+        spawn(async move {
             let namespace = capture.pod.netns();
             if let Err(error) = netns::leave(namespace) {
                 tracing::warn!(%error, pod = %capture.pod, "can't leave the namespace of a pod that is gone");
             }
-            tokio::time::sleep(GONE_GRACE).await;
+            time::sleep(GONE_GRACE).await;
             worker.connections.kill(namespace.cookie());
             if let Err(error) = netns::leave(namespace) {
                 tracing::warn!(%error, pod = %capture.pod, "can't leave the namespace of a pod that is gone");
@@ -350,7 +349,7 @@ async fn accept(worker: Rc<Worker>, listening: Rc<Listening>) {
         }
         if let Err(error) = accept_some(&worker, &listening, batch(&worker, &listening)) {
             tracing::warn!(%error, role = ?listening.role, "accept failed; trying again shortly");
-            tokio::time::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
+            time::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
         }
     }
 }
@@ -415,5 +414,7 @@ fn begin(worker: &Rc<Worker>, listening: &Listening, socket: Socket, peer: Socke
     }
     let capture = listening.role.capture().cloned();
     let accepted = Accepted { socket, peer, listener, capture, snapshot };
-    spawn_local(connection::serve(Rc::clone(worker), accepted));
+    if let Some(served) = connection::serve(Rc::clone(worker), accepted) {
+        spawn(served);
+    }
 }

@@ -344,7 +344,7 @@ mod tests {
     #[test]
     fn a_hostile_server_name_can_not_forge_an_entry() {
         let mut record = record();
-        record.requested_server_name = Some("a\n\"b\" é.example".into());
+        record.details_mut().requested_server_name = Some("a\n\"b\" é.example".into());
         let text = Format::Text { format: "%REQUESTED_SERVER_NAME%".into(), omit_empty_values: false };
         assert_eq!(print_with(&text, &record), "a__b____.example");
     }
@@ -352,7 +352,7 @@ mod tests {
     #[test]
     fn a_failure_reason_with_quotes_stays_valid_json() {
         let mut record = record();
-        record.upstream_transport_failure = Some("say_\"no\"\\".into());
+        record.details_mut().upstream_transport_failure = Some("say_\"no\"\\".into());
         let format = Format::Json {
             format: json!({"a": "%UPSTREAM_TRANSPORT_FAILURE_REASON%", "b": "x %UPSTREAM_TRANSPORT_FAILURE_REASON%"}),
             omit_empty_values: false,

@@ -279,30 +279,30 @@ impl Operator {
             "PACKETS_RETRANSMITTED" => plain(Self::Retransmitted { packets: true }),
             "RESPONSE_FLAGS" => plain(Self::Flags { long: false }),
             "RESPONSE_FLAGS_LONG" => plain(Self::Flags { long: true }),
-            "CONNECTION_TERMINATION_DETAILS" => plain(Self::String(|r| r.termination_details)),
+            "CONNECTION_TERMINATION_DETAILS" => plain(Self::String(|r| r.details().termination_details)),
             "UPSTREAM_TRANSPORT_FAILURE_REASON" => {
-                plain(Self::String(|r| r.upstream_transport_failure.as_deref()))
+                plain(Self::String(|r| r.details().upstream_transport_failure.as_deref()))
             }
             "DOWNSTREAM_TRANSPORT_FAILURE_REASON" => {
-                plain(Self::String(|r| r.downstream_transport_failure.as_deref()))
+                plain(Self::String(|r| r.details().downstream_transport_failure.as_deref()))
             }
             "DOWNSTREAM_LOCAL_CLOSE_REASON" => {
-                plain(Self::String(|r| r.downstream_local_close_reason.as_deref()))
+                plain(Self::String(|r| r.details().downstream_local_close_reason.as_deref()))
             }
             "UPSTREAM_LOCAL_CLOSE_REASON" => {
-                plain(Self::String(|r| r.upstream_local_close_reason.as_deref()))
+                plain(Self::String(|r| r.details().upstream_local_close_reason.as_deref()))
             }
             "DOWNSTREAM_DETECTED_CLOSE_TYPE" => plain(Self::String(|r| Some(r.downstream_close_type.name()))),
             "UPSTREAM_DETECTED_CLOSE_TYPE" => {
                 plain(Self::String(|r| r.upstream_close_type.map(CloseType::name)))
             }
             // An optional parameter chooses how spaces are written; ours have none.
-            "RESPONSE_CODE_DETAILS" => Ok(Self::String(|r| r.response_code_details)),
+            "RESPONSE_CODE_DETAILS" => Ok(Self::String(|r| r.details().response_code_details)),
             "UPSTREAM_CLUSTER" => {
-                plain(Self::String(|r| r.cluster_alt_stat_name.as_deref().or(r.cluster.as_deref())))
+                plain(Self::String(|r| r.details().cluster_alt_stat_name.as_deref().or(r.cluster.as_deref())))
             }
             "UPSTREAM_CLUSTER_RAW" => plain(Self::String(|r| r.cluster.as_deref())),
-            "ROUTE_NAME" => plain(Self::String(|r| r.route_name.as_deref())),
+            "ROUTE_NAME" => plain(Self::String(|r| r.details().route_name.as_deref())),
             "FILTER_CHAIN_NAME" => plain(Self::String(|r| Some(&*r.filter_chain).filter(|s| !s.is_empty()))),
             "LISTENER_NAME" => plain(Self::String(|r| Some(&r.listener))),
             "ACCESS_LOG_TYPE" => plain(Self::LogType),
@@ -348,6 +348,11 @@ impl Operator {
         matches!(self, Self::Retransmitted { .. })
     }
 
+    /// Whether it prints our own address of the upstream connection.
+    pub(super) fn is_upstream_local_address(&self) -> bool {
+        matches!(self, Self::Address(Side::UpstreamLocal, _))
+    }
+
     /// Its value in an entry.
     pub(super) fn value<'a>(&'a self, entry: Entry<'a>) -> Value<'a> {
         let Entry { record, log_type, http, now } = entry;
@@ -376,7 +381,7 @@ impl Operator {
             Self::Attempted(_) if record.upstream.is_none() => Value::Unset,
             Self::Attempted(what) => Value::Attempted(record, *what),
             Self::ServerName => {
-                record.requested_server_name.as_deref().map_or(Value::Unset, Value::ServerName)
+                record.details().requested_server_name.as_deref().map_or(Value::Unset, Value::ServerName)
             }
             Self::LogType if http.is_some() => Value::Text("DownstreamEnd"),
             Self::LogType => Value::Text(log_type.name()),
@@ -386,7 +391,7 @@ impl Operator {
             Self::StreamId => Value::Uuid(stream_id(record)),
             Self::UniqueId => Value::Uuid(fastrand::u128(..)),
             Self::Retransmitted { packets } => {
-                let again = record.retransmitted;
+                let again = record.details().retransmitted;
                 Value::Number(if *packets { again.packets } else { again.bytes })
             }
         }
@@ -614,7 +619,7 @@ impl Side {
             Self::UpstreamLocal => record.upstream.as_ref()?.local_address?,
             // Known once it is connected; the host that was chosen is UPSTREAM_HOST.
             Self::UpstreamRemote => {
-                record.upstream.as_ref().filter(|host| host.local_address.is_some())?.address
+                record.upstream.as_ref().filter(|host| host.connection_id.is_some())?.address
             }
         })
     }
@@ -679,7 +684,7 @@ fn write_flags(flags: ResponseFlags, long: bool, out: &mut Vec<u8>) {
 }
 
 fn write_attempted(record: &Record, what: Attempted, out: &mut Vec<u8>) {
-    for (index, host) in record.earlier_attempts.iter().chain(&record.upstream).enumerate() {
+    for (index, host) in record.details().earlier_attempts.iter().chain(&record.upstream).enumerate() {
         if index > 0 {
             out.push(b',');
         }

@@ -32,7 +32,7 @@ impl Entry {
     ) -> Self {
         let mut record = Record::new(0, peer, local, None, "".into());
         // What Envoy says of its own admin server.
-        record.response_code_details = Some("admin_filter_response");
+        record.details_mut().response_code_details = Some("admin_filter_response");
         let http = HttpExchange {
             method: request.method().clone(),
             uri: request.uri().clone(),

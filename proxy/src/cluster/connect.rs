@@ -23,7 +23,7 @@ use crate::config::tcp_proxy::{Backoff, ClusterChoice, TcpProxy};
 use crate::connection::record::{Record, Upstream};
 use crate::response_flag::ResponseFlag;
 use crate::sys::socket::{self, OpenError};
-use crate::uring::{self, Interest};
+use crate::uring::{self, Interest, time};
 
 mod guard;
 
@@ -165,7 +165,7 @@ pub async fn connect(
 ) -> Result<Connected, Failure> {
     let result = attempts(dialer, proxy, destination, record).await;
     if let Err(failure) = &result {
-        record.downstream_local_close_reason = Some(failure.close_reason().into());
+        record.details_mut().downstream_local_close_reason = Some(failure.close_reason().into());
     }
     result
 }
@@ -185,9 +185,9 @@ async fn attempts(
         }
         let more = record.attempts < proxy.max_connect_attempts;
         match &mut delays {
-            Some(delays) if more => tokio::time::sleep(delays.next()).await,
+            Some(delays) if more => time::sleep(delays.next()).await,
             None if more && record.attempts.is_multiple_of(ATTEMPTS_WITHOUT_PAUSE) => {
-                tokio::time::sleep(PAUSE).await;
+                time::sleep(PAUSE).await;
             }
             _ => {}
         }
@@ -207,7 +207,10 @@ fn choose(
         return Err(Failure::NoRoute);
     };
     record.cluster = Some(Arc::clone(cluster.name()));
-    record.cluster_alt_stat_name.clone_from(&cluster.config().alt_stat_name);
+    let alt_stat_name = &cluster.config().alt_stat_name;
+    if alt_stat_name.is_some() || record.details.is_some() {
+        record.details_mut().cluster_alt_stat_name.clone_from(alt_stat_name);
+    }
     let Some(permit) = cluster.breaker().connection() else {
         record.flags.set(ResponseFlag::UpstreamOverflow);
         cluster.stats().upstream_cx_overflow().inc();
@@ -253,8 +256,12 @@ async fn attempt(
     let Some(pending) = cluster.breaker().pending() else {
         // As in Envoy, this fails the attempt and leaves no flag.
         cluster.stats().upstream_rq_pending_overflow().inc();
-        record.earlier_attempts.extend(record.upstream.take());
-        record.upstream_transport_failure = None;
+        if let Some(earlier) = record.upstream.take() {
+            record.details_mut().earlier_attempts.push(earlier);
+        }
+        if let Some(details) = &mut record.details {
+            details.upstream_transport_failure = None;
+        }
         return None;
     };
     // A pipe: `Config::is_for_clients` has kept us from here.
@@ -267,7 +274,9 @@ async fn attempt(
         local_address: None,
         connection_id: None,
     };
-    record.earlier_attempts.extend(record.upstream.replace(upstream));
+    if let Some(earlier) = record.upstream.replace(upstream) {
+        record.details_mut().earlier_attempts.push(earlier);
+    }
     record.connect_begin = Some(record.start.elapsed());
     let result = dial(dialer, address, cluster.config()).await;
     pending.end(result.is_err());
@@ -276,7 +285,6 @@ async fn attempt(
             guard.establish();
             record.connect_end = Some(record.start.elapsed());
             if let Some(upstream) = &mut record.upstream {
-                upstream.local_address = socket.local_addr().ok().and_then(|address| address.as_socket());
                 upstream.connection_id = Some(dialer.next_connection_id());
             }
             Some(Connected { socket, guard })
@@ -293,7 +301,7 @@ async fn attempt(
             if !matches!(error, AttemptError::Socket(_)) {
                 record.flags.set(ResponseFlag::UpstreamConnectionFailure);
             }
-            record.upstream_transport_failure = error.reason(address);
+            record.details_mut().upstream_transport_failure = error.reason(address);
             None
         }
     }
@@ -314,7 +322,7 @@ async fn dial(
         uring::ready(socket.as_fd(), Interest::Writable).await?;
         socket::error(socket.as_fd())?.map_or(Ok(()), Err)
     };
-    match tokio::time::timeout(cluster.connect_timeout, connected).await {
+    match time::timeout(cluster.connect_timeout, connected).await {
         Ok(Ok(())) => Ok(socket),
         Ok(Err(error)) => Err(AttemptError::Delayed(error)),
         Err(_) => Err(AttemptError::Timeout),
@@ -415,9 +423,8 @@ mod tests {
     }
 
     fn run<F: Future>(future: F) -> F::Output {
-        let bounded = async {
-            tokio::time::timeout(Duration::from_mins(1), future).await.expect("not within a minute")
-        };
+        let bounded =
+            async { time::timeout(Duration::from_mins(1), future).await.expect("not within a minute") };
         uring::start(Engine::IoUring, bounded).expect("io_uring is available")
     }
 
@@ -454,8 +461,8 @@ mod tests {
         format!(
             "{} {} {} {}",
             if flags.is_empty() { "-".to_owned() } else { flags.join(",") },
-            or_dash(&record.upstream_transport_failure),
-            or_dash(&record.downstream_local_close_reason),
+            or_dash(&record.details().upstream_transport_failure),
+            or_dash(&record.details().downstream_local_close_reason),
             record.attempts
         )
     }
@@ -518,7 +525,8 @@ mod tests {
         let (_accepted, peer) = server.accept().unwrap();
         assert_eq!(outcome(&record), "- - - 1");
         let upstream = record.upstream.unwrap();
-        assert_eq!((upstream.local_address, upstream.connection_id), (Some(peer), Some(1)));
+        assert_eq!(upstream.connection_id, Some(1));
+        assert_eq!(connected.socket().local_addr().unwrap().as_socket(), Some(peer));
         assert_eq!(record.cluster.as_deref(), Some("c"));
 
         let stats = fixture.of("c").stats();
@@ -559,7 +567,7 @@ mod tests {
             "UF,URX delayed_connect_error:_Connection_refused tcp_initializion_failure:0 3"
         );
         assert!(record.upstream.is_some() && record.connect_end.is_none());
-        assert_eq!(record.earlier_attempts.len(), 2);
+        assert_eq!(record.details().earlier_attempts.len(), 2);
         let stats = fixture.of("c").stats();
         for (name, value) in [
             ("upstream_cx_total", 3),
@@ -728,7 +736,7 @@ mod tests {
             let connecting = connect(&fixture, &proxy, None, &mut record);
             let gone = async {
                 while fixture.of("c").stats().upstream_rq_pending_active().value() == 0 {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    time::sleep(Duration::from_millis(1)).await;
                 }
             };
             tokio::select! {
@@ -795,7 +803,7 @@ mod tests {
         run(async {
             let proxy = TcpProxy { backoff: Some(backoff), ..single("c", 2) };
             let connecting = connect(&fixture, &proxy, None, &mut record);
-            assert!(tokio::time::timeout(Duration::from_millis(50), connecting).await.is_err());
+            assert!(time::timeout(Duration::from_millis(50), connecting).await.is_err());
         });
         assert_eq!(record.attempts, 1);
     }

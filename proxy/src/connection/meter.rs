@@ -44,10 +44,10 @@ struct SeenDirection {
     received: Cell<u64>,
     sent: Cell<u64>,
     buffered: Cell<u64>,
-    paused: Cell<u64>,
-    resumed: Cell<u64>,
-    to_splice: Cell<u64>,
-    to_copy: Cell<u64>,
+    paused: Cell<u32>,
+    resumed: Cell<u32>,
+    to_splice: Cell<u32>,
+    to_copy: Cell<u32>,
 }
 
 impl Meter {
@@ -83,8 +83,8 @@ impl Meter {
         into.pump.bytes_copied().add(news(&counters.copied, &seen.copied));
         into.pump.bytes_spliced().add(news(&counters.spliced, &seen.spliced));
         for (direction, seen) in [(down, &seen.downstream), (up, &seen.upstream)] {
-            into.pump.switches_to_splice().add(news(&direction.to_splice, &seen.to_splice));
-            into.pump.switches_to_copy().add(news(&direction.to_copy, &seen.to_copy));
+            into.pump.switches_to_splice().add(more(&direction.to_splice, &seen.to_splice));
+            into.pump.switches_to_copy().add(more(&direction.to_copy, &seen.to_copy));
         }
     }
 
@@ -92,15 +92,15 @@ impl Meter {
     fn flush_flow_control(&self) {
         let Self { counters, into, seen, .. } = self;
         let (down, up) = (&counters.downstream, &counters.upstream);
-        let paused = news(&down.paused, &seen.downstream.paused);
-        let resumed = news(&down.resumed, &seen.downstream.resumed);
+        let paused = more(&down.paused, &seen.downstream.paused);
+        let resumed = more(&down.resumed, &seen.downstream.resumed);
         into.tcp.downstream_flow_control_paused_reading_total().add(paused);
         into.tcp.downstream_flow_control_resumed_reading_total().add(resumed);
         into.cluster.upstream_flow_control_backed_up_total().add(paused);
         into.cluster.upstream_flow_control_drained_total().add(resumed);
         let cluster = &into.cluster;
-        cluster.upstream_flow_control_paused_reading_total().add(news(&up.paused, &seen.upstream.paused));
-        cluster.upstream_flow_control_resumed_reading_total().add(news(&up.resumed, &seen.upstream.resumed));
+        cluster.upstream_flow_control_paused_reading_total().add(more(&up.paused, &seen.upstream.paused));
+        cluster.upstream_flow_control_resumed_reading_total().add(more(&up.resumed, &seen.upstream.resumed));
         let to_upstream = change(down.buffered(), &seen.downstream.buffered);
         let to_downstream = change(up.buffered(), &seen.upstream.buffered);
         for (gauge, change) in [
@@ -130,6 +130,11 @@ impl Drop for Meter {
 /// How much a counter has grown since it was last seen.
 fn news(counter: &Cell<u64>, seen: &Cell<u64>) -> u64 {
     counter.get() - seen.replace(counter.get())
+}
+
+/// The same for a counter that wraps.
+fn more(counter: &Cell<u32>, seen: &Cell<u32>) -> u64 {
+    counter.get().wrapping_sub(seen.replace(counter.get())).into()
 }
 
 fn change(now: u64, seen: &Cell<u64>) -> i64 {

@@ -32,18 +32,10 @@ pub struct Record {
     pub listener: Arc<str>,
     /// Name of its filter chain; empty when none matched or it has none.
     pub filter_chain: Arc<str>,
-    /// `%ROUTE_NAME%`: only for HTTP listeners served as L4.
-    pub route_name: Option<Arc<str>>,
-    /// SNI as sent by the client, when an inspector saw one.
-    pub requested_server_name: Option<Box<str>>,
     /// The chosen cluster (also when connecting failed).
     pub cluster: Option<Arc<str>>,
-    /// `alt_stat_name` of that cluster, which `%UPSTREAM_CLUSTER%` prints instead; none when it has none.
-    pub cluster_alt_stat_name: Option<Arc<str>>,
     /// The upstream host; set by every attempt, the last one stays.
     pub upstream: Option<Upstream>,
-    /// Hosts of the attempts before that one, in order (`%UPSTREAM_HOSTS_ATTEMPTED%`); empty without retries.
-    pub earlier_attempts: Vec<Upstream>,
     /// Attempts made, including the successful one.
     pub attempts: u32,
     /// When the last attempt began to connect, after `start`; none before the first.
@@ -52,6 +44,33 @@ pub struct Record {
     pub connect_end: Option<Duration>,
     /// Response flags; they accumulate.
     pub flags: ResponseFlags,
+    /// `%DOWNSTREAM_DETECTED_CLOSE_TYPE%`.
+    pub downstream_close_type: CloseType,
+    /// `%UPSTREAM_DETECTED_CLOSE_TYPE%`; none while no `tcp_proxy` is in charge.
+    pub upstream_close_type: Option<CloseType>,
+    /// See [`Record::details`].
+    pub details: Option<Box<Details>>,
+    /// Bytes received from the downstream.
+    pub bytes_received: u64,
+    /// Bytes sent to the downstream.
+    pub bytes_sent: u64,
+    /// Bytes sent to the upstream.
+    pub upstream_bytes_sent: u64,
+    /// Bytes received from the upstream.
+    pub upstream_bytes_received: u64,
+}
+
+/// What few connections have, and most only at their end: idle ones have no room for it.
+#[derive(Clone, Debug)]
+pub struct Details {
+    /// `%ROUTE_NAME%`: only for HTTP listeners served as L4.
+    pub route_name: Option<Arc<str>>,
+    /// SNI as sent by the client, when an inspector saw one.
+    pub requested_server_name: Option<Box<str>>,
+    /// `alt_stat_name` of that cluster, which `%UPSTREAM_CLUSTER%` prints instead; none when it has none.
+    pub cluster_alt_stat_name: Option<Arc<str>>,
+    /// Hosts of the attempts before that one, in order (`%UPSTREAM_HOSTS_ATTEMPTED%`); empty without retries.
+    pub earlier_attempts: Vec<Upstream>,
     /// `%CONNECTION_TERMINATION_DETAILS%`, for example `tcp_session_idle_timeout`.
     pub termination_details: Option<&'static str>,
     /// `%UPSTREAM_TRANSPORT_FAILURE_REASON%`, for example `delayed_connect_error:_Connection_refused`.
@@ -62,23 +81,37 @@ pub struct Record {
     pub downstream_local_close_reason: Option<Box<str>>,
     /// `%UPSTREAM_LOCAL_CLOSE_REASON%`.
     pub upstream_local_close_reason: Option<Box<str>>,
-    /// `%DOWNSTREAM_DETECTED_CLOSE_TYPE%`.
-    pub downstream_close_type: CloseType,
-    /// `%UPSTREAM_DETECTED_CLOSE_TYPE%`; none while no `tcp_proxy` is in charge.
-    pub upstream_close_type: Option<CloseType>,
     /// `%RESPONSE_CODE_DETAILS%`, for example `filter_chain_not_found`.
     pub response_code_details: Option<&'static str>,
-    /// Bytes received from the downstream.
-    pub bytes_received: u64,
-    /// Bytes sent to the downstream.
-    pub bytes_sent: u64,
-    /// Bytes sent to the upstream.
-    pub upstream_bytes_sent: u64,
-    /// Bytes received from the upstream.
-    pub upstream_bytes_received: u64,
     /// What the downstream socket had to send again; read from TCP_INFO at the end, if an access log prints it, and
     /// nothing before. The kernel forgets it when we reset the connection.
     pub retransmitted: Retransmitted,
+}
+
+static NO_DETAILS: Details = Details::new();
+
+impl Details {
+    const fn new() -> Self {
+        Self {
+            route_name: None,
+            requested_server_name: None,
+            cluster_alt_stat_name: None,
+            earlier_attempts: Vec::new(),
+            termination_details: None,
+            upstream_transport_failure: None,
+            downstream_transport_failure: None,
+            downstream_local_close_reason: None,
+            upstream_local_close_reason: None,
+            response_code_details: None,
+            retransmitted: Retransmitted { bytes: 0, packets: 0 },
+        }
+    }
+}
+
+impl Default for Details {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// What a socket had to send again.
@@ -110,30 +143,30 @@ impl Record {
             downstream_direct_local: local,
             listener,
             filter_chain: Arc::default(),
-            route_name: None,
-            requested_server_name: None,
             cluster: None,
-            cluster_alt_stat_name: None,
             upstream: None,
-            earlier_attempts: Vec::new(),
             attempts: 0,
             connect_begin: None,
             connect_end: None,
             flags: ResponseFlags::default(),
-            termination_details: None,
-            upstream_transport_failure: None,
-            downstream_transport_failure: None,
-            downstream_local_close_reason: None,
-            upstream_local_close_reason: None,
             downstream_close_type: CloseType::default(),
             upstream_close_type: None,
-            response_code_details: None,
+            details: None,
             bytes_received: 0,
             bytes_sent: 0,
             upstream_bytes_sent: 0,
             upstream_bytes_received: 0,
-            retransmitted: Retransmitted::default(),
         }
+    }
+
+    /// What few connections have.
+    pub fn details(&self) -> &Details {
+        self.details.as_deref().unwrap_or(&NO_DETAILS)
+    }
+
+    /// The same, to be added to.
+    pub fn details_mut(&mut self) -> &mut Details {
+        self.details.get_or_insert_default()
     }
 
     /// Takes over what has been moved so far.
@@ -157,7 +190,7 @@ pub struct Upstream {
     pub address: SocketAddr,
     /// Its `hostname`, empty when it has none.
     pub hostname: Arc<str>,
-    /// Our own address of the upstream socket; none before it connected.
+    /// Our own address of the upstream socket; none before it connected, or if no access log prints it.
     pub local_address: Option<SocketAddr>,
     /// `%UPSTREAM_CONNECTION_ID%`: unique in the process, from 1; none before it connected.
     pub connection_id: Option<u64>,

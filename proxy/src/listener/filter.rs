@@ -16,7 +16,7 @@ use thiserror::Error;
 use crate::config::listener::{Listener, ListenerFilter};
 use crate::stats::{ListenerStats, Stats};
 use crate::sys::socket;
-use crate::uring::{self, Interest};
+use crate::uring::{self, Interest, time};
 
 pub mod http_inspector;
 mod inspect;
@@ -88,7 +88,7 @@ pub async fn run(
     };
     let result = match listener.listener_filters_timeout {
         None => all.await,
-        Some(timeout) => tokio::time::timeout(timeout, all).await.unwrap_or(Err(Ended::Timeout)),
+        Some(timeout) => time::timeout(timeout, all).await.unwrap_or(Err(Ended::Timeout)),
     };
     match result {
         Err(Ended::Timeout) if listener.continue_on_listener_filters_timeout => {
@@ -181,7 +181,7 @@ impl Reader<'_> {
         }
         self.set_low_water(total)?;
         if no_news {
-            tokio::time::sleep(PAUSE).await;
+            time::sleep(PAUSE).await;
         }
         uring::ready(self.fd, Interest::Readable).await?;
         Ok(())

@@ -7,22 +7,35 @@ use crate::sys::socket;
 
 /// What did not fit into the destination: the only buffer a connection ever owns, and only until it is gone.
 #[derive(Debug, Default)]
-pub(super) struct Leftover {
+pub(super) struct Leftover(Option<Box<Rest>>);
+
+#[derive(Debug)]
+struct Rest {
     bytes: Vec<u8>,
     sent: usize,
 }
 
 impl Leftover {
+    /// Of bytes, of which there are some.
     pub(super) fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, sent: 0 }
+        Self(Some(Box::new(Rest { bytes, sent: 0 })))
+    }
+
+    /// Takes more bytes, to be sent after the others.
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        match &mut self.0 {
+            Some(rest) => rest.bytes.extend_from_slice(bytes),
+            None => *self = Self::new(bytes.to_vec()),
+        }
     }
 
     /// Sends as much as is taken; gives the buffer back when it is empty.
     pub(super) fn send(&mut self, destination: BorrowedFd<'_>) -> io::Result<usize> {
-        let n = socket::send(destination, &self.bytes[self.sent..])?;
-        self.sent += n;
-        if self.sent == self.bytes.len() {
-            *self = Self::default();
+        let Some(rest) = &mut self.0 else { return Ok(0) };
+        let n = socket::send(destination, &rest.bytes[rest.sent..])?;
+        rest.sent += n;
+        if rest.sent == rest.bytes.len() {
+            self.0 = None;
         }
         Ok(n)
     }
@@ -48,13 +61,19 @@ pub(super) fn step(
     if received == 0 {
         return Ok(Copied { received, sent: Ok(0), leftover: Leftover::default() });
     }
-    let sent = match socket::send(destination, &scratch[..received]) {
+    let (sent, leftover) = give(&scratch[..received], destination);
+    Ok(Copied { received, sent, leftover })
+}
+
+/// Sends on what was received: how much was taken, or why nothing could be, and the rest.
+pub(super) fn give(bytes: &[u8], destination: BorrowedFd<'_>) -> (io::Result<usize>, Leftover) {
+    let sent = match socket::send(destination, bytes) {
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
         sent => sent,
     };
     let leftover = match &sent {
-        Ok(n) if *n < received => Leftover::new(scratch[*n..received].to_vec()),
+        Ok(n) if *n < bytes.len() => Leftover::new(bytes[*n..].to_vec()),
         _ => Leftover::default(),
     };
-    Ok(Copied { received, sent, leftover })
+    (sent, leftover)
 }

@@ -30,13 +30,13 @@ pub struct Direction {
     /// Received bytes that had nobody to go to any more.
     pub discarded: Cell<u64>,
     /// How often reading from this side was paused because the other took no more.
-    pub paused: Cell<u64>,
+    pub paused: Cell<u32>,
     /// How often it was resumed.
-    pub resumed: Cell<u64>,
+    pub resumed: Cell<u32>,
     /// How often the direction changed from copying to splicing.
-    pub to_splice: Cell<u64>,
+    pub to_splice: Cell<u32>,
     /// How often it changed back.
-    pub to_copy: Cell<u64>,
+    pub to_copy: Cell<u32>,
 }
 
 impl Counters {
@@ -54,6 +54,11 @@ impl Direction {
     pub fn buffered(&self) -> u64 {
         self.received.get() - self.sent.get() - self.discarded.get()
     }
+}
+
+/// Counts one. It wraps: what is looked at is by how much it has grown.
+pub(super) fn count(counter: &Cell<u32>) {
+    counter.set(counter.get().wrapping_add(1));
 }
 
 /// Adds to a counter.

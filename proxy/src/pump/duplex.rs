@@ -2,17 +2,17 @@
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
-use tokio::time::Sleep;
 
 use super::half::{Phase, Step};
 use super::lane::{Fault, Lane, Turn};
 use super::{Cause, Counters, Options, Outcome, Resources, Side};
 use crate::connection::record::CloseType;
 use crate::sys::{clock, socket};
+use crate::uring::time::Sleep;
 use crate::uring::{self, PendingHangUp, Source};
 
 /// Bytes that one direction moves per poll of the task; then others have their turn. A wait for readiness
@@ -45,7 +45,7 @@ pub(super) struct Duplex<'a> {
     lanes: [Lane<'a>; 2],
     /// A hang-up of this side was seen that was no error; there is nothing more to wait for.
     hung_up: [bool; 2],
-    flush: Option<Flush>,
+    flush: Option<Box<Flush>>,
     first_fin: Option<Side>,
     /// On the coarse clock.
     last_activity: Duration,
@@ -64,7 +64,9 @@ impl<'a> Duplex<'a> {
         let mut sources = [Source::new(downstream), Source::new(upstream)];
         sources[Side::Downstream as usize].adopt(hang_up);
         // A client has often sent something by now. An endpoint has just been connected to: wait first.
-        let lane = |side, limit, readable| Lane::new(options.mode, readable, limit, counters.from(side));
+        let receives = uring::can_receive();
+        let lane =
+            |side, limit, readable| Lane::new(options.mode, readable, receives, limit, counters.from(side));
         Self {
             resources,
             options,
@@ -82,7 +84,7 @@ impl<'a> Duplex<'a> {
         }
     }
 
-    pub(super) fn poll(&mut self, timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
+    pub(super) fn poll(&mut self, timer: &mut Sleep, cx: &mut Context<'_>) -> Poll<Outcome> {
         if let Some(open) = self.options.killed
             && let Poll::Ready(ending) = open.poll_killed(cx)
         {
@@ -98,6 +100,9 @@ impl<'a> Duplex<'a> {
                     },
                     Poll::Ready(Ok(())) | Poll::Pending => {}
                 }
+            }
+            if self.both_closed() && self.flush.is_none() {
+                return Poll::Ready(self.finished());
             }
             for side in [Side::Downstream, Side::Upstream] {
                 if self.only_a_hang_up_counts(side) && self.source(side).poll_hang_up(cx).is_ready() {
@@ -130,6 +135,7 @@ impl<'a> Duplex<'a> {
 
     /// Moves bytes of one direction until it has to wait, has had its turn, or has ended.
     fn turn(&mut self, from: Side, budget: usize, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let is_last = self.flush.is_none() && self.phase(from.other()) == Phase::Closed;
         let [downstream, upstream] = &mut self.sources;
         let (source, destination) = match from {
             Side::Downstream => (downstream, upstream),
@@ -141,6 +147,7 @@ impl<'a> Duplex<'a> {
             source,
             destination,
             budget,
+            is_last,
             active: false,
         };
         let lane = &mut self.lanes[from as usize];
@@ -162,7 +169,7 @@ impl<'a> Duplex<'a> {
             Fault::Source(_) => from,
             Fault::Destination(_) | Fault::DestinationVanished => from.other(),
         };
-        if let Some(flush) = self.flush {
+        if let Some(flush) = self.flushing() {
             return Some(self.flush_failed(flush, side));
         }
         let cause = match fault {
@@ -183,6 +190,10 @@ impl<'a> Duplex<'a> {
         };
         // It may have answered before it reset. What of that is here, and goes out without waiting, does.
         self.lane(side.other()).lose();
+        self.source(side).settle_receiving();
+        if self.lane(side).is_sending() {
+            uring::flush_sends();
+        }
         let half = &mut self.lane(side).half;
         half.forward_no_fin();
         (half.readable, half.writable) = (true, true);
@@ -201,7 +212,7 @@ impl<'a> Duplex<'a> {
             Ok(Some(error)) | Err(error) => error,
         };
         let cause = cause(side, &error);
-        if let Some(flush) = self.flush {
+        if let Some(flush) = self.flushing() {
             return Some(self.flush_failed(flush, side));
         }
         if self.has_sent_fin(side, &error) {
@@ -222,15 +233,16 @@ impl<'a> Duplex<'a> {
             self.lane(gone).half.forward_no_fin();
         }
         self.counters.flushed.set(Some(gone.other()));
-        self.flush =
-            Some(Flush { gone, cause, reset, look_at: None, wait: LINGER[0], unacknowledged: usize::MAX });
+        let wait = LINGER[0];
+        let flush = Flush { gone, cause, reset, look_at: None, wait, unacknowledged: usize::MAX };
+        self.flush = Some(Box::new(flush));
     }
 
     /// Whether nothing else would tell that this side is gone.
     fn only_a_hang_up_counts(&self, side: Side) -> bool {
         let (from, to) = (&self.lanes[side as usize], &self.lanes[side.other() as usize]);
         !self.hung_up[side as usize]
-            && self.flush.is_none_or(|flush| flush.gone != side)
+            && self.flush.as_ref().is_none_or(|flush| flush.gone != side)
             && !matches!(from.half.next(), Step::Read | Step::Discard)
             && to.half.next() != Step::Write
     }
@@ -246,13 +258,19 @@ impl<'a> Duplex<'a> {
         }
     }
 
+    fn flushing(&self) -> Option<Flush> {
+        self.flush.as_deref().copied()
+    }
+
+    fn both_closed(&self) -> bool {
+        Side::both().iter().all(|side| self.phase(*side) == Phase::Closed)
+    }
+
     /// The end, if both directions are done, or the flush is.
     fn ended(&mut self) -> Option<Outcome> {
-        let Some(flush) = self.flush else {
+        let Some(flush) = self.flushing() else {
             self.note_flush();
-            let done =
-                self.phase(Side::Downstream) == Phase::Closed && self.phase(Side::Upstream) == Phase::Closed;
-            return done.then(|| self.finished());
+            return self.both_closed().then(|| self.finished());
         };
         let kept = flush.gone.other();
         if self.lane(flush.gone).half.next() != Step::Done {
@@ -271,12 +289,12 @@ impl<'a> Duplex<'a> {
             self.last_activity = now;
         }
         let wait = (flush.wait * 2).min(LINGER[1]);
-        self.flush = Some(Flush { look_at: Some(now + flush.wait), wait, unacknowledged, ..flush });
+        self.flush = Some(Box::new(Flush { look_at: Some(now + flush.wait), wait, unacknowledged, ..flush }));
         None
     }
 
     /// Arms the timer for what comes next, and ends the connection when it is time.
-    fn poll_timer(&mut self, mut timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
+    fn poll_timer(&mut self, timer: &mut Sleep, cx: &mut Context<'_>) -> Poll<Outcome> {
         loop {
             let now = clock::coarse();
             let idle_at = self.options.idle_timeout.map(|timeout| self.last_activity + timeout);
@@ -284,7 +302,7 @@ impl<'a> Duplex<'a> {
                 return Poll::Ready(self.cut(Cause::IdleTimeout, false));
             }
             // The deadline is on the exact clock. It is read only when the timer is armed, not on every wake-up.
-            let look_at = self.flush.and_then(|flush| flush.look_at);
+            let look_at = self.flush.as_ref().and_then(|flush| flush.look_at);
             if self.timer_at.is_none() || look_at < self.timer_at && look_at.is_some() {
                 let left = self.options.deadline.map(|at| at.saturating_duration_since(Instant::now()));
                 if left == Some(Duration::ZERO) {
@@ -296,10 +314,10 @@ impl<'a> Duplex<'a> {
                 };
                 // The coarse clock lags by up to a tick: never spin on the difference.
                 let wait = next.saturating_sub(now).max(Duration::from_millis(1));
-                timer.as_mut().reset(tokio::time::Instant::now() + wait);
+                timer.reset(Instant::now() + wait);
                 self.timer_at = Some(next);
             }
-            ready!(timer.as_mut().poll(cx));
+            ready!(Pin::new(&mut *timer).poll(cx));
             self.timer_at = None;
             if let Some(outcome) = self.ended() {
                 return Poll::Ready(outcome);
@@ -310,7 +328,7 @@ impl<'a> Duplex<'a> {
     /// Both FINs were forwarded.
     fn finished(&mut self) -> Outcome {
         for source in &mut self.sources {
-            if source.is_pending() {
+            if source.needs_shutdown() {
                 uring::close_gracefully(source.fd());
                 source.release();
             }
@@ -346,9 +364,16 @@ impl<'a> Duplex<'a> {
     /// We end it: with a FIN, or with a RST where that is wanted or bytes are lost that the side would not miss
     /// otherwise.
     fn cut(&mut self, cause: Cause, reset: bool) -> Outcome {
+        if self.lanes.iter().any(Lane::is_sending) {
+            uring::flush_sends();
+            let mut cx = Context::from_waker(Waker::noop());
+            for side in Side::both() {
+                let _ = self.turn(side, 0, &mut cx);
+            }
+        }
         let closes = Side::both().map(|side| {
             let loses = self.lanes[side.other() as usize].half.held() > 0;
-            let gone = self.flush.is_some_and(|flush| flush.gone == side);
+            let gone = self.flush.as_ref().is_some_and(|flush| flush.gone == side);
             self.close(side, reset || loses, gone)
         });
         Outcome { cause, downstream: closes[0], upstream: closes[1] }
@@ -393,7 +418,6 @@ mod tests {
     use std::future::poll_fn;
     use std::io::{Read, Write};
     use std::net::{Shutdown, TcpListener, TcpStream};
-    use std::pin::pin;
 
     /// The kernel may swallow the error of a reset (see `Lane::write`), and then end the stream as if by a
     /// FIN. What the endpoint had answered must arrive, and then a reset all the same.
@@ -413,13 +437,13 @@ mod tests {
             let (resources, counters, options) =
                 (Resources::default(), Counters::default(), Options::default());
             let mut duplex = Duplex::new(&resources, [&downstream, &upstream], None, &options, &counters);
-            let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
+            let mut timer = uring::time::sleep(Duration::ZERO);
             let mut told = false;
             poll_fn(|cx| {
                 if !std::mem::replace(&mut told, true) {
                     assert_eq!(duplex.faulted(Side::Downstream, Fault::DestinationVanished, cx), None);
                 }
-                duplex.poll(timer.as_mut(), cx)
+                duplex.poll(&mut timer, cx)
             })
             .await
         })

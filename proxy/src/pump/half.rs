@@ -4,8 +4,21 @@ use super::{Mode, SCRATCH};
 
 /// A splice that brings less than this does not pay.
 const SMALL: usize = 32 * 1024;
-/// So many small splices in a row change a direction back to copying.
+/// A copy that brings less than this, and all there is, could as well have been received by the ring.
+const TINY: usize = 2 * 1024;
+/// So many small splices in a row change a direction back to copying, so many tiny copies to receiving.
 const SMALL_IN_A_ROW: u8 = 4;
+
+/// How the next bytes are taken from the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Method {
+    /// The ring receives them, without a system call.
+    Receive,
+    /// Through the worker's scratch buffer.
+    Copy,
+    /// Through a pipe.
+    Splice,
+}
 
 /// Where a direction is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +58,10 @@ pub(super) struct Half {
     no_fin: bool,
     /// Bytes taken and not given yet.
     held: usize,
-    /// Whether the next read splices.
-    splicing: bool,
+    method: Method,
     mode: Mode,
+    /// Whether [`Method::Receive`] is to be had.
+    receives: bool,
     small_in_a_row: u8,
     /// Reading is believed to bring something.
     pub(super) readable: bool,
@@ -56,13 +70,20 @@ pub(super) struct Half {
 }
 
 impl Half {
-    pub(super) fn new(mode: Mode, readable: bool) -> Self {
+    /// `receives`: whether the ring can receive from the source.
+    pub(super) fn new(mode: Mode, readable: bool, receives: bool) -> Self {
+        let receives = receives && mode == Mode::Adaptive;
         Self {
             phase: Phase::Open,
             no_fin: false,
             held: 0,
-            splicing: mode == Mode::SpliceOnly,
+            method: match mode {
+                Mode::SpliceOnly => Method::Splice,
+                Mode::Adaptive if receives => Method::Receive,
+                Mode::Adaptive | Mode::CopyOnly => Method::Copy,
+            },
             mode,
+            receives,
             small_in_a_row: 0,
             readable,
             writable: true,
@@ -77,8 +98,8 @@ impl Half {
         self.held
     }
 
-    pub(super) fn is_splicing(&self) -> bool {
-        self.splicing
+    pub(super) fn method(&self) -> Method {
+        self.method
     }
 
     pub(super) fn next(&self) -> Step {
@@ -92,14 +113,43 @@ impl Half {
         }
     }
 
+    /// The ring has received `n` bytes.
+    pub(super) fn received(&mut self, n: usize) {
+        self.held += n;
+    }
+
+    /// The ring receives no more; what comes next is read by copy.
+    pub(super) fn receiving_stopped(&mut self) {
+        self.method = Method::Copy;
+        self.small_in_a_row = 0;
+        self.readable = true;
+    }
+
     /// `n` of at most `chunk` bytes were read by copy. Less than was asked for means that no more is there.
     pub(super) fn copied_in(&mut self, n: usize, chunk: usize) {
         self.held += n;
         self.readable = n == chunk;
-        if n == chunk && self.mode == Mode::Adaptive {
-            self.splicing = true;
+        if self.mode != Mode::Adaptive {
+            return;
+        }
+        if n == chunk {
+            self.method = Method::Splice;
+            self.small_in_a_row = 0;
+        } else if n >= TINY {
+            self.small_in_a_row = 0;
+        } else if self.receives && self.one_more_small() {
+            self.method = Method::Receive;
+        }
+    }
+
+    /// Counts one. True when there were enough of them in a row.
+    fn one_more_small(&mut self) -> bool {
+        self.small_in_a_row += 1;
+        let enough = self.small_in_a_row == SMALL_IN_A_ROW;
+        if enough {
             self.small_in_a_row = 0;
         }
+        enough
     }
 
     /// `n` bytes were spliced into the pipe. It may have run out of slots, so there may be more.
@@ -109,17 +159,15 @@ impl Half {
             self.small_in_a_row = 0;
             return;
         }
-        self.small_in_a_row += 1;
-        if self.small_in_a_row == SMALL_IN_A_ROW {
-            self.small_in_a_row = 0;
-            self.splicing = false;
+        if self.one_more_small() {
+            self.method = Method::Copy;
         }
     }
 
     /// Splicing turned out to be impossible on one of the sockets.
     pub(super) fn never_splice(&mut self) {
         self.mode = Mode::CopyOnly;
-        self.splicing = false;
+        self.method = Method::Copy;
     }
 
     /// `n` of the held bytes were given to the destination.
@@ -151,7 +199,9 @@ impl Half {
             Phase::Open | Phase::Discarding => Phase::Discarding,
             Phase::Draining | Phase::Closed | Phase::Gone => Phase::Gone,
         };
-        self.splicing = false;
+        if self.method == Method::Splice {
+            self.method = Method::Copy;
+        }
         std::mem::take(&mut self.held)
     }
 
@@ -173,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_fin_comes_after_the_bytes() {
-        let mut half = Half::new(Mode::Adaptive, true);
+        let mut half = Half::new(Mode::Adaptive, true, false);
         assert_eq!(half.next(), Step::Read);
         half.copied_in(10, SCRATCH);
         assert!(!half.readable, "a short read has taken everything");
@@ -188,27 +238,47 @@ mod tests {
 
     #[test]
     fn bulk_splices_and_trickles_copy() {
-        let mut half = Half::new(Mode::Adaptive, true);
+        let mut half = Half::new(Mode::Adaptive, true, false);
         half.copied_in(SCRATCH - 1, SCRATCH);
-        assert!(!half.is_splicing());
+        assert_eq!(half.method(), Method::Copy);
         half.copied_in(SCRATCH, SCRATCH);
-        assert!(half.is_splicing());
+        assert_eq!(half.method(), Method::Splice);
         for n in [1, 1, 1, SMALL, 1, 1, 1] {
             half.spliced_in(n);
-            assert!(half.is_splicing());
+            assert_eq!(half.method(), Method::Splice);
         }
         half.spliced_in(1);
-        assert!(!half.is_splicing());
+        assert_eq!(half.method(), Method::Copy);
         half.copied_in(SCRATCH, SCRATCH);
-        assert!(half.is_splicing());
+        assert_eq!(half.method(), Method::Splice);
         half.never_splice();
         half.copied_in(SCRATCH, SCRATCH);
-        assert!(!half.is_splicing());
+        assert_eq!(half.method(), Method::Copy);
+    }
+
+    #[test]
+    fn tiny_messages_are_received_until_one_is_not() {
+        let mut half = Half::new(Mode::Adaptive, true, true);
+        assert_eq!(half.method(), Method::Receive);
+        half.received(10);
+        half.sent(10);
+        half.receiving_stopped();
+        assert!(half.readable, "the rest is in the socket");
+        for n in [1, 1, 1, TINY, 1, 1, 1] {
+            assert_eq!(half.method(), Method::Copy);
+            half.copied_in(n, SCRATCH);
+        }
+        assert_eq!(half.method(), Method::Copy);
+        half.copied_in(1, SCRATCH);
+        assert_eq!(half.method(), Method::Receive);
+        let mut half = Half::new(Mode::CopyOnly, true, true);
+        assert_eq!(half.method(), Method::Copy, "the mode wins");
+        half.copied_in(1, SCRATCH);
     }
 
     #[test]
     fn a_gone_destination_loses_what_is_held_and_nothing_later() {
-        let mut half = Half::new(Mode::CopyOnly, true);
+        let mut half = Half::new(Mode::CopyOnly, true, false);
         half.copied_in(10, SCRATCH);
         half.sent(3);
         assert_eq!(half.destination_gone(), 7);
@@ -219,7 +289,7 @@ mod tests {
 
     #[test]
     fn no_fin_before_a_reset() {
-        let mut half = Half::new(Mode::CopyOnly, true);
+        let mut half = Half::new(Mode::CopyOnly, true, false);
         half.forward_no_fin();
         half.copied_in(1, SCRATCH);
         half.source_ended();
@@ -232,11 +302,11 @@ mod tests {
         /// Whatever happens: bytes are conserved, the FIN is sent once, with nothing held, and last.
         #[test]
         fn conserves_bytes(events in prop::collection::vec((0_usize..6, 1_usize..2 * SCRATCH), 0..200)) {
-            let mut half = Half::new(Mode::Adaptive, true);
+            let mut half = Half::new(Mode::Adaptive, true, false);
             let (mut taken, mut given, mut lost, mut fins) = (0, 0, 0, 0);
             for (event, n) in events {
                 match (half.next(), event) {
-                    (Step::Read, 0..=1) if half.is_splicing() => { half.spliced_in(n); taken += n; }
+                    (Step::Read, 0..=1) if half.method() == Method::Splice => { half.spliced_in(n); taken += n; }
                     (Step::Read, 0..=1) => { half.copied_in(n.min(SCRATCH), SCRATCH); taken += n.min(SCRATCH); }
                     (Step::Read | Step::Discard, 2) => half.source_ended(),
                     (Step::Write, 0..=3) => { let n = n.min(half.held()); half.sent(n); given += n; }

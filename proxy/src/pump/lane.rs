@@ -3,17 +3,18 @@
 use std::cell::Cell;
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::task::{Context, Poll, ready};
 
 use socket2::Socket;
 
 use super::copy::{self, Leftover};
-use super::counters::{Counters, Direction, add};
-use super::half::{Half, Step};
+use super::counters::{Counters, Direction, add, count};
+use super::half::{Half, Method, Step};
 use super::resources::{PooledPipe, Resources};
-use super::{Mode, splice};
+use super::{Mode, SCRATCH, splice};
 use crate::sys::{socket, splice as sys_splice};
-use crate::uring::Source;
+use crate::uring::{self, Bytes, Received, Sending, Source};
 
 /// Bytes thrown away per system call.
 const DISCARD: usize = 1 << 20;
@@ -21,6 +22,8 @@ const DISCARD: usize = 1 << 20;
 /// One direction with what it holds.
 pub(super) struct Lane<'a> {
     pub(super) half: Half,
+    /// What is held in a buffer of the ring.
+    sending: Option<Sending<'a>>,
     /// What is held by copy.
     leftover: Leftover,
     /// What is held by splice.
@@ -47,14 +50,23 @@ pub(super) struct Turn<'t, 'a> {
     pub(super) source: &'t mut Source<&'a Socket>,
     pub(super) destination: &'t mut Source<&'a Socket>,
     pub(super) budget: usize,
+    /// The other direction has ended, with its FIN forwarded.
+    pub(super) is_last: bool,
     pub(super) active: bool,
 }
 
 impl<'a> Lane<'a> {
-    /// `limit` is how many bytes it may hold; 0 is 1 MiB.
-    pub(super) fn new(mode: Mode, readable: bool, limit: u32, counters: &'a Direction) -> Self {
+    /// `limit` is how many bytes it may hold; 0 is 1 MiB. `receives`: whether the ring can receive from the source.
+    pub(super) fn new(
+        mode: Mode,
+        readable: bool,
+        receives: bool,
+        limit: u32,
+        counters: &'a Direction,
+    ) -> Self {
         Self {
-            half: Half::new(mode, readable),
+            half: Half::new(mode, readable, receives),
+            sending: None,
             leftover: Leftover::default(),
             pipe: None,
             counters,
@@ -70,16 +82,27 @@ impl<'a> Lane<'a> {
             match step {
                 Step::Done => return Poll::Ready(Ok(())),
                 Step::Fin => {
-                    // Only ENOTCONN is possible: gone already, which other waits will tell.
-                    let _ = socket::shutdown(turn.destination.fd(), Shutdown::Write);
+                    // The last one is sent by closing. Only ENOTCONN is possible: gone already, which other waits
+                    // will tell.
+                    if !turn.is_last {
+                        let _ = socket::shutdown(turn.destination.fd(), Shutdown::Write);
+                    }
                     self.half.fin_sent();
                 }
+                Step::Write if self.sending.is_some() => ready!(self.sent(turn, cx))?,
                 Step::Write if !self.half.writable => {
                     self.pause();
+                    if self.half.method() == Method::Receive {
+                        self.hoard(turn, cx)?;
+                    }
                     ready!(turn.destination.poll_writable(cx)).map_err(Fault::Destination)?;
                     self.half.writable = true;
                 }
                 Step::Write => self.write(turn)?,
+                Step::Read if self.half.method() == Method::Receive => ready!(self.receive(turn, cx))?,
+                Step::Discard if self.half.method() == Method::Receive => {
+                    ready!(self.discard_received(turn, cx))?;
+                }
                 Step::Read | Step::Discard if turn.budget == 0 => {
                     self.half.readable = turn.source.give_way(cx).map_err(Fault::Source)?;
                     return Poll::Pending;
@@ -94,16 +117,159 @@ impl<'a> Lane<'a> {
         }
     }
 
+    /// Gives on what the ring has received.
+    fn receive(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        if turn.budget == 0 {
+            // The ring is entered between the rounds of its executor, however many tasks are awake.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        match ready!(turn.source.poll_receive(cx)).map_err(Fault::Source)? {
+            Received::Bytes(bytes) if bytes.is_full() => self.leave_receiving(&bytes, turn, cx)?,
+            // The last before the direction changes its method, or ends.
+            Received::Bytes(bytes) if turn.source.is_stopping() => {
+                bytes.with(|bytes| self.pass_on(bytes, turn))?;
+            }
+            Received::Bytes(bytes) => {
+                self.took(bytes.len(), turn);
+                self.half.received(bytes.len());
+                let destination: &'a Socket = turn.destination.file();
+                self.sending = Some(bytes.send(destination.as_fd()));
+            }
+            Received::End => self.half.source_ended(),
+            Received::Stopped => self.half.receiving_stopped(),
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// The end of a send through the ring.
+    fn sent(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let Some(sending) = &mut self.sending else { return Poll::Ready(Ok(())) };
+        let polled = sending.poll(cx);
+        if polled.is_pending() && turn.source.has_more() {
+            uring::hurry_sends();
+        }
+        let n = match ready!(polled) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
+            result => result.map_err(Fault::Destination)?,
+        };
+        if n < sending.bytes().len() {
+            self.leftover = Leftover::new(sending.bytes().with(|bytes| bytes[n..].to_vec()));
+            turn.source.stop_receiving();
+        }
+        self.sending = None;
+        self.gave(n, &turn.counters.copied);
+        self.half.writable = self.half.held() == 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Whether something is on its way that [`crate::uring::flush_sends`] brings to an end.
+    pub(super) fn is_sending(&self) -> bool {
+        self.sending.is_some()
+    }
+
+    /// More has come than small messages: gives on what the ring has, together, and has it receive no more.
+    fn leave_receiving(
+        &mut self,
+        first: &Bytes,
+        turn: &mut Turn<'_, 'a>,
+        cx: &mut Context<'_>,
+    ) -> Result<(), Fault> {
+        turn.source.stop_receiving();
+        let resources = turn.resources;
+        let mut scratch = resources.scratch.borrow_mut();
+        let mut filled = 0;
+        let mut fill = |bytes: &[u8]| {
+            scratch[filled..filled + bytes.len()].copy_from_slice(bytes);
+            filled += bytes.len();
+            filled + first.len() <= SCRATCH
+        };
+        let mut more = first.with(&mut fill);
+        let mut end = None;
+        while more {
+            match turn.source.poll_receive(cx) {
+                Poll::Ready(Ok(Received::Bytes(bytes))) => more = bytes.with(&mut fill),
+                Poll::Ready(other) => {
+                    more = false;
+                    end = Some(other);
+                }
+                Poll::Pending => more = false,
+            }
+        }
+        self.pass_on(&scratch[..filled], turn)?;
+        match end {
+            Some(Ok(Received::End)) => self.half.source_ended(),
+            Some(Ok(_)) => self.half.receiving_stopped(),
+            Some(Err(error)) => return Err(Fault::Source(error)),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn pass_on(&mut self, bytes: &[u8], turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
+        self.took(bytes.len(), turn);
+        self.half.received(bytes.len());
+        let (sent, leftover) = copy::give(bytes, turn.destination.fd());
+        self.leftover = leftover;
+        self.gave(sent.map_err(Fault::Destination)?, &turn.counters.copied);
+        self.half.writable = self.half.held() == 0;
+        Ok(())
+    }
+
+    /// The destination takes nothing: what the ring has received by now is kept here, and its buffers serve others.
+    fn hoard(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Result<(), Fault> {
+        turn.source.stop_receiving();
+        while let Poll::Ready(received) = turn.source.poll_receive(cx) {
+            match received.map_err(Fault::Source)? {
+                Received::Bytes(bytes) => {
+                    bytes.with(|bytes| self.leftover.push(bytes));
+                    self.took(bytes.len(), turn);
+                    self.half.received(bytes.len());
+                }
+                Received::End => {
+                    self.half.source_ended();
+                    break;
+                }
+                Received::Stopped => {
+                    self.half.receiving_stopped();
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the ring has received has nobody to go to.
+    fn discard_received(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        turn.source.stop_receiving();
+        loop {
+            match ready!(turn.source.poll_receive(cx)).map_err(Fault::Source)? {
+                Received::Bytes(bytes) => {
+                    add(&self.counters.received, bytes.len());
+                    add(&self.counters.discarded, bytes.len());
+                }
+                Received::End => {
+                    self.half.source_ended();
+                    return Poll::Ready(Ok(()));
+                }
+                Received::Stopped => {
+                    self.half.receiving_stopped();
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+
     fn read(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        let was_splicing = self.half.is_splicing();
+        let was_splicing = self.half.method() == Method::Splice;
         let pipe = if was_splicing { turn.resources.pipe() } else { None };
         let result = match pipe {
             Some(pipe) => self.fill(pipe, turn),
             None => self.copy(turn),
         };
-        match (was_splicing, self.half.is_splicing()) {
-            (false, true) => add(&self.counters.to_splice, 1),
-            (true, false) => add(&self.counters.to_copy, 1),
+        match (was_splicing, self.half.method() == Method::Splice) {
+            (false, true) => count(&self.counters.to_splice),
+            (true, false) => count(&self.counters.to_copy),
             _ => {}
         }
         result
@@ -178,7 +344,7 @@ impl<'a> Lane<'a> {
     /// The destination can't be spliced to: copies what the pipe holds, and everything after it.
     fn unsplice(&mut self) -> Result<(), Fault> {
         self.half.never_splice();
-        add(&self.counters.to_copy, 1);
+        count(&self.counters.to_copy);
         if let Some(mut pipe) = self.pipe.take() {
             self.leftover = Leftover::new(splice::take(&mut pipe).map_err(Fault::Source)?);
         }
@@ -214,7 +380,7 @@ impl<'a> Lane<'a> {
             self.pipe = None;
             if self.paused {
                 self.paused = false;
-                add(&self.counters.resumed, 1);
+                count(&self.counters.resumed);
             }
         }
     }
@@ -222,13 +388,14 @@ impl<'a> Lane<'a> {
     fn pause(&mut self) {
         if !self.paused {
             self.paused = true;
-            add(&self.counters.paused, 1);
+            count(&self.counters.paused);
         }
     }
 
     /// The destination is gone, and what is held for it with it.
     pub(super) fn lose(&mut self) {
         add(&self.counters.discarded, self.half.destination_gone());
+        self.sending = None;
         self.pipe = None;
         self.leftover = Leftover::default();
     }

@@ -56,10 +56,12 @@ impl Spec {
         }
     }
 
-    /// Each mode, and the epoll engine once.
+    /// Each mode, and the other engines once.
     fn all() -> Vec<Self> {
         let mut all: Vec<_> = MODES.into_iter().map(Self::new).collect();
-        all.push(Self { engine: Engine::Epoll, ..Self::new(Mode::Adaptive) });
+        for engine in [Engine::TokioUring, Engine::Epoll] {
+            all.push(Self { engine, ..Self::new(Mode::Adaptive) });
+        }
         all
     }
 
@@ -105,10 +107,10 @@ struct Moved {
     received: u64,
     sent: u64,
     discarded: u64,
-    paused: u64,
-    resumed: u64,
-    to_splice: u64,
-    to_copy: u64,
+    paused: u32,
+    resumed: u32,
+    to_splice: u32,
+    to_copy: u32,
 }
 
 impl Moved {
@@ -157,17 +159,17 @@ fn serve(spec: &Spec, downstream: Socket, upstream: Socket, buffered: &Arc<Atomi
         let open = connections.open(0);
         let watched = Rc::clone(&counters);
         let most = Arc::clone(buffered);
-        let watcher = tokio::task::spawn_local(async move {
+        uring::spawn(async move {
             loop {
                 let held = watched.downstream.buffered().max(watched.upstream.buffered());
                 most.fetch_max(held, Ordering::Relaxed);
-                tokio::time::sleep(Duration::from_millis(1)).await;
+                time::sleep(Duration::from_millis(1)).await;
             }
         });
         if let Some(after) = spec.kill_after {
             let connections = Rc::clone(&connections);
-            tokio::task::spawn_local(async move {
-                tokio::time::sleep(after).await;
+            uring::spawn(async move {
+                time::sleep(after).await;
                 connections.kill_all();
             });
         }
@@ -180,7 +182,6 @@ fn serve(spec: &Spec, downstream: Socket, upstream: Socket, buffered: &Arc<Atomi
             killed: Some(&open),
         };
         let outcome = run(&resources, [&downstream, &upstream], None, &options, &counters).await;
-        watcher.abort();
         drop((downstream, upstream));
         report(outcome, &counters, &resources)
     };

@@ -3,14 +3,16 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready as ready_or_pending};
 
 use socket2::Socket;
-use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::io::unix::AsyncFd;
 
-use super::{Engine, RUNNING, op};
+use super::ring::Key;
+use super::{Engine, RUNNING, buffers, engine, ring, tokio_op};
 use crate::sys::socket;
 
 /// What a wait is for. The end of the connection (RST, or FIN both ways) ends each of them.
@@ -62,22 +64,164 @@ impl fmt::Debug for Readiness {
 /// time is redundant and not supported: `Writable` ends with a hang-up too.
 ///
 /// Dropping it cancels what is pending (see the module's text). After [`super::close_gracefully`] or
-/// [`super::reset`] has completed its waits, [`Source::release`] saves that.
+/// [`super::reset`] has completed its waits, [`Source::release`] saves that where it can be saved.
 pub struct Source<F: File> {
-    /// epoll's registration: always with [`Engine::Epoll`]; with io_uring only once a wait is needed that
-    /// the peer's FIN would spoil. Declared before the file, because it must go first.
-    epoll: Option<Box<AsyncFd<Registered>>>,
+    /// Waits of the other engines. Declared before the file, because epoll's registration must go first.
+    tokio: Option<Box<TokioWaits>>,
     file: F,
-    readable: Option<op::Poll>,
-    writable: Option<op::Poll>,
-    hang_up: Option<op::Poll>,
+    readable: Key,
+    writable: Key,
+    hang_up: Key,
+    /// Reports every change: for waits that the peer's FIN would spoil.
+    watch: Key,
+    receiving: Key,
     /// io_uring has reported the peer's FIN where only something else was asked for.
     fin_spoils: bool,
+    /// No more is to be received through the ring than what is on its way.
+    stopped: bool,
+    /// Something was received through the ring. The first time it is into one buffer only: whoever begins with a lot
+    /// shall not fill them all.
+    has_received: bool,
+}
+
+#[derive(Default)]
+struct TokioWaits {
+    /// epoll's registration: always with [`Engine::Epoll`]; with [`Engine::TokioUring`] only once a wait is needed
+    /// that the peer's FIN would spoil.
+    epoll: Option<Box<AsyncFd<Registered>>>,
+    readable: Option<tokio_op::Poll>,
+    writable: Option<tokio_op::Poll>,
+    hang_up: Option<tokio_op::Poll>,
 }
 
 /// A wait for the end of a connection between two owners. It holds the file: give it to [`Source::adopt`].
 #[must_use]
-pub struct PendingHangUp(op::Poll);
+pub struct PendingHangUp {
+    wait: HangUpWait,
+    fin_spoils: bool,
+}
+
+enum HangUpWait {
+    Ring { once: Key, watch: Key },
+    Tokio(Option<tokio_op::Poll>),
+}
+
+impl Drop for HangUpWait {
+    fn drop(&mut self) {
+        if let Self::Ring { once, watch } = self {
+            ring::try_with(|driver| {
+                driver.abandon(once);
+                driver.abandon(watch);
+            });
+        }
+    }
+}
+
+/// What [`Source::poll_receive`] has.
+#[derive(Debug)]
+pub enum Received {
+    /// Bytes that the peer has sent.
+    Bytes(Bytes),
+    /// The peer's FIN.
+    End,
+    /// Nothing more comes this way: it was [stopped](Source::stop_receiving), or there is no buffer left. The rest of
+    /// the stream is in the socket.
+    Stopped,
+}
+
+/// Bytes in a buffer of the ring, which goes back when this is dropped.
+pub struct Bytes {
+    buffer: u16,
+    len: u16,
+}
+
+/// Bytes on their way into a socket. They go with the next turn of the executor, together with all others: that is one
+/// system call, and the peers that it wakes find more to do at once.
+#[derive(Debug)]
+pub struct Sending<'fd> {
+    key: Key,
+    bytes: Bytes,
+    /// Must stay open.
+    _fd: PhantomData<BorrowedFd<'fd>>,
+}
+
+impl Sending<'_> {
+    /// Ready when it is over, with the bytes that the socket has taken; fewer than there were if it was full. The
+    /// task may be woken only when something else happens: say [`hurry_sends`] if it has to go on.
+    ///
+    /// # Errors
+    /// Those of send(2); none was taken then.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let result = ready_or_pending!(ring::with(|driver| driver.poll_sent(&mut self.key, cx)));
+        Poll::Ready(usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result)))
+    }
+
+    /// What is sent.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+}
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        // Before the buffer goes back.
+        ring::try_with(|driver| driver.abandon(&mut self.key));
+    }
+}
+
+/// Has the tasks of all [`Sending`]s woken as soon as these are over.
+pub fn hurry_sends() {
+    ring::with(ring::Driver::hurry);
+}
+
+/// Makes sure that everything [`Bytes::send`] was called for is over.
+pub fn flush_sends() {
+    if engine() == Engine::IoUring {
+        // If that fails the next turn of the executor does too, and ends it.
+        ring::with(|driver| drop(driver.reap()));
+    }
+}
+
+impl Bytes {
+    /// Whether they fill their buffer: more has probably come.
+    pub fn is_full(&self) -> bool {
+        self.len() == buffers::SIZE
+    }
+
+    /// Their count.
+    pub fn len(&self) -> usize {
+        self.len.into()
+    }
+
+    /// Sends them.
+    pub fn send(self, to: BorrowedFd<'_>) -> Sending<'_> {
+        let key = ring::with(|driver| driver.send(self.buffer, self.len(), to));
+        Sending { key, bytes: self, _fd: PhantomData }
+    }
+
+    /// Never.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Calls `f` with them.
+    pub fn with<T>(&self, f: impl FnOnce(&[u8]) -> T) -> T {
+        ring::with(|driver| f(driver.bytes(self.buffer, self.len())))
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        // Without a running driver the buffers are gone.
+        ring::try_with(|driver| driver.recycle(self.buffer));
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes in buffer {}", self.len, self.buffer)
+    }
+}
 
 /// What may be waited for: types that name one and the same open descriptor as long as they live.
 pub trait File: AsFd + sealed::Sealed {}
@@ -93,11 +237,6 @@ impl sealed::Sealed for &Socket {}
 impl File for BorrowedFd<'_> {}
 impl sealed::Sealed for BorrowedFd<'_> {}
 
-type EdgePoll = for<'a> fn(
-    &'a AsyncFd<Registered>,
-    &mut Context<'_>,
-) -> Poll<io::Result<AsyncFdReadyGuard<'a, Registered>>>;
-
 /// A descriptor in epoll's set; the [`Source`] that holds it has the file.
 #[derive(Debug)]
 struct Registered(RawFd);
@@ -111,7 +250,18 @@ impl AsRawFd for Registered {
 impl<F: File> Source<F> {
     /// Nothing is submitted yet.
     pub fn new(file: F) -> Self {
-        Self { epoll: None, file, readable: None, writable: None, hang_up: None, fin_spoils: false }
+        Self {
+            tokio: None,
+            file,
+            readable: Key::default(),
+            writable: Key::default(),
+            hang_up: Key::default(),
+            watch: Key::default(),
+            receiving: Key::default(),
+            fin_spoils: false,
+            stopped: false,
+            has_received: false,
+        }
     }
 
     /// The file.
@@ -126,16 +276,92 @@ impl<F: File> Source<F> {
 
     /// Whether a wait is in the kernel's hands.
     pub fn is_pending(&self) -> bool {
-        self.readable.is_some() || self.writable.is_some() || self.hang_up.is_some()
+        self.keys().iter().any(|key| !key.is_none())
+            || self.tokio.as_ref().is_some_and(|waits| waits.is_pending())
+    }
+
+    /// Whether a wait is in the kernel's hands that only the end of the connection takes back cheaply: use
+    /// [`super::close_gracefully`] before closing the file.
+    pub fn needs_shutdown(&self) -> bool {
+        self.tokio.as_ref().is_some_and(|waits| waits.is_pending())
+    }
+
+    fn keys(&self) -> [&Key; 5] {
+        [&self.readable, &self.writable, &self.hang_up, &self.watch, &self.receiving]
     }
 
     /// Waits for [`Interest::Readable`]. Must be called in a running runtime, as the other waits.
     pub fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Readiness>> {
         const EVENTS: libc::c_short = libc::POLLIN | libc::POLLRDHUP;
-        if engine() == Engine::Epoll {
-            return self.poll_epoll(AsyncFd::poll_read_ready, EVENTS, cx);
+        match engine() {
+            Engine::IoUring => poll_ring(&mut self.readable, self.file.as_fd(), EVENTS, cx),
+            Engine::TokioUring => {
+                let waits = self.tokio.get_or_insert_default();
+                poll_tokio(&mut waits.readable, self.file.as_fd(), EVENTS, cx)
+            }
+            Engine::Epoll => self.poll_edges(EpollEdge::Readable, EVENTS, cx),
         }
-        poll_ring(&mut self.readable, self.file.as_fd(), EVENTS, cx)
+    }
+
+    /// The next bytes of the stream, without a system call for them: the kernel receives into buffers that it takes
+    /// when something has come. Must not be mixed with other ways to receive, until it was
+    /// [`Received::Stopped`]. Only where [`can_receive`].
+    ///
+    /// # Errors
+    /// Those of recv(2). The bytes that came before have been reported before.
+    pub fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Received>> {
+        if self.stopped && self.receiving.is_none() {
+            self.stopped = false;
+            return Poll::Ready(Ok(Received::Stopped));
+        }
+        let fd = self.file.as_fd();
+        loop {
+            let once = !self.has_received;
+            let received = ring::with(|driver| driver.poll_receive(&mut self.receiving, fd, once, cx));
+            let end = match ready_or_pending!(received) {
+                ring::Received::Buffer(buffer, len) => {
+                    self.has_received = true;
+                    return Poll::Ready(Ok(Received::Bytes(Bytes { buffer, len: len as u16 })));
+                }
+                ring::Received::End(end) => end,
+            };
+            let stopped = std::mem::take(&mut self.stopped);
+            return Poll::Ready(match end {
+                0 => Ok(Received::End),
+                1.. if stopped => Ok(Received::Stopped),
+                1.. => continue,
+                end if [libc::ENOBUFS, libc::ECANCELED, libc::EAGAIN, libc::EINTR].contains(&-end) => {
+                    Ok(Received::Stopped)
+                }
+                end => Err(io::Error::from_raw_os_error(-end)),
+            });
+        }
+    }
+
+    /// Has nothing more received through the ring. What has been is still to be had from [`Source::poll_receive`],
+    /// then [`Received::Stopped`].
+    pub fn stop_receiving(&mut self) {
+        if !std::mem::replace(&mut self.stopped, true) {
+            ring::with(|driver| driver.stop(&self.receiving));
+        }
+    }
+
+    /// Whether [`Source::poll_receive`] has something, or would tell that nothing more comes.
+    pub fn has_more(&self) -> bool {
+        self.stopped || ring::with(|driver| driver.has_more(&self.receiving))
+    }
+
+    /// Whether that was asked for, and [`Received::Stopped`] is still to come.
+    pub fn is_stopping(&self) -> bool {
+        self.stopped
+    }
+
+    /// As [`Source::stop_receiving`], and makes sure that everything the kernel has received by now is at hand.
+    pub fn settle_receiving(&mut self) {
+        if !self.receiving.is_none() {
+            self.stop_receiving();
+            ring::with(|driver| driver.settle(&self.receiving));
+        }
     }
 
     /// Gives the other tasks their turn before more is read, although more is there. The task must return
@@ -155,28 +381,40 @@ impl<F: File> Source<F> {
 
     /// Waits for [`Interest::Writable`].
     pub fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Readiness>> {
-        if engine() == Engine::IoUring && !self.fin_spoils {
-            let readiness =
-                ready_or_pending!(poll_ring(&mut self.writable, self.file.as_fd(), libc::POLLOUT, cx))?;
+        if engine() != Engine::Epoll && !self.fin_spoils {
+            let fd = self.file.as_fd();
+            let readiness = match engine() {
+                Engine::IoUring => poll_ring(&mut self.writable, fd, libc::POLLOUT, cx),
+                _ => {
+                    let waits = self.tokio.get_or_insert_default();
+                    poll_tokio(&mut waits.writable, fd, libc::POLLOUT, cx)
+                }
+            };
+            let readiness = ready_or_pending!(readiness)?;
             if readiness.is_writable() {
                 return Poll::Ready(Ok(readiness));
             }
             self.fin_spoils = true;
         }
-        self.poll_epoll(AsyncFd::poll_write_ready, libc::POLLOUT, cx)
+        self.poll_edges(EpollEdge::Writable, libc::POLLOUT, cx)
     }
 
     /// Waits for [`Interest::HangUp`].
     pub fn poll_hang_up(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Readiness>> {
-        if engine() == Engine::IoUring && !self.fin_spoils {
-            let readiness = ready_or_pending!(poll_ring(&mut self.hang_up, self.file.as_fd(), 0, cx))?;
+        if engine() != Engine::Epoll && !self.fin_spoils {
+            let fd = self.file.as_fd();
+            let readiness = match engine() {
+                Engine::IoUring => poll_ring(&mut self.hang_up, fd, 0, cx),
+                _ => poll_tokio(&mut self.tokio.get_or_insert_default().hang_up, fd, 0, cx),
+            };
+            let readiness = ready_or_pending!(readiness)?;
             if readiness.is_hung_up() {
                 return Poll::Ready(Ok(readiness));
             }
             self.fin_spoils = true;
         }
         // epoll has no wait for the hang-up alone; "writable" is the next best: it is edge-triggered and rare.
-        self.poll_epoll(AsyncFd::poll_write_ready, 0, cx)
+        self.poll_edges(EpollEdge::Writable, 0, cx)
     }
 
     /// Waits for `interest`.
@@ -194,70 +432,131 @@ impl<F: File> Source<F> {
     }
 
     /// Gives up the wait for [`Interest::HangUp`], if there is one, for another source of the same file to
-    /// [adopt](Self::adopt). Cancelling it would have the kernel look at every wait of the worker.
+    /// [adopt](Self::adopt): it need not be cancelled and begun again.
     pub fn take_hang_up(&mut self) -> Option<PendingHangUp> {
-        self.hang_up.take().map(PendingHangUp)
+        let wait = match &mut self.tokio {
+            Some(waits) => HangUpWait::Tokio(Some(waits.hang_up.take()?)),
+            None if self.hang_up.is_none() && self.watch.is_none() => return None,
+            None => {
+                let (once, watch) = (std::mem::take(&mut self.hang_up), std::mem::take(&mut self.watch));
+                HangUpWait::Ring { once, watch }
+            }
+        };
+        Some(PendingHangUp { wait, fin_spoils: self.fin_spoils })
     }
 
     /// Goes on with a wait that another source of the same file had begun.
     pub fn adopt(&mut self, pending: Option<PendingHangUp>) {
-        self.hang_up = pending.map(|pending| pending.0);
+        let Some(PendingHangUp { mut wait, fin_spoils }) = pending else { return };
+        self.fin_spoils = fin_spoils;
+        match &mut wait {
+            HangUpWait::Ring { once, watch } => {
+                (self.hang_up, self.watch) = (std::mem::take(once), std::mem::take(watch));
+            }
+            HangUpWait::Tokio(poll) => self.tokio.get_or_insert_default().hang_up = poll.take(),
+        }
     }
 
-    /// Forgets its waits without cancelling them: they have completed, as far as the kernel is concerned.
+    /// Forgets its waits without cancelling them, where the kernel has completed them for good.
     pub fn release(&mut self) {
-        self.readable = None;
-        self.writable = None;
-        self.hang_up = None;
+        if let Some(waits) = &mut self.tokio {
+            (waits.readable, waits.writable, waits.hang_up) = (None, None, None);
+        }
     }
 
-    /// epoll tells edges, and tokio remembers them; only the file itself knows what holds now.
-    fn poll_epoll(
+    /// epoll tells edges, and tokio remembers them, as does a watch of the ring; only the file itself knows what
+    /// holds now.
+    fn poll_edges(
         &mut self,
-        poll_edge: EdgePoll,
+        edge: EpollEdge,
         events: libc::c_short,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<Readiness>> {
         loop {
             // In this order: an edge after the look would be remembered, and wake the task.
-            let edge = match poll_edge(self.epoll()?, cx) {
-                Poll::Ready(guard) => {
-                    guard?.clear_ready();
-                    true
-                }
-                Poll::Pending => false,
-            };
+            let happened = self.poll_edge(edge, cx)?;
+            if !happened && engine() == Engine::IoUring {
+                return Poll::Pending; // what held when the watch began was the first edge
+            }
             let now = socket::events_now(self.file.as_fd(), events);
             if now != 0 {
                 return Poll::Ready(Ok(Readiness(now)));
             }
-            if !edge {
+            if !happened {
                 return Poll::Pending;
             }
         }
     }
 
+    fn poll_edge(&mut self, edge: EpollEdge, cx: &mut Context<'_>) -> io::Result<bool> {
+        if engine() == Engine::IoUring {
+            let fd = self.file.as_fd();
+            return ring::with(|driver| driver.poll_watch(&mut self.watch, fd, libc::POLLOUT, cx));
+        }
+        let epoll = self.epoll()?;
+        let ready = match edge {
+            EpollEdge::Readable => epoll.poll_read_ready(cx),
+            EpollEdge::Writable => epoll.poll_write_ready(cx),
+        };
+        match ready {
+            Poll::Ready(guard) => {
+                guard?.clear_ready();
+                Ok(true)
+            }
+            Poll::Pending => Ok(false),
+        }
+    }
+
     fn epoll(&mut self) -> io::Result<&AsyncFd<Registered>> {
-        if self.epoll.is_none() {
+        let waits = self.tokio.get_or_insert_default();
+        if waits.epoll.is_none() {
             let registered = Registered(self.file.as_fd().as_raw_fd());
             let interest = match engine() {
                 Engine::Epoll => tokio::io::Interest::READABLE | tokio::io::Interest::WRITABLE,
-                Engine::IoUring => tokio::io::Interest::WRITABLE,
+                Engine::IoUring | Engine::TokioUring => tokio::io::Interest::WRITABLE,
             };
             // SAFETY: a `File` keeps the descriptor open, and the same, as long as it lives; it is a field
             // of this struct that is dropped after the registration, and nothing takes it out.
             let registered = unsafe { AsyncFd::register_with_interest(registered, interest)? };
-            self.epoll = Some(Box::new(registered));
+            waits.epoll = Some(Box::new(registered));
         }
-        Ok(self.epoll.as_ref().expect("set above"))
+        Ok(waits.epoll.as_ref().expect("set above"))
+    }
+}
+
+#[derive(Clone, Copy)]
+enum EpollEdge {
+    Readable,
+    Writable,
+}
+
+impl TokioWaits {
+    fn is_pending(&self) -> bool {
+        self.readable.is_some() || self.writable.is_some() || self.hang_up.is_some()
     }
 }
 
 impl<F: File> Drop for Source<F> {
     fn drop(&mut self) {
-        // Outside of a runtime its end is under way, which cancels everything that is left and waits for it.
-        if self.is_pending() && RUNNING.get() == Some(Engine::IoUring) {
-            op::cancel(self.file.as_fd());
+        match &self.tokio {
+            // Outside of a runtime its end is under way, which cancels everything that is left and waits for it.
+            Some(waits) if waits.is_pending() && RUNNING.get() == Some(Engine::TokioUring) => {
+                tokio_op::cancel(self.file.as_fd());
+            }
+            Some(_) => {}
+            None => {
+                ring::try_with(|driver| {
+                    for key in [
+                        &mut self.readable,
+                        &mut self.writable,
+                        &mut self.hang_up,
+                        &mut self.watch,
+                        &mut self.receiving,
+                    ] {
+                        driver.abandon(key);
+                    }
+                });
+            }
         }
     }
 }
@@ -266,12 +565,14 @@ impl<F: File + fmt::Debug> fmt::Debug for Source<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Source")
             .field("file", &self.file)
-            .field("readable", &self.readable.is_some())
-            .field("writable", &self.writable.is_some())
-            .field("hang_up", &self.hang_up.is_some())
-            .field("epoll", &self.epoll.is_some())
+            .field("pending", &self.is_pending())
             .finish_non_exhaustive()
     }
+}
+
+/// Whether [`Source::poll_receive`] may be used.
+pub fn can_receive() -> bool {
+    engine() == Engine::IoUring && ring::with(ring::Driver::has_buffers)
 }
 
 /// One wait that nobody else shares. Dropping it cancels it.
@@ -280,25 +581,35 @@ pub async fn ready(fd: BorrowedFd<'_>, interest: Interest) -> io::Result<Readine
     poll_fn(|cx| source.poll(interest, cx)).await
 }
 
-fn engine() -> Engine {
-    RUNNING.get().expect("waits need uring::start")
+fn poll_ring(
+    key: &mut Key,
+    fd: BorrowedFd<'_>,
+    events: libc::c_short,
+    cx: &Context<'_>,
+) -> Poll<io::Result<Readiness>> {
+    ring::with(|driver| driver.poll_once(key, fd, events, cx)).map(readiness)
 }
 
-fn poll_ring(
-    slot: &mut Option<op::Poll>,
+fn poll_tokio(
+    slot: &mut Option<tokio_op::Poll>,
     fd: BorrowedFd<'_>,
     events: libc::c_short,
     cx: &mut Context<'_>,
 ) -> Poll<io::Result<Readiness>> {
     loop {
-        let poll = slot.get_or_insert_with(|| op::poll(fd, events));
+        let poll = slot.get_or_insert_with(|| tokio_op::poll(fd, events));
         let result = ready_or_pending!(Future::poll(Pin::new(poll), cx));
         *slot = None;
-        match result {
-            // Another wait on the same file was cancelled; this one was not meant.
-            result if result == -libc::ECANCELED => {}
-            result if result < 0 => return Poll::Ready(Err(io::Error::from_raw_os_error(-result))),
-            events => return Poll::Ready(Ok(Readiness(events as libc::c_short))),
+        // When another wait on the same file was cancelled, this one was not meant.
+        if result != -libc::ECANCELED {
+            return Poll::Ready(readiness(result));
         }
     }
+}
+
+fn readiness(result: i32) -> io::Result<Readiness> {
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error(-result));
+    }
+    Ok(Readiness(result as libc::c_short))
 }

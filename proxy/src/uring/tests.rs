@@ -7,7 +7,9 @@ use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::time::Duration;
 
-const BOTH: [Engine; 2] = [Engine::IoUring, Engine::Epoll];
+use tokio::sync::oneshot;
+
+const ALL: [Engine; 3] = [Engine::IoUring, Engine::TokioUring, Engine::Epoll];
 
 /// A blocking client, and the nonblocking socket under test.
 fn pair() -> (TcpStream, Socket) {
@@ -19,14 +21,21 @@ fn pair() -> (TcpStream, Socket) {
     (client, server)
 }
 
+/// Spawns a task whose output is wanted.
+fn joined<T: 'static>(future: impl Future<Output = T> + 'static) -> oneshot::Receiver<T> {
+    let (sender, receiver) = oneshot::channel();
+    spawn(async move { drop(sender.send(future.await)) });
+    receiver
+}
+
 /// Fails instead of hanging.
 async fn soon<F: Future>(future: F) -> F::Output {
-    tokio::time::timeout(Duration::from_secs(10), future).await.expect("not within 10 s")
+    time::timeout(Duration::from_secs(10), future).await.expect("not within 10 s")
 }
 
 /// Whether it is still pending after the runtime had every chance to complete it.
 async fn still_pending<F: Future>(future: F) -> bool {
-    tokio::time::timeout(Duration::from_millis(100), future).await.is_err()
+    time::timeout(Duration::from_millis(100), future).await.is_err()
 }
 
 /// Sends until nothing more is taken.
@@ -37,7 +46,7 @@ async fn fill(socket: &Socket) -> usize {
         while let Ok(n) = socket::send(socket.as_fd(), &chunk) {
             sent += n;
         }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        time::sleep(Duration::from_millis(5)).await;
     }
     sent
 }
@@ -56,15 +65,17 @@ fn end_of(client: &mut TcpStream) -> io::Result<usize> {
 
 #[test]
 fn probe_finds_a_usable_ring_here() {
-    probe().unwrap();
+    let (engine, refused) = best();
+    assert_eq!(engine, Engine::IoUring);
+    assert!(refused.is_none());
 }
 
 #[test]
 fn local_tasks_timers_and_results() {
-    for engine in BOTH {
+    for engine in ALL {
         let answer = start(engine, async {
-            let task = tokio::task::spawn_local(async {
-                tokio::time::sleep(Duration::from_millis(1)).await;
+            let task = joined(async {
+                time::sleep(Duration::from_millis(1)).await;
                 41
             });
             task.await.unwrap() + 1
@@ -75,7 +86,7 @@ fn local_tasks_timers_and_results() {
 
 #[test]
 fn readable_waits_for_bytes_and_for_fin() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let (mut client, server) = pair();
             let mut source = Source::new(&server);
@@ -100,7 +111,7 @@ fn readable_waits_for_bytes_and_for_fin() {
 /// io_uring adds EPOLLRDHUP to every poll: a naive wait completes at once after the peer's FIN, for ever.
 #[test]
 fn writable_waits_although_the_peer_has_sent_its_fin() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let (mut client, server) = pair();
             let sent = fill(&server).await;
@@ -121,7 +132,7 @@ fn writable_waits_although_the_peer_has_sent_its_fin() {
                 let mut left = sent;
                 let mut buffer = vec![0; 1 << 16];
                 while left > 0 {
-                    left -= client.read(&mut buffer).unwrap();
+                    left = left.saturating_sub(client.read(&mut buffer).unwrap());
                 }
                 client
             });
@@ -133,7 +144,7 @@ fn writable_waits_although_the_peer_has_sent_its_fin() {
                 }
             }
             while !reader.is_finished() {
-                tokio::time::sleep(Duration::from_millis(1)).await;
+                time::sleep(Duration::from_millis(1)).await;
             }
         })
         .unwrap();
@@ -142,7 +153,7 @@ fn writable_waits_although_the_peer_has_sent_its_fin() {
 
 #[test]
 fn hang_up_is_the_reset_and_not_the_fin() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let (client, server) = pair();
             let mut source = Source::new(&server);
@@ -162,7 +173,7 @@ fn hang_up_is_the_reset_and_not_the_fin() {
 
 #[test]
 fn both_directions_wait_in_one_task() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let (mut client, server) = pair();
             let sent = fill(&server).await;
@@ -191,14 +202,14 @@ fn both_directions_wait_in_one_task() {
 /// Without the cancellation the peer would see nothing, for ever, and the file would leak.
 #[test]
 fn dropping_a_pending_wait_lets_the_close_through() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let (mut client, server) = pair();
             let mut source = Source::new(server);
             let _ = still_pending(poll_fn(|cx| source.poll_readable(cx))).await;
             drop(source);
             // The entry reaches the kernel when this thread parks.
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            time::sleep(Duration::from_millis(1)).await;
             assert_eq!(end_of(&mut client).unwrap(), 0, "{engine}: a FIN");
 
             let (mut client, server) = pair();
@@ -206,7 +217,7 @@ fn dropping_a_pending_wait_lets_the_close_through() {
             let _ = still_pending(poll_fn(|cx| source.poll_readable(cx))).await;
             socket::reset_on_close(source.fd()).unwrap();
             drop(source);
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            time::sleep(Duration::from_millis(1)).await;
             assert_eq!(end_of(&mut client).unwrap_err().kind(), io::ErrorKind::ConnectionReset, "{engine}");
         })
         .unwrap();
@@ -215,7 +226,7 @@ fn dropping_a_pending_wait_lets_the_close_through() {
 
 #[test]
 fn closing_gracefully_completes_the_waits_and_sends_a_fin() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let (mut client, server) = pair();
             let mut source = Source::new(&server);
@@ -225,7 +236,7 @@ fn closing_gracefully_completes_the_waits_and_sends_a_fin() {
             source.release();
             drop(source);
             drop(server);
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            time::sleep(Duration::from_millis(1)).await;
             let mut buffer = Vec::new();
             client.read_to_end(&mut buffer).unwrap();
             assert_eq!(buffer, b"last", "{engine}");
@@ -236,7 +247,7 @@ fn closing_gracefully_completes_the_waits_and_sends_a_fin() {
 
 #[test]
 fn reset_completes_the_waits_and_is_a_reset() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let (mut client, server) = pair();
             let mut source = Source::new(&server);
@@ -253,7 +264,7 @@ fn reset_completes_the_waits_and_is_a_reset() {
 
 #[test]
 fn cancelling_one_wait_leaves_the_others_of_the_file() {
-    start(Engine::IoUring, async {
+    start(Engine::TokioUring, async {
         let (mut client, server) = pair();
         let mut kept = Source::new(&server);
         assert!(still_pending(poll_fn(|cx| kept.poll_readable(cx))).await);
@@ -274,10 +285,10 @@ fn an_overflowing_completion_queue_loses_nothing() {
         let waits: Vec<_> = (0..COMPLETIONS * 2)
             .map(|_| {
                 let server = Rc::clone(&server);
-                tokio::task::spawn_local(async move { ready(server.as_fd(), Interest::Readable).await })
+                joined(async move { ready(server.as_fd(), Interest::Readable).await })
             })
             .collect();
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        time::sleep(Duration::from_millis(100)).await;
         client.write_all(b"x").unwrap();
         for wait in waits {
             assert!(soon(wait).await.unwrap().unwrap().is_readable());
@@ -288,7 +299,7 @@ fn an_overflowing_completion_queue_loses_nothing() {
 
 #[test]
 fn connects_or_says_why_not() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let listener = listen("127.0.0.1:0".parse().unwrap(), &ListenerOptions::default()).unwrap();
             let address = local_addr(&listener).unwrap();
@@ -306,7 +317,7 @@ fn connects_or_says_why_not() {
 /// A full accept queue swallows the SYN; giving up must leave no socket behind.
 #[test]
 fn giving_up_on_a_connect_closes_the_socket() {
-    for engine in BOTH {
+    for engine in ALL {
         start(engine, async {
             let options = ListenerOptions { backlog: 0, ..Default::default() };
             let listener = listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
@@ -316,7 +327,7 @@ fn giving_up_on_a_connect_closes_the_socket() {
             let local = loop {
                 assert!(established.len() < 8, "the accept queue never fills");
                 let socket = stream(address, &StreamOptions::default()).unwrap();
-                let connected = tokio::time::timeout(Duration::from_millis(200), connect(&socket, &target));
+                let connected = time::timeout(Duration::from_millis(200), connect(&socket, &target));
                 match connected.await {
                     Ok(result) => result.unwrap(),
                     Err(_) => break local_addr(&socket).unwrap(),
@@ -325,7 +336,7 @@ fn giving_up_on_a_connect_closes_the_socket() {
             };
             let mine = format!(":{:04X} 0100007F:{:04X} 02", local.port(), address.port());
             for attempt in 0.. {
-                tokio::time::sleep(Duration::from_millis(1)).await;
+                time::sleep(Duration::from_millis(1)).await;
                 if !std::fs::read_to_string("/proc/self/net/tcp").unwrap().contains(&mine) {
                     break;
                 }
@@ -338,7 +349,7 @@ fn giving_up_on_a_connect_closes_the_socket() {
 
 #[test]
 fn accepts_all_that_wait_and_frees_the_port() {
-    for engine in BOTH {
+    for engine in ALL {
         let address = start(engine, async {
             let listener = listen("127.0.0.1:0".parse().unwrap(), &ListenerOptions::default()).unwrap();
             let address = local_addr(&listener).unwrap();
@@ -352,13 +363,13 @@ fn accepts_all_that_wait_and_frees_the_port() {
             }
             assert!(still_pending(acceptor.accept()).await);
             drop(acceptor);
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            time::sleep(Duration::from_millis(1)).await;
             // Without SO_REUSEADDR on ours, any socket that still listened would refuse this.
             let listener = listen(address, &ListenerOptions::default()).unwrap();
             let mut again = Acceptor::new(listener);
             // Left pending by a task at the end of the runtime.
-            tokio::task::spawn_local(async move { again.accept().await.map(drop) });
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            spawn(async move { drop(again.accept().await) });
+            time::sleep(Duration::from_millis(1)).await;
             address
         })
         .unwrap();
@@ -382,7 +393,7 @@ fn no_descriptor_is_left_behind() {
                 .any(|entry| std::fs::read_link(entry.path()).is_ok_and(|l| l == link))
         };
         for attempt in 0.. {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            time::sleep(Duration::from_millis(1)).await;
             if !open() {
                 break;
             }
@@ -397,7 +408,9 @@ fn without_io_uring_it_says_so_and_epoll_serves() {
     for (errno, expected) in [(libc::EPERM, "kernel.io_uring_disabled"), (libc::ENOSYS, "5.19")] {
         std::thread::spawn(move || {
             forbid(libc::SYS_io_uring_setup, errno, None);
-            let text = probe().unwrap_err().to_string();
+            let (engine, refused) = best();
+            assert_eq!(engine, Engine::Epoll);
+            let text = refused.unwrap().to_string();
             assert!(text.contains(expected), "{text}");
             let text = start(Engine::IoUring, async {}).unwrap_err().to_string();
             assert!(text.contains(expected), "{text}");
@@ -424,4 +437,250 @@ fn older_kernels_get_fewer_flags() {
     assert_eq!(attempts, 2);
     let refused = with_flags(|_| Err::<(), _>(io::Error::from_raw_os_error(libc::EINVAL)));
     assert!(matches!(refused, Err(StartError::TooOld)));
+}
+
+mod receive {
+    use super::*;
+
+    /// What comes next; a hang is a failure.
+    async fn next(source: &mut Source<&Socket>) -> io::Result<Received> {
+        soon(poll_fn(|cx| source.poll_receive(cx))).await
+    }
+
+    fn text(received: &Received) -> String {
+        match received {
+            Received::Bytes(bytes) => bytes.with(|bytes| String::from_utf8_lossy(bytes).into_owned()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn bytes_then_the_fin() {
+        start(Engine::IoUring, async {
+            let (mut client, server) = pair();
+            let mut source = Source::new(&server);
+            assert!(can_receive());
+            assert!(still_pending(poll_fn(|cx| source.poll_receive(cx))).await);
+            for message in ["one", "two", "three"] {
+                client.write_all(message.as_bytes()).unwrap();
+                assert_eq!(text(&next(&mut source).await.unwrap()), message);
+            }
+            client.shutdown(Shutdown::Write).unwrap();
+            assert!(matches!(next(&mut source).await, Ok(Received::End)));
+            assert!(!source.is_pending());
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn bytes_then_the_reset() {
+        start(Engine::IoUring, async {
+            let (mut client, server) = pair();
+            let mut source = Source::new(&server);
+            client.write_all(b"one").unwrap();
+            assert_eq!(text(&next(&mut source).await.unwrap()), "one");
+            client.write_all(b"last").unwrap();
+            let client = Socket::from(client);
+            client.set_linger(Some(Duration::ZERO)).unwrap();
+            drop(client);
+            assert_eq!(text(&next(&mut source).await.unwrap()), "last");
+            assert_eq!(next(&mut source).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn stopped_leaves_the_rest_in_the_socket() {
+        start(Engine::IoUring, async {
+            let (mut client, server) = pair();
+            let mut source = Source::new(&server);
+            client.write_all(b"one").unwrap();
+            assert_eq!(text(&next(&mut source).await.unwrap()), "one");
+            assert!(still_pending(poll_fn(|cx| source.poll_receive(cx))).await);
+            client.write_all(b"two").unwrap();
+            source.settle_receiving();
+            let mut stream = String::new();
+            loop {
+                match next(&mut source).await.unwrap() {
+                    Received::Stopped => break,
+                    bytes => stream += &text(&bytes),
+                }
+            }
+            client.write_all(b"three").unwrap();
+            let mut buffer = [0; 16];
+            while stream.len() < "twothree".len() {
+                soon(poll_fn(|cx| source.poll_readable(cx))).await.unwrap();
+                match socket::receive(server.as_fd(), &mut buffer) {
+                    Ok(n) => stream += std::str::from_utf8(&buffer[..n]).unwrap(),
+                    Err(e) => assert_eq!(e.kind(), io::ErrorKind::WouldBlock),
+                }
+            }
+            assert_eq!(stream, "twothree");
+        })
+        .unwrap();
+    }
+
+    /// Nothing is lost, and nothing hangs, when every buffer is taken; and they all come back.
+    #[test]
+    fn without_a_buffer_it_stops() {
+        start(Engine::IoUring, async {
+            let (mut client, server) = pair();
+            let mut source = Source::new(&server);
+            let sent: Vec<u8> = (0..3_u32 << 20).map(|i| (i % 251) as u8).collect();
+            let copy = sent.clone();
+            let writer = std::thread::spawn(move || {
+                client.write_all(&copy).unwrap();
+                client
+            });
+            let (mut received, mut kept) = (Vec::new(), Vec::new());
+            loop {
+                match next(&mut source).await.unwrap() {
+                    Received::Bytes(bytes) => {
+                        bytes.with(|bytes| received.extend_from_slice(bytes));
+                        kept.push(bytes);
+                    }
+                    Received::Stopped => break,
+                    Received::End => panic!("not yet"),
+                }
+            }
+            assert_eq!(kept.len(), usize::from(buffers::COUNT));
+            kept.clear();
+            while received.len() < sent.len() {
+                match next(&mut source).await.unwrap() {
+                    Received::Bytes(bytes) => bytes.with(|bytes| received.extend_from_slice(bytes)),
+                    Received::Stopped => {}
+                    Received::End => panic!("not yet"),
+                }
+            }
+            assert!(received == sent, "the stream is the same");
+            drop(writer.join().unwrap());
+            assert!(matches!(next(&mut source).await, Ok(Received::End)));
+        })
+        .unwrap();
+    }
+
+    /// The number of a descriptor is looked up when the kernel takes the entry: a receive that is given up before
+    /// that must not take the bytes of the next file with the same number.
+    #[test]
+    fn what_is_given_up_early_touches_no_other_file() {
+        start(Engine::IoUring, async {
+            for _ in 0..100 {
+                let (_gone, server) = pair();
+                let mut source = Source::new(server);
+                assert!(poll_fn(|cx| Poll::Ready(source.poll_receive(cx).is_pending())).await);
+                drop(source);
+                let (mut client, server) = pair();
+                client.write_all(b"mine").unwrap();
+                time::sleep(Duration::from_micros(1)).await;
+                let mut source = Source::new(&server);
+                assert_eq!(text(&next(&mut source).await.unwrap()), "mine");
+            }
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn other_engines_have_no_such_thing() {
+        for engine in [Engine::TokioUring, Engine::Epoll] {
+            start(engine, async {
+                assert!(!can_receive());
+            })
+            .unwrap();
+        }
+    }
+}
+
+/// Tasks are woken by other threads, also while the executor waits for the kernel.
+#[test]
+fn other_threads_wake_tasks_and_the_main_future() {
+    for engine in ALL {
+        let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+        let (answer, mut answers) = tokio::sync::mpsc::unbounded_channel();
+        let asker = std::thread::spawn(move || {
+            for i in 0..1_000 {
+                sender.send(i).unwrap();
+                assert_eq!(answers.blocking_recv(), Some(i));
+            }
+        });
+        start(engine, async {
+            let (done, finished) = oneshot::channel();
+            spawn(async move {
+                while let Some(i) = receiver.recv().await {
+                    answer.send(i).unwrap();
+                }
+                done.send(()).unwrap();
+            });
+            soon(finished).await.unwrap();
+        })
+        .unwrap();
+        asker.join().unwrap();
+    }
+}
+
+/// A bug in one connection must not end the others.
+#[test]
+fn a_panic_ends_its_task_only() {
+    for engine in ALL {
+        start(engine, async {
+            let (_client, server) = pair();
+            let (reached, panicked) = oneshot::channel::<()>();
+            spawn(async move {
+                let _reached = reached;
+                let mut source = Source::new(&server);
+                poll_fn(|cx| -> Poll<()> {
+                    let _ = source.poll_readable(cx);
+                    cx.waker().wake_by_ref();
+                    panic!("on purpose")
+                })
+                .await;
+            });
+            assert!(soon(panicked).await.is_err(), "what it owned is dropped");
+            let task = joined(async {
+                time::sleep(Duration::from_millis(1)).await;
+                1
+            });
+            assert_eq!(soon(task).await.unwrap(), 1, "{engine}");
+        })
+        .unwrap();
+    }
+}
+
+/// What is left at the end is dropped on its thread, whatever it waits for, and may spawn and wake on its way.
+#[test]
+fn tasks_that_are_left_are_dropped() {
+    struct Last(Rc<std::cell::Cell<u32>>);
+    impl Drop for Last {
+        fn drop(&mut self) {
+            self.0.set(self.0.get() + 1);
+        }
+    }
+    for engine in ALL {
+        let dropped = Rc::new(std::cell::Cell::new(0));
+        start(engine, async {
+            let (sender, receiver) = oneshot::channel::<()>();
+            for _ in 0..3 {
+                let last = Last(Rc::clone(&dropped));
+                spawn(async move {
+                    let _last = last;
+                    time::sleep(Duration::from_hours(1)).await;
+                });
+            }
+            let last = Last(Rc::clone(&dropped));
+            spawn(async move {
+                let (_last, _sender) = (last, sender);
+                std::future::pending::<()>().await;
+            });
+            let last = Last(Rc::clone(&dropped));
+            spawn(async move {
+                let _last = last;
+                drop(receiver.await);
+                std::future::pending::<()>().await;
+            });
+            time::sleep(Duration::from_millis(1)).await;
+            let last = Last(Rc::clone(&dropped));
+            spawn(async move { drop(last) }); // never begun, or done
+        })
+        .unwrap();
+        assert_eq!(dropped.get(), 6, "{engine}");
+    }
 }

@@ -87,7 +87,7 @@ fn inspect_with(
 }
 
 fn both(listener: &Listener, client: impl Fn(TcpStream) + Clone + Send + 'static, check: impl Fn(Outcome)) {
-    for engine in [Engine::IoUring, Engine::Epoll] {
+    for engine in [Engine::IoUring, Engine::TokioUring, Engine::Epoll] {
         check(inspect_with(engine, listener, client.clone()));
     }
 }

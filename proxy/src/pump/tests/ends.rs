@@ -273,7 +273,7 @@ fn a_reset_after_a_half_close_is_noticed() {
 /// Dropping the future instead of finishing it must still close both connections.
 #[test]
 fn dropping_the_pump_closes_both_sides() {
-    for engine in [Engine::IoUring, Engine::Epoll] {
+    for engine in [Engine::IoUring, Engine::TokioUring, Engine::Epoll] {
         let (mut client, downstream) = pair();
         let (mut server, upstream) = pair();
         let pump = std::thread::spawn(move || {
@@ -281,10 +281,10 @@ fn dropping_the_pump_closes_both_sides() {
                 let (resources, counters) = (Resources::default(), Counters::default());
                 let options = Options::default();
                 let running = run(&resources, [&downstream, &upstream], None, &options, &counters);
-                assert!(tokio::time::timeout(Duration::from_millis(50), running).await.is_err());
+                assert!(time::timeout(Duration::from_millis(50), running).await.is_err());
                 drop((downstream, upstream));
                 // The runtime goes on, as a worker's does.
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                time::sleep(Duration::from_millis(200)).await;
             })
             .unwrap();
         });

@@ -1,0 +1,653 @@
+//! A ring of our own: what is submitted, what completes, and whom that wakes.
+//!
+//! The ring is entered once per turn of the executor: everything that was submitted goes in, everything that has
+//! completed comes out. With `DEFER_TASKRUN` the kernel does its share of the work then, on this thread, and never
+//! interrupts it.
+//!
+//! Each operation has a slot, whose number is its `user_data`. A slot lives until the kernel's last completion for it,
+//! also when nobody wants the result any more: so a number never names two operations at once, and an operation is
+//! cancelled by its number, which costs the kernel a lookup. (Cancelling by descriptor makes it walk every operation
+//! that is pending.)
+
+use std::cell::{Cell, RefCell, RefMut};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use io_uring::squeue::{Entry, Flags};
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode};
+use slab::Slab;
+
+use super::buffers::{self, Buffers};
+use super::executor::Remote;
+use super::timers::Timers;
+use super::{COMPLETIONS, SUBMISSIONS};
+
+/// `user_data` of what nobody waits for.
+const IGNORED: u64 = u64::MAX;
+/// `user_data` of the wait for wakers on other threads.
+const REMOTE: u64 = u64::MAX - 1;
+/// No buffer.
+const NONE: u16 = u16::MAX;
+/// Of `io_uring_enter`: also run the work that the kernel has put off.
+const GETEVENTS: u32 = 1;
+
+thread_local! {
+    /// The driver of the executor that is running on this thread.
+    static DRIVER: RefCell<Option<Rc<Driver>>> = const { RefCell::new(None) };
+}
+
+/// Calls `f` with the running driver.
+pub(super) fn with<T>(f: impl FnOnce(&Driver) -> T) -> T {
+    try_with(f).expect("waits need uring::start")
+}
+
+/// The same, unless none is running.
+pub(super) fn try_with<T>(f: impl FnOnce(&Driver) -> T) -> Option<T> {
+    DRIVER.try_with(|driver| driver.borrow().as_deref().map(f)).ok().flatten()
+}
+
+/// Names an operation; [`Key::default`] names none.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Key(u32);
+
+impl Default for Key {
+    fn default() -> Self {
+        Self(u32::MAX)
+    }
+}
+
+impl Key {
+    pub(super) fn is_none(&self) -> bool {
+        self.0 == u32::MAX
+    }
+
+    fn index(&self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// One operation, from its submission to its last completion.
+#[derive(Debug)]
+struct Slot {
+    waker: Option<Waker>,
+    /// Events that a watch has seen since somebody looked.
+    edges: u32,
+    /// Buffers with received bytes, in order (see [`Driver::received`]).
+    first: u16,
+    last: u16,
+    /// The result of its last completion.
+    end: Option<i32>,
+    /// Of a send: its bytes, and that its slot is removed with the list of sends; else 0.
+    length: i32,
+    /// Nobody wants the result.
+    abandoned: bool,
+    /// How many entries had been submitted before it.
+    before: u64,
+}
+
+/// A buffer that has come back from the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Arrived {
+    len: u16,
+    /// The next one of the same operation.
+    next: u16,
+}
+
+/// What [`Driver::poll_receive`] finds.
+#[derive(Debug)]
+pub(super) enum Received {
+    /// A buffer with bytes: its number and their count. The caller recycles it.
+    Buffer(u16, usize),
+    /// The operation has ended with this result: 0 is the peer's FIN, below is an errno, above is neither.
+    End(i32),
+}
+
+pub(super) struct Driver {
+    ring: RefCell<IoUring>,
+    /// After the ring: the kernel knows its memory. None: the kernel refused it.
+    buffers: Option<Buffers>,
+    slots: RefCell<Slab<Slot>>,
+    /// What has arrived in each buffer.
+    arrived: RefCell<Vec<Arrived>>,
+    timers: RefCell<Timers>,
+    /// Sends whose end is not known yet (see [`Driver::send`]).
+    sends: RefCell<Vec<u32>>,
+    /// Entries that did not fit into the submission queue.
+    backlog: RefCell<VecDeque<Entry>>,
+    /// Entries ever pushed, and ever taken by the kernel.
+    pushed: Cell<u64>,
+    taken: Cell<u64>,
+    remote: Arc<Remote>,
+    /// Wakers on other threads have woken tasks.
+    remote_woken: Cell<bool>,
+    hurry: Cell<bool>,
+}
+
+impl Driver {
+    pub(super) fn new(ring: IoUring, remote: Arc<Remote>) -> Self {
+        let buffers = Buffers::register(&ring)
+            .inspect_err(|error| tracing::debug!(%error, "no buffer ring: small messages are copied"))
+            .ok();
+        let driver = Self {
+            arrived: RefCell::new(vec![Arrived { len: 0, next: NONE }; buffers::COUNT.into()]),
+            ring: RefCell::new(ring),
+            buffers,
+            slots: RefCell::default(),
+            timers: RefCell::default(),
+            sends: RefCell::default(),
+            backlog: RefCell::default(),
+            pushed: Cell::new(0),
+            taken: Cell::new(0),
+            remote,
+            remote_woken: Cell::new(false),
+            hurry: Cell::new(false),
+        };
+        driver.watch_remote();
+        driver
+    }
+
+    /// Makes it the running one of this thread until the guard is dropped.
+    pub(super) fn enter(self: &Rc<Self>) -> Entered {
+        let before = DRIVER.replace(Some(Rc::clone(self)));
+        assert!(before.is_none(), "a runtime is running on this thread already");
+        Entered
+    }
+
+    /// How other threads reach the executor.
+    pub(super) fn remote(&self) -> &Arc<Remote> {
+        &self.remote
+    }
+
+    pub(super) fn timers(&self) -> RefMut<'_, Timers> {
+        self.timers.borrow_mut()
+    }
+
+    /// Whether bytes can be received into buffers of the kernel's choice.
+    pub(super) fn has_buffers(&self) -> bool {
+        self.buffers.is_some()
+    }
+
+    /// Waits once for `events`; begins when `key` names nothing yet. Ready with events or a negated errno.
+    pub(super) fn poll_once(
+        &self,
+        key: &mut Key,
+        fd: BorrowedFd<'_>,
+        events: libc::c_short,
+        cx: &Context<'_>,
+    ) -> Poll<i32> {
+        if key.is_none() {
+            *key = self.begin(poll_entry(fd, events, false));
+        }
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[key.index()];
+        match slot.end {
+            Some(result) => {
+                slots.remove(key.index());
+                *key = Key::default();
+                Poll::Ready(result)
+            }
+            None => {
+                slot.wake(cx);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Whether anything has happened on `fd` since the last call, at least what is asked for by `events`. It is asked
+    /// for once and reported again and again, each time it happens anew.
+    pub(super) fn poll_watch(
+        &self,
+        key: &mut Key,
+        fd: BorrowedFd<'_>,
+        events: libc::c_short,
+        cx: &Context<'_>,
+    ) -> io::Result<bool> {
+        if key.is_none() {
+            *key = self.begin(poll_entry(fd, events, true));
+        }
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[key.index()];
+        let happened = std::mem::take(&mut slot.edges) != 0;
+        match slot.end {
+            // Ended by the kernel: begins again next time. An end with events was counted among the edges.
+            Some(result) => {
+                slots.remove(key.index());
+                *key = Key::default();
+                if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(true) }
+            }
+            None => {
+                slot.wake(cx);
+                Ok(happened)
+            }
+        }
+    }
+
+    /// Receives into buffers until the stream ends or fails, or until it is [stopped](Self::stop); with `once`, into
+    /// one buffer. Begins when `key` names nothing yet.
+    pub(super) fn poll_receive(
+        &self,
+        key: &mut Key,
+        fd: BorrowedFd<'_>,
+        once: bool,
+        cx: &Context<'_>,
+    ) -> Poll<Received> {
+        if key.is_none() {
+            *key = self.begin(receive_entry(fd, once));
+        }
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[key.index()];
+        if slot.first != NONE {
+            let id = slot.first;
+            let arrived = self.arrived.borrow()[usize::from(id)];
+            slot.first = arrived.next;
+            return Poll::Ready(Received::Buffer(id, arrived.len.into()));
+        }
+        match slot.end {
+            Some(result) => {
+                slots.remove(key.index());
+                *key = Key::default();
+                Poll::Ready(Received::End(result))
+            }
+            None => {
+                slot.wake(cx);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Sends what is in a buffer that has come back, with the next turn. It is done then, as far as it goes without
+    /// waiting: the kernel reports only what went wrong, and the turn itself that nothing did. That turn may wait for
+    /// something else first, unless somebody is in a [hurry](Self::hurry): mostly nobody needs to know.
+    ///
+    /// The caller must neither recycle the buffer nor close the descriptor before the end, or before it has
+    /// [abandoned](Self::abandon) the operation.
+    pub(super) fn send(&self, id: u16, len: usize, fd: BorrowedFd<'_>) -> Key {
+        let bytes = self.bytes(id, len);
+        // All or nothing, as far as `SKIP_SUCCESS` is concerned.
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
+        let entry = opcode::Send::new(Fd(fd.as_raw_fd()), bytes.as_ptr(), len as u32).flags(flags).build();
+        let key = self.begin(entry.flags(Flags::SKIP_SUCCESS));
+        self.slots.borrow_mut()[key.index()].length = len as i32;
+        self.sends.borrow_mut().push(key.0);
+        key
+    }
+
+    /// Makes the next turn end without a wait, so that the ends of its sends become known.
+    pub(super) fn hurry(&self) {
+        self.hurry.set(true);
+    }
+
+    /// Whether a receive has more at hand, or has ended.
+    pub(super) fn has_more(&self, key: &Key) -> bool {
+        !key.is_none() && {
+            let slot = &self.slots.borrow()[key.index()];
+            slot.first != NONE || slot.end.is_some()
+        }
+    }
+
+    /// The end of a send: how many bytes went, or a negated errno.
+    pub(super) fn poll_sent(&self, key: &mut Key, cx: &Context<'_>) -> Poll<i32> {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[key.index()];
+        match slot.end {
+            Some(result) => {
+                slots.remove(key.index());
+                *key = Key::default();
+                Poll::Ready(result)
+            }
+            None => {
+                slot.wake(cx);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Ends the sends that the kernel has taken and said nothing about.
+    fn settle_sends(&self) {
+        let (mut sends, mut slots) = (self.sends.borrow_mut(), self.slots.borrow_mut());
+        let taken = self.taken.get();
+        sends.retain(|key| {
+            let index = *key as usize;
+            let slot = &mut slots[index];
+            if slot.before >= taken {
+                return true;
+            }
+            if slot.end.is_none() {
+                slot.end = Some(slot.length);
+            }
+            if slot.abandoned {
+                slots.remove(index);
+            } else if let Some(waker) = &slot.waker {
+                waker.wake_by_ref();
+            }
+            false
+        });
+    }
+
+    /// What is in a buffer that has come back.
+    pub(super) fn bytes(&self, id: u16, len: usize) -> &[u8] {
+        let buffers = self.buffers.as_ref().expect("a buffer has come back");
+        // SAFETY: `id` and `len` are from `Received::Buffer`, whose receiver recycles it once, at the end.
+        unsafe { buffers.bytes(id, len) }
+    }
+
+    /// Gives a buffer back to the kernel.
+    pub(super) fn recycle(&self, id: u16) {
+        self.buffers.as_ref().expect("a buffer has come back").recycle(id);
+    }
+
+    /// Cancels an operation, whose end is still to be awaited.
+    pub(super) fn stop(&self, key: &Key) {
+        if !key.is_none() && self.slots.borrow()[key.index()].end.is_none() {
+            self.cancel(key);
+        }
+    }
+
+    fn cancel(&self, key: &Key) {
+        let entry = opcode::AsyncCancel::new(u64::from(key.0)).build().flags(Flags::SKIP_SUCCESS);
+        self.push(entry.user_data(IGNORED));
+    }
+
+    /// Waits for the end of an operation that was [stopped](Self::stop). The kernel needs one turn for that; a second
+    /// is for completions that did not fit into the queue.
+    pub(super) fn settle(&self, key: &Key) {
+        for _ in 0..4 {
+            if self.slots.borrow()[key.index()].end.is_some() || self.reap().is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Enters the ring without a wait, in the middle of a turn.
+    pub(super) fn reap(&self) -> io::Result<()> {
+        self.fill();
+        self.enter_ring(false)?;
+        self.count_taken();
+        self.complete_all();
+        self.settle_sends();
+        Ok(())
+    }
+
+    /// Cancels an operation that nobody waits for any more. Its descriptor may be closed then.
+    pub(super) fn abandon(&self, key: &mut Key) {
+        if key.is_none() {
+            return;
+        }
+        let key = std::mem::take(key);
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[key.index()];
+        slot.waker = None;
+        slot.abandoned = true;
+        self.discard(slot);
+        let (is_send, before, ended) = (slot.length != 0, slot.before, slot.end.is_some());
+        if ended {
+            slots.remove(key.index());
+            return;
+        }
+        drop(slots);
+        if !is_send {
+            self.cancel(&key);
+        }
+        // The kernel looks the descriptor up when it takes the entry. By then it could be another file's, and a
+        // buffer somebody else's.
+        while before >= self.taken.get() {
+            self.submit();
+        }
+    }
+
+    /// Gives the buffers of a slot back.
+    fn discard(&self, slot: &mut Slot) {
+        while slot.first != NONE {
+            let id = slot.first;
+            slot.first = self.arrived.borrow()[usize::from(id)].next;
+            self.recycle(id);
+        }
+    }
+
+    fn begin(&self, entry: Entry) -> Key {
+        let slot = Slot {
+            waker: None,
+            edges: 0,
+            first: NONE,
+            last: NONE,
+            end: None,
+            length: 0,
+            abandoned: false,
+            before: self.pushed.get(),
+        };
+        let index = self.slots.borrow_mut().insert(slot);
+        let key =
+            u32::try_from(index).ok().filter(|key| *key != u32::MAX).expect("fewer operations than that");
+        self.push(entry.user_data(u64::from(key)));
+        Key(key)
+    }
+
+    /// Submits with the next turn, or at once when the queue is full.
+    fn push(&self, entry: Entry) {
+        self.pushed.set(self.pushed.get() + 1);
+        if self.backlog.borrow().is_empty() && self.push_now(&entry) {
+            return;
+        }
+        self.submit();
+        if !(self.backlog.borrow().is_empty() && self.push_now(&entry)) {
+            self.backlog.borrow_mut().push_back(entry);
+        }
+    }
+
+    fn push_now(&self, entry: &Entry) -> bool {
+        // SAFETY: a poll or a cancellation refers to no memory; a receive only to the registered buffers, which
+        // outlive the ring. What its descriptor is when the kernel takes the entry: see `abandon`.
+        unsafe { self.ring.borrow_mut().submission().push(entry).is_ok() }
+    }
+
+    /// Hands over what was pushed.
+    fn submit(&self) {
+        self.fill();
+        let result = self.ring.borrow().submit();
+        self.count_taken();
+        match result {
+            Ok(_) => {}
+            // Completions have to be taken first, or memory is short for the moment.
+            Err(error) if is_passing(&error) => self.complete_all(),
+            Err(error) => panic!("io_uring takes nothing more: {error}"),
+        }
+    }
+
+    /// Moves the backlog into the submission queue, as far as it fits.
+    fn fill(&self) {
+        let mut backlog = self.backlog.borrow_mut();
+        while let Some(entry) = backlog.pop_front() {
+            if !self.push_now(&entry) {
+                backlog.push_front(entry);
+                break;
+            }
+        }
+    }
+
+    fn count_taken(&self) {
+        let waiting = self.ring.borrow_mut().submission().len() + self.backlog.borrow().len();
+        self.taken.set(self.pushed.get() - waiting as u64);
+    }
+
+    /// Enters the ring: hands over what was submitted, waits for a completion or a timer if `wait`, and wakes whom
+    /// completions and timers concern. True if wakers on other threads have woken tasks meanwhile.
+    pub(super) fn turn(&self, wait: bool) -> io::Result<bool> {
+        self.fill();
+        self.enter_ring(wait && !self.hurry.take())?;
+        self.count_taken();
+        self.complete_all();
+        self.settle_sends();
+        self.fire_timers();
+        Ok(self.remote_woken.take())
+    }
+
+    fn enter_ring(&self, wait: bool) -> io::Result<()> {
+        let mut ring = self.ring.borrow_mut();
+        let queue = ring.submission();
+        let (len, deferred) = (queue.len(), queue.taskrun() || queue.cq_overflow());
+        drop(queue);
+        let wait = wait && ring.completion().is_empty();
+        let submitter = ring.submitter();
+        let next = if wait { self.timers.borrow().next() } else { None };
+        let result = match next {
+            _ if !wait && len == 0 && !deferred => return Ok(()),
+            // SAFETY: no argument is passed; the entries are sound (see `push_now`).
+            _ if !wait => unsafe { submitter.enter::<libc::sigset_t>(len as u32, 0, GETEVENTS, None) },
+            None => submitter.submit_and_wait(1),
+            Some(at) => {
+                let timespec = timespec(at.saturating_duration_since(Instant::now()));
+                submitter.submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
+            }
+        };
+        match result {
+            Err(error) if !is_passing(&error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn complete_all(&self) {
+        let mut ring = self.ring.borrow_mut();
+        for entry in ring.completion() {
+            self.complete(&entry);
+        }
+    }
+
+    fn complete(&self, entry: &cqueue::Entry) {
+        let (result, more) = (entry.result(), cqueue::more(entry.flags()));
+        match entry.user_data() {
+            IGNORED => return,
+            REMOTE => {
+                self.remote_woken.set(true);
+                if !more {
+                    // Into the backlog: the ring is being read.
+                    self.pushed.set(self.pushed.get() + 1);
+                    self.backlog.borrow_mut().push_back(self.remote_entry());
+                }
+                return;
+            }
+            _ => {}
+        }
+        let mut slots = self.slots.borrow_mut();
+        let Some(slot) = slots.get_mut(entry.user_data() as usize) else { return };
+        if let Some(id) = cqueue::buffer_select(entry.flags()) {
+            match u16::try_from(result) {
+                Ok(len) if len > 0 && !slot.abandoned => self.received(slot, id, len),
+                _ => self.recycle(id),
+            }
+        } else if result > 0 {
+            slot.edges |= result.cast_unsigned();
+        }
+        if !more {
+            slot.end = Some(result);
+            if slot.length != 0 {
+                return; // `settle_sends` follows
+            }
+            if slot.abandoned {
+                slots.remove(entry.user_data() as usize);
+                return;
+            }
+        }
+        if let Some(waker) = &slot.waker {
+            waker.wake_by_ref();
+        }
+    }
+
+    fn received(&self, slot: &mut Slot, id: u16, len: u16) {
+        let mut arrived = self.arrived.borrow_mut();
+        arrived[usize::from(id)] = Arrived { len, next: NONE };
+        if slot.first == NONE {
+            slot.first = id;
+        } else {
+            arrived[usize::from(slot.last)].next = id;
+        }
+        slot.last = id;
+    }
+
+    fn fire_timers(&self) {
+        if self.timers.borrow().next().is_none() {
+            return;
+        }
+        let now = Instant::now();
+        loop {
+            let fired = self.timers.borrow_mut().fire(now);
+            match fired {
+                Some(waker) => waker.wake(),
+                None => return,
+            }
+        }
+    }
+
+    /// Operations that the kernel has not ended yet.
+    pub(super) fn is_idle(&self) -> bool {
+        self.slots.borrow().is_empty()
+    }
+
+    fn remote_entry(&self) -> Entry {
+        poll_entry(self.remote.event(), libc::POLLIN, true).user_data(REMOTE)
+    }
+
+    fn watch_remote(&self) {
+        self.push(self.remote_entry());
+    }
+}
+
+impl Slot {
+    fn wake(&mut self, cx: &Context<'_>) {
+        match &mut self.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            None => self.waker = Some(cx.waker().clone()),
+        }
+    }
+}
+
+/// While it lives, its driver is the running one.
+#[derive(Debug)]
+pub(super) struct Entered;
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        DRIVER.set(None);
+    }
+}
+
+/// A ring with everything that is used here: Linux 6.1.
+pub(super) fn build(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .setup_submit_all()
+        .setup_cqsize(if entries == SUBMISSIONS { COMPLETIONS } else { 2 * entries })
+        .build(entries)
+}
+
+fn poll_entry(fd: BorrowedFd<'_>, events: libc::c_short, multi: bool) -> Entry {
+    let events = u32::from(events.cast_unsigned());
+    opcode::PollAdd::new(Fd(fd.as_raw_fd()), events).multi(multi).build()
+}
+
+fn receive_entry(fd: BorrowedFd<'_>, once: bool) -> Entry {
+    let fd = Fd(fd.as_raw_fd());
+    if once {
+        let entry =
+            opcode::Recv::new(fd, std::ptr::null_mut(), buffers::SIZE as u32).buf_group(buffers::GROUP);
+        entry.build().flags(Flags::BUFFER_SELECT)
+    } else {
+        opcode::RecvMulti::new(fd, buffers::GROUP).build()
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec::new().sec(duration.as_secs()).nsec(duration.subsec_nanos())
+}
+
+/// Nothing is wrong: time is up, a signal came, or completions have to be taken first.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN))
+}
