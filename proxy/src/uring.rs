@@ -23,6 +23,7 @@
 #![allow(unsafe_code)]
 
 mod buffers;
+mod bytes;
 mod executor;
 mod ring;
 mod source;
@@ -44,10 +45,8 @@ use thiserror::Error;
 
 use crate::sys::socket;
 
-pub use source::{
-    Bytes, File, Interest, PendingHangUp, Readiness, Received, Sending, Source, can_receive, flush_sends,
-    hurry_sends, ready,
-};
+pub use bytes::{Bytes, Received, Sending, flush_sends, hurry_sends};
+pub use source::{File, Interest, PendingHangUp, Readiness, Source, can_receive, ready};
 
 /// Submission queue entries: how many waits are handed to the kernel at once before it must be entered early.
 const SUBMISSIONS: u32 = 512;

@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 use super::*;
 
 const SHORT: Duration = Duration::from_millis(150);
@@ -192,4 +194,70 @@ fn bulk_does_not_starve_a_neighbour() {
         drop((client, server));
         assert_eq!(join(pump), None, "the bulk connection was still busy");
     }
+}
+
+/// Peers that take nothing cost what the limits of their connections say, whatever the clients send.
+#[test]
+fn a_thousand_stalled_readers_cost_what_their_limits_say() {
+    const LIMIT: u32 = 32 << 10;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let connections = usize::try_from(most / 4).unwrap_or(usize::MAX).saturating_sub(100).min(1_000);
+    assert!(connections >= 200, "{most} descriptors are too few for this");
+    for engine in [Engine::IoUring, Engine::TokioUring, Engine::Epoll] {
+        let mut ends = Vec::new();
+        let all: Vec<_> = (0..connections)
+            .map(|_| {
+                let ((client, downstream), (server, upstream)) = (pair(), pair());
+                let client = Socket::from(client);
+                let server = Socket::from(server);
+                for socket in [&client, &downstream, &upstream, &server] {
+                    socket.set_send_buffer_size(16 << 10).unwrap();
+                    socket.set_recv_buffer_size(16 << 10).unwrap();
+                }
+                client.set_nonblocking(true).unwrap();
+                // Like a conversation at first, so that what is ready for small messages is in use.
+                assert_eq!(client.send(b"hello").unwrap(), 5);
+                ends.push((client, server));
+                (downstream, upstream)
+            })
+            .collect();
+        let before = resident_bytes();
+        let (held, grown) = uring::start(engine, async move {
+            let resources = Rc::new(Resources::default());
+            let counters: Vec<_> = (0..connections).map(|_| Rc::new(Counters::default())).collect();
+            for (sockets, counters) in all.into_iter().zip(&counters) {
+                let (resources, counters) = (Rc::clone(&resources), Rc::clone(counters));
+                uring::spawn(async move {
+                    let options = Options {
+                        downstream_buffer_limit: LIMIT,
+                        upstream_buffer_limit: LIMIT,
+                        ..Options::default()
+                    };
+                    run(&resources, [&sockets.0, &sockets.1], None, &options, &counters).await;
+                });
+            }
+            let bulk = vec![7; 1 << 16];
+            let mut quiet = 0;
+            while quiet < 20 {
+                time::sleep(Duration::from_millis(5)).await;
+                let sent: usize = ends.iter().map(|(client, _)| client.send(&bulk).unwrap_or(0)).sum();
+                quiet = if sent == 0 { quiet + 1 } else { 0 };
+            }
+            let held: u64 = counters.iter().map(|counters| counters.downstream.buffered()).sum();
+            (held, resident_bytes().saturating_sub(before))
+        })
+        .unwrap();
+        let most = connections as u64 * 64 * 1024;
+        assert!(held > 0, "{engine}: nobody was stalled");
+        assert!(held <= most, "{engine}: {held} bytes are held for {connections} connections");
+        // Buffers of the ring, the connections themselves, and what the allocator keeps.
+        assert!(grown <= most + (16 << 20), "{engine}: {grown} bytes more in memory, {held} held");
+    }
+}
+
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    pages * 4096
 }
