@@ -44,7 +44,7 @@ impl Sending<'_> {
     /// # Errors
     /// Those of send(2); none was taken then.
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let result = ready!(ring::with(|driver| driver.poll_sent(&mut self.key, cx)));
+        let result = ready!(ring::with(|driver| driver.poll_end(&mut self.key, cx)));
         Poll::Ready(usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result)))
     }
 

@@ -184,19 +184,7 @@ impl Driver {
         if key.is_none() {
             *key = self.begin(poll_entry(fd, events, false));
         }
-        let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[key.index()];
-        match slot.end {
-            Some(result) => {
-                slots.remove(key.index());
-                *key = Key::default();
-                Poll::Ready(result)
-            }
-            None => {
-                slot.wake(cx);
-                Poll::Pending
-            }
-        }
+        self.poll_end(key, cx)
     }
 
     /// Whether anything has happened on `fd` since the last call, at least what is asked for by `events`. It is asked
@@ -248,17 +236,8 @@ impl Driver {
             slot.first = arrived.next;
             return Poll::Ready(Received::Buffer(id, arrived.len.into()));
         }
-        match slot.end {
-            Some(result) => {
-                slots.remove(key.index());
-                *key = Key::default();
-                Poll::Ready(Received::End(result))
-            }
-            None => {
-                slot.wake(cx);
-                Poll::Pending
-            }
-        }
+        drop(slots);
+        self.poll_end(key, cx).map(Received::End)
     }
 
     /// Sends what is in a buffer that has come back, with the next turn. It is done then, as far as it goes without
@@ -291,8 +270,8 @@ impl Driver {
         }
     }
 
-    /// The end of a send: how many bytes went, or a negated errno.
-    pub(super) fn poll_sent(&self, key: &mut Key, cx: &Context<'_>) -> Poll<i32> {
+    /// The end of an operation, with its result; of a send: how many bytes went, or a negated errno.
+    pub(super) fn poll_end(&self, key: &mut Key, cx: &Context<'_>) -> Poll<i32> {
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[key.index()];
         match slot.end {
