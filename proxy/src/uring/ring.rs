@@ -289,6 +289,14 @@ impl Driver {
 
     /// Ends the sends that the kernel has taken and said nothing about.
     fn settle_sends(&self) {
+        if self.sends.borrow().is_empty() {
+            return;
+        }
+        // What went wrong may be among the completions that did not fit into the queue.
+        if self.ring.borrow_mut().submission().cq_overflow() {
+            self.hurry();
+            return;
+        }
         let (mut sends, mut slots) = (self.sends.borrow_mut(), self.slots.borrow_mut());
         let taken = self.taken.get();
         sends.retain(|key| {
