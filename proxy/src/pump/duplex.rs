@@ -102,7 +102,14 @@ impl<'a> Duplex<'a> {
                 }
             }
             if self.both_closed() && self.flush.is_none() {
-                return Poll::Ready(self.finished());
+                // A reset before the last FIN must not look like one.
+                match Side::both().into_iter().find(|side| self.was_gone(*side)) {
+                    None => return Poll::Ready(self.finished()),
+                    Some(side) => match self.hung_up(side) {
+                        Some(outcome) => return Poll::Ready(outcome),
+                        None => continue,
+                    },
+                }
             }
             for side in [Side::Downstream, Side::Upstream] {
                 if self.only_a_hang_up_counts(side) && self.source(side).poll_hang_up(cx).is_ready() {
@@ -135,7 +142,6 @@ impl<'a> Duplex<'a> {
 
     /// Moves bytes of one direction until it has to wait, has had its turn, or has ended.
     fn turn(&mut self, from: Side, budget: usize, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        let is_last = self.flush.is_none() && self.phase(from.other()) == Phase::Closed;
         let [downstream, upstream] = &mut self.sources;
         let (source, destination) = match from {
             Side::Downstream => (downstream, upstream),
@@ -147,7 +153,6 @@ impl<'a> Duplex<'a> {
             source,
             destination,
             budget,
-            is_last,
             active: false,
         };
         let lane = &mut self.lanes[from as usize];
@@ -260,6 +265,11 @@ impl<'a> Duplex<'a> {
 
     fn flushing(&self) -> Option<Flush> {
         self.flush.as_deref().copied()
+    }
+
+    /// Whether a side could not be sent the other's FIN, and nobody has looked why.
+    fn was_gone(&self, side: Side) -> bool {
+        self.lanes[side.other() as usize].fin_failed && !self.hung_up[side as usize]
     }
 
     fn both_closed(&self) -> bool {

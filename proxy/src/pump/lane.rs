@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::task::{Context, Poll, ready};
 
@@ -29,6 +28,8 @@ pub(super) struct Lane<'a> {
     /// What is held by splice.
     pipe: Option<PooledPipe<'a>>,
     counters: &'a Direction,
+    /// The FIN had nobody to go to.
+    pub(super) fin_failed: bool,
     /// Reading is paused because the destination takes nothing.
     paused: bool,
     /// Bytes held at most.
@@ -50,8 +51,6 @@ pub(super) struct Turn<'t, 'a> {
     pub(super) source: &'t mut Source<&'a Socket>,
     pub(super) destination: &'t mut Source<&'a Socket>,
     pub(super) budget: usize,
-    /// The other direction has ended, with its FIN forwarded.
-    pub(super) is_last: bool,
     pub(super) active: bool,
 }
 
@@ -70,6 +69,7 @@ impl<'a> Lane<'a> {
             leftover: Leftover::default(),
             pipe: None,
             counters,
+            fin_failed: false,
             paused: false,
             limit: if limit == 0 { 1 << 20 } else { limit as usize },
         }
@@ -82,11 +82,8 @@ impl<'a> Lane<'a> {
             match step {
                 Step::Done => return Poll::Ready(Ok(())),
                 Step::Fin => {
-                    // The last one is sent by closing. Only ENOTCONN is possible: gone already, which other waits
-                    // will tell.
-                    if !turn.is_last {
-                        let _ = socket::shutdown(turn.destination.fd(), Shutdown::Write);
-                    }
+                    // Fails only when the destination is gone already.
+                    self.fin_failed = !socket::send_fin(turn.destination.fd());
                     self.half.fin_sent();
                 }
                 Step::Write if self.sending.is_some() => ready!(self.sent(turn, cx))?,

@@ -164,6 +164,11 @@ pub fn shutdown(socket: BorrowedFd<'_>, how: Shutdown) -> io::Result<()> {
     }
 }
 
+/// Sends a FIN. False: the socket is not connected any more.
+pub fn send_fin(socket: BorrowedFd<'_>) -> bool {
+    socket2::SockRef::from(&socket).shutdown(Shutdown::Write).is_ok()
+}
+
 /// Ends the connection with a RST at once, and with it every wait on the socket. What was not sent yet is
 /// dropped. The descriptor stays open and unconnected.
 pub fn disconnect(socket: BorrowedFd<'_>) -> io::Result<()> {
