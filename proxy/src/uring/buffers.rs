@@ -12,8 +12,8 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 /// Their number; a power of two. A few wake-ups' worth: what arrives is given back at once.
 pub(super) const COUNT: u16 = 512;
-/// Bytes of each. A message that fills it is moved in another way. The kernel fills at most 32 for one socket before
-/// it looks at others, so a connection holds 64 KiB of them at most.
+/// Bytes of each. A message that fills it is moved in another way. The kernel fills 32 for one socket before it looks at
+/// others, and may come back to it in the same turn: only their number bounds what one connection gets at once.
 pub(super) const SIZE: usize = 2048;
 /// Their group; a ring has only this one.
 pub(super) const GROUP: u16 = 0;
@@ -43,7 +43,8 @@ impl Buffers {
             buffers.write(id);
         }
         let address = buffers.entries.as_ptr() as u64;
-        // SAFETY: `COUNT` entries, zeroed and on pages of their own, that live until the ring is gone (its owner drops it first).
+        // SAFETY: `COUNT` entries, all written above, on pages of their own; they live until the ring is gone, because
+        // `Driver` declares, and so drops, the ring first.
         unsafe { ring.submitter().register_buf_ring(address, COUNT, GROUP)? };
         buffers.publish();
         Ok(buffers)
@@ -55,8 +56,8 @@ impl Buffers {
     /// The kernel has given `id` back with at least `len` bytes, and it was not [recycled](Self::recycle) since.
     pub(super) unsafe fn bytes(&self, id: u16, len: usize) -> &[u8] {
         debug_assert!(id < COUNT && len <= SIZE);
-        // SAFETY: inside of the allocation, initialized (mapped memory is zero at first), and the kernel doesn't write to what
-        // it has given back.
+        // SAFETY: inside of the mapping, initialized (mapped memory is zero at first), and the kernel doesn't write to
+        // what it has given back.
         unsafe { std::slice::from_raw_parts(self.bytes.as_ptr().add(usize::from(id) * SIZE), len) }
     }
 

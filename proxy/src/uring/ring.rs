@@ -428,8 +428,9 @@ impl Driver {
     }
 
     fn push_now(&self, entry: &Entry) -> bool {
-        // SAFETY: a poll or a cancellation refers to no memory; a receive only to the registered buffers, which
-        // outlive the ring. What its descriptor is when the kernel takes the entry: see `abandon`.
+        // SAFETY: a poll or a cancellation refers to no memory; a receive only to the registered buffers, and a send to
+        // one of them, which outlive the ring. A buffer that is sent is not recycled before the kernel has taken the
+        // entry, and a descriptor is not closed before that: `abandon` waits for it.
         unsafe { self.ring.borrow_mut().submission().push(entry).is_ok() }
     }
 
