@@ -133,6 +133,7 @@ pub fn cluster(
         },
         transport_sockets: TransportSocketMatches::default(),
         circuit_breakers: Thresholds::default(),
+        outlier_detection: None,
         healthy_panic_threshold: 50.0,
         upstream_keepalive: None,
         dns: Dns {

@@ -22,8 +22,9 @@ use file::LogFile;
 use filter::Matcher;
 use format::Entry;
 use operator::Operator;
+use time::TimeFormat;
 
-pub use file::{FlushSettings, Registry, flush_worker};
+pub use file::{EventFile, FlushSettings, Registry, flush_worker};
 pub use format::Formatter;
 
 /// Why an access log can't be used.
@@ -50,6 +51,13 @@ pub enum AccessLogError {
         /// The system's reason.
         source: std::io::Error,
     },
+}
+
+/// As in JSON: UTC, in milliseconds.
+pub(crate) fn timestamp(at: SystemTime) -> String {
+    let mut out = Vec::new();
+    TimeFormat::iso8601().write(at, &mut out);
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 /// Checks format and filter without opening anything (`--mode validate`).

@@ -26,14 +26,16 @@ pub mod endpoint;
 pub mod host;
 pub mod load_balancer;
 pub mod original_dst;
+pub mod outlier;
 pub mod priority;
 pub mod removal;
 
 use circuit_breaker::CircuitBreaker;
 use endpoint::{Endpoint, HostSet};
-use host::HostRegistry;
+use host::{HealthFlag, HostRegistry};
 pub use load_balancer::WorkerBalancers;
 use original_dst::OriginalDstHosts;
+use outlier::Detector;
 use removal::Lost;
 
 /// Identifies a [`Cluster`] object: a successor of the same name has another one.
@@ -54,6 +56,10 @@ pub struct Cluster {
     announced: AtomicBool,
     /// Who ends connections to endpoints that are gone. Empty if nobody has to.
     losses: OnceLock<UnboundedSender<Lost>>,
+    /// Only with outlier detection.
+    outlier: Option<Box<Detector>>,
+    /// It replaces another version, whose findings about hosts it may not look for itself.
+    inherits: bool,
     /// Only for ORIGINAL_DST.
     original_dst: Option<Arc<OriginalDstHosts>>,
     /// Only of clusters with TLS.
@@ -88,7 +94,12 @@ impl Cluster {
         let in_use = previous.map(|cluster| Arc::clone(cluster.breaker.in_use())).unwrap_or_default();
         let original_dst = (config.discovery == Discovery::OriginalDst)
             .then(|| previous.and_then(|cluster| cluster.original_dst.clone()).unwrap_or_default());
+        let detector = |detection: &config::outlier::OutlierDetection| {
+            Box::new(Detector::new(detection.clone(), stats.outlier(stat_name)))
+        };
         let cluster = Arc::new(Self {
+            outlier: config.outlier_detection.as_deref().map(detector),
+            inherits: previous.is_some(),
             id: ClusterId(NEXT_ID.fetch_add(1, Relaxed)),
             stats: stats.cluster(stat_name),
             breaker: CircuitBreaker::new(config.circuit_breakers, in_use),
@@ -139,7 +150,13 @@ impl Cluster {
         if !new.same_members(&old) && self.announced.load(Relaxed) {
             self.stats.membership_change().inc();
         }
+        if self.outlier.is_some() {
+            new.endpoints().for_each(|endpoint| endpoint.host.watch_for_outliers());
+        }
         self.publish(new);
+        if let Some(outlier) = &self.outlier {
+            outlier.members_changed();
+        }
         self.registry.prune();
         true
     }
@@ -172,11 +189,29 @@ impl Cluster {
     /// It is in force: from here on its endpoints are what the stats of its name tell.
     pub fn announce(&self) {
         if !self.announced.swap(true, Relaxed) {
+            self.disown();
             let membership = self.hosts.load().membership();
             if membership[0] > 0 {
                 self.stats.membership_change().inc();
             }
             self.show(membership);
+        }
+    }
+
+    /// Flags that a former version has set, and that nobody would take back any more, go.
+    fn disown(&self) {
+        if !self.inherits || self.outlier.is_some() {
+            return;
+        }
+        let mut changed = false;
+        for endpoint in self.hosts.load().endpoints() {
+            if endpoint.host.has(HealthFlag::FailedOutlier) {
+                endpoint.host.set_health_flag(HealthFlag::FailedOutlier, false);
+                changed = true;
+            }
+        }
+        if changed {
+            self.refresh_health();
         }
     }
 
@@ -217,6 +252,11 @@ impl Cluster {
     /// Its limits.
     pub fn breaker(&self) -> &CircuitBreaker {
         &self.breaker
+    }
+
+    /// Its outlier detection, if it has any.
+    pub fn outlier(&self) -> Option<&Detector> {
+        self.outlier.as_deref()
     }
 
     /// Its endpoints now. Cheap: no lock, and no write to shared memory in the usual case.
@@ -314,6 +354,7 @@ pub(crate) mod tests {
             circuit_breakers: Thresholds::default(),
             endpoint_removal: None,
             close_connections_on_host_health_failure: false,
+            outlier_detection: None,
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,
             dns: Dns {

@@ -19,6 +19,7 @@ pub mod endpoint;
 pub mod error;
 pub mod filter_chain;
 pub mod listener;
+pub mod outlier;
 pub mod proto;
 pub mod route;
 pub mod runtime;

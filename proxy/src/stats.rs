@@ -26,8 +26,8 @@ pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGa
 pub use blocks::{
     AccessLogStats, AdminListenerStats, ClientTlsStats, ClusterManagerStats, ClusterStats, ConfigStats,
     ControlPlaneStats, FilesystemStats, HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats,
-    ProxyProtocolStats, PumpStats, RdsStats, RootStats, RuntimeStats, SdsStats, ServerStats, TcpProxyStats,
-    TlsInspectorStats,
+    OutlierStats, ProxyProtocolStats, PumpStats, RdsStats, RootStats, RuntimeStats, SdsStats, ServerStats,
+    TcpProxyStats, TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
@@ -111,6 +111,11 @@ impl Stats {
     /// `cluster.<name>.*`
     pub fn cluster(&self, name: &str) -> ClusterStats {
         ClusterStats::from_block(self.block(ClusterStats::LAYOUT, name))
+    }
+
+    /// `cluster.<name>.outlier_detection.*`
+    pub fn outlier(&self, name: &str) -> OutlierStats {
+        OutlierStats::from_block(self.block(OutlierStats::LAYOUT, name))
     }
 
     /// `cluster.<name>.client_ssl_socket_factory.*`

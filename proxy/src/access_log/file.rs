@@ -67,6 +67,21 @@ pub(super) struct LogFile {
     target: Mutex<Target>,
 }
 
+/// A log of events that are rare: outlier detection, health checks. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct EventFile(Arc<LogFile>);
+
+impl EventFile {
+    /// Appends a line and hands it to the writer thread. Never blocks.
+    pub fn write_line(&self, line: &str) {
+        self.0.append(|out| {
+            out.extend_from_slice(line.as_bytes());
+            out.push(b'\n');
+        });
+        flush_worker();
+    }
+}
+
 #[derive(Debug)]
 struct Target {
     /// None for stdout and stderr.
@@ -96,6 +111,11 @@ impl Registry {
     /// When buffers are handed over.
     pub fn settings(&self) -> FlushSettings {
         self.0.settings
+    }
+
+    /// A file of lines about rare events, each of which is written at once.
+    pub fn open_events(&self, path: &Path) -> Result<EventFile, AccessLogError> {
+        self.open(&Sink::File(path.into())).map(EventFile)
     }
 
     /// The file for a sink; loggers with the same sink share it.

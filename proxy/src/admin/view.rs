@@ -20,6 +20,9 @@ pub struct ClusterView {
     pub thresholds: [ThresholdsView; 2],
     /// It came from a control plane.
     pub added_via_api: bool,
+    /// Outlier detection: average success rate and what is too far below it, in percent; for requests, then for errors
+    /// that arose here. The inner ones are none when not enough was seen.
+    pub outlier: Option<[Option<(f64, f64)>; 2]>,
     /// EDS service name; empty when it has none.
     pub eds_service_name: Arc<str>,
     /// Its hosts, by priority.
@@ -211,6 +214,13 @@ pub(super) fn clusters_text(clusters: &[ClusterView]) -> String {
             let _ = writeln!(out, "{name}::{text}");
         };
         line(format!("observability_name::{}", cluster.observability_name));
+        let outlier =
+            cluster.outlier.into_iter().flat_map(|rates| ["", "local_origin_"].into_iter().zip(rates));
+        for (prefix, rates) in outlier {
+            let (average, threshold) = rates.unwrap_or((-1.0, -1.0));
+            line(format!("outlier::{prefix}success_rate_average::{}", significant(average)));
+            line(format!("outlier::{prefix}success_rate_ejection_threshold::{}", significant(threshold)));
+        }
         for (priority, thresholds) in ["default", "high"].into_iter().zip(cluster.thresholds) {
             for (field, value) in thresholds.fields() {
                 line(format!("{priority}_priority::{field}::{value}"));
@@ -256,7 +266,15 @@ pub(super) fn clusters_json(clusters: &[ClusterView]) -> Value {
             status.insert("name".into(), json!(*cluster.name));
             put(&mut status, "added_via_api", cluster.added_via_api, true);
             let hosts: Vec<Value> = cluster.hosts.iter().map(host_json).collect();
+            // A threshold that nobody can be below is not shown.
+            let [threshold, local] = cluster
+                .outlier
+                .unwrap_or_default()
+                .map(|rates| rates.map(|(_, threshold)| threshold).filter(|threshold| *threshold >= 0.0));
+            let rate = |rate: Option<f64>| json!({"value": rate});
+            put(&mut status, "success_rate_ejection_threshold", threshold.is_some(), rate(threshold));
             put(&mut status, "host_statuses", !hosts.is_empty(), hosts);
+            put(&mut status, "local_origin_success_rate_ejection_threshold", local.is_some(), rate(local));
             status.insert("circuit_breakers".into(), thresholds_json(&cluster.thresholds));
             status.insert("observability_name".into(), json!(*cluster.observability_name));
             put(
@@ -269,6 +287,11 @@ pub(super) fn clusters_json(clusters: &[ClusterView]) -> Value {
         })
         .collect();
     json!({"cluster_statuses": clusters})
+}
+
+/// As `%g`: six digits.
+fn significant(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
 }
 
 fn put(object: &mut Map<String, Value>, name: &str, when: bool, value: impl Into<Value>) {
@@ -439,6 +462,7 @@ mod tests {
         let cluster = ClusterView {
             name: "a:b".into(),
             added_via_api: true,
+            outlier: None,
             eds_service_name: "svc".into(),
             hosts: vec![host],
             ..ClusterView::default()

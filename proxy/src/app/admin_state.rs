@@ -405,12 +405,19 @@ fn cluster_view(cluster: &Arc<Cluster>) -> ClusterView {
             .map(|eds| Arc::clone(&eds.service_name))
             .filter(|name| *name != config.name)
             .unwrap_or_default(),
-        hosts: cluster.endpoints().iter().map(|endpoint| host_view(endpoint)).collect(),
+        outlier: cluster.outlier().map(|outlier| {
+            let threshold = outlier.threshold().map(|it| (it.average, it.ejection));
+            let split = outlier.config().split_external_local_origin_errors;
+            if split { [None, threshold] } else { [threshold, None] }
+        }),
+        hosts: cluster.endpoints().iter().map(|endpoint| host_view(cluster, endpoint)).collect(),
     }
 }
 
-fn host_view(endpoint: &Endpoint) -> HostView {
+fn host_view(cluster: &Cluster, endpoint: &Endpoint) -> HostView {
     let host = &endpoint.host;
+    let split = cluster.outlier().map(|outlier| outlier.config().split_external_local_origin_errors);
+    let success_rate = split.and_then(|split| Some((split, host.monitor()?.history().success_rate?)));
     let has = |flag: HealthFlag| host.health_flags() & flag as u32 != 0;
     HostView {
         hostname: Arc::clone(&endpoint.hostname),
@@ -427,6 +434,8 @@ fn host_view(endpoint: &Endpoint) -> HostView {
             pending_dynamic_removal: false,
             eds_health_status: endpoint.health_status,
         },
+        success_rate: success_rate.filter(|(split, _)| !split).map(|(_, rate)| rate),
+        local_origin_success_rate: success_rate.filter(|(split, _)| *split).map(|(_, rate)| rate),
         weight: endpoint.weight,
         region: Arc::clone(&endpoint.locality.region),
         zone: Arc::clone(&endpoint.locality.zone),

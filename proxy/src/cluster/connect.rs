@@ -16,6 +16,7 @@ use socket2::{SockAddr, Socket};
 
 use super::circuit_breaker::Permit;
 use super::endpoint::Endpoint;
+use super::outlier::Outcome;
 use super::{Cluster, WorkerBalancers};
 use crate::addr::OriginalDst;
 use crate::config;
@@ -280,6 +281,11 @@ async fn attempt(
     record.connect_begin = Some(record.start.elapsed());
     let result = dial(dialer, address, cluster.config()).await;
     pending.end(result.is_err());
+    if let Some(outlier) = cluster.outlier()
+        && let Some(outcome) = outcome(&result)
+    {
+        outlier.note(&endpoint.host, outcome);
+    }
     match result {
         Ok(socket) => {
             guard.establish();
@@ -304,6 +310,16 @@ async fn attempt(
             record.details_mut().upstream_transport_failure = error.reason(address);
             None
         }
+    }
+}
+
+/// What an attempt says of the host, if it says anything.
+fn outcome<T>(result: &Result<T, AttemptError>) -> Option<Outcome> {
+    match result {
+        Ok(_) => Some(Outcome::Connected),
+        Err(AttemptError::Immediate(_) | AttemptError::Delayed(_)) => Some(Outcome::Failed),
+        Err(AttemptError::Timeout) => Some(Outcome::TimedOut),
+        Err(AttemptError::Socket(_)) => None, // our own fault
     }
 }
 

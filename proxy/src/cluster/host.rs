@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use super::outlier::Monitor;
 use super::removal::{Absence, Loss};
 use crate::addr::EndpointAddr;
 
@@ -18,6 +19,8 @@ pub struct Host {
     rq_active: AtomicU64,
     rq_total: AtomicU64,
     health_flags: AtomicU8,
+    /// Of a cluster with outlier detection.
+    monitor: OnceLock<Box<Monitor>>,
     /// Of a cluster that ends connections to endpoints that are gone.
     absence: Absence,
     /// ORIGINAL_DST: picked since the last sweep.
@@ -51,6 +54,7 @@ impl Host {
             rq_active: AtomicU64::new(0),
             rq_total: AtomicU64::new(0),
             health_flags: AtomicU8::new(0),
+            monitor: OnceLock::new(),
             absence: Absence::default(),
             recently_picked: AtomicBool::new(true),
             swept: AtomicBool::new(false),
@@ -92,6 +96,11 @@ impl Host {
         self.health_flags.load(Relaxed).into()
     }
 
+    /// Whether a health flag is set.
+    pub fn has(&self, flag: HealthFlag) -> bool {
+        self.health_flags.load(Relaxed) & flag as u8 != 0
+    }
+
     /// Sets or clears a health flag. The cluster has to be refreshed for balancers to see it.
     pub fn set_health_flag(&self, flag: HealthFlag, on: bool) {
         if on {
@@ -99,6 +108,16 @@ impl Host {
         } else {
             self.health_flags.fetch_and(!(flag as u8), Relaxed);
         }
+    }
+
+    /// What outlier detection knows of it; none if its cluster never had any.
+    pub fn monitor(&self) -> Option<&Monitor> {
+        self.monitor.get().map(|monitor| &**monitor)
+    }
+
+    /// Its cluster has outlier detection.
+    pub(super) fn watch_for_outliers(&self) {
+        self.monitor.get_or_init(Box::default);
     }
 
     /// Whether it is among the endpoints of its cluster, for those that want to know.

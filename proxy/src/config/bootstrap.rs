@@ -26,6 +26,8 @@ pub struct Bootstrap {
     pub dynamic: DynamicResources,
     /// What the static layers of `layered_runtime` say.
     pub runtime: Runtime,
+    /// `cluster_manager.outlier_detection.event_log_path`: where ejections are noted.
+    pub outlier_event_log: Option<PathBuf>,
     /// The bootstrap extension `tidegate.bootstrap.v1.Interception`; none when it is absent.
     pub interception: Option<Interception>,
     /// `stats_flush_interval`; Envoy's default is 5 s.

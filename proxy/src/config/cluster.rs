@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::config_source::ConfigSource;
 use super::endpoint::ClusterLoadAssignment;
 use super::listener::TcpKeepalive;
+use super::outlier::OutlierDetection;
 use super::tls::UpstreamTls;
 use super::transport_socket::TransportSocketMatches;
 
@@ -32,6 +33,8 @@ pub struct Cluster {
     pub transport_sockets: TransportSocketMatches,
     /// Thresholds of priority DEFAULT.
     pub circuit_breakers: Thresholds,
+    /// Hosts that connects fail at are not used for a while; none: they are.
+    pub outlier_detection: Option<Box<OutlierDetection>>,
     /// Below this share of healthy hosts all are used, percent 0–100; default 50. 0 turns panic mode off.
     pub healthy_panic_threshold: f64,
     /// Keepalive of upstream connections.

@@ -271,6 +271,7 @@ mod tests {
             circuit_breakers: Thresholds::default(),
             endpoint_removal: None,
             close_connections_on_host_health_failure: false,
+            outlier_detection: None,
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,
             dns: Dns {

@@ -144,6 +144,38 @@ stats_block! {
 }
 
 stats_block! {
+    /// `cluster.<name>.outlier_detection.*`, of clusters with outlier detection.
+    OutlierStats: "cluster", label "envoy_cluster_name", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {
+        ejections_consecutive_5xx = "outlier_detection.ejections_consecutive_5xx",
+        ejections_detected_consecutive_5xx = "outlier_detection.ejections_detected_consecutive_5xx",
+        ejections_detected_consecutive_gateway_failure = "outlier_detection.ejections_detected_consecutive_gateway_failure",
+        ejections_detected_consecutive_local_origin_failure = "outlier_detection.ejections_detected_consecutive_local_origin_failure",
+        ejections_detected_failure_percentage = "outlier_detection.ejections_detected_failure_percentage",
+        ejections_detected_local_origin_failure_percentage = "outlier_detection.ejections_detected_local_origin_failure_percentage",
+        ejections_detected_local_origin_success_rate = "outlier_detection.ejections_detected_local_origin_success_rate",
+        ejections_detected_success_rate = "outlier_detection.ejections_detected_success_rate",
+        ejections_enforced_consecutive_5xx = "outlier_detection.ejections_enforced_consecutive_5xx",
+        ejections_enforced_consecutive_gateway_failure = "outlier_detection.ejections_enforced_consecutive_gateway_failure",
+        ejections_enforced_consecutive_local_origin_failure = "outlier_detection.ejections_enforced_consecutive_local_origin_failure",
+        ejections_enforced_failure_percentage = "outlier_detection.ejections_enforced_failure_percentage",
+        ejections_enforced_local_origin_failure_percentage = "outlier_detection.ejections_enforced_local_origin_failure_percentage",
+        ejections_enforced_local_origin_success_rate = "outlier_detection.ejections_enforced_local_origin_success_rate",
+        ejections_enforced_success_rate = "outlier_detection.ejections_enforced_success_rate",
+        ejections_enforced_total = "outlier_detection.ejections_enforced_total",
+        ejections_overflow = "outlier_detection.ejections_overflow",
+        ejections_success_rate = "outlier_detection.ejections_success_rate",
+        ejections_total = "outlier_detection.ejections_total",
+    }
+    shared_gauges { ejections_active = "outlier_detection.ejections_active" }
+    zero_counters { "outlier_detection.ejections_detected_degradation" }
+    zero_gauges {}
+}
+
+stats_block! {
     /// `sds.<name>.*`: a secret.
     SdsStats: "sds", label "envoy_xds_resource_name", per_worker [];
     counters {}

@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use tokio::sync::mpsc;
 
 use super::cache::Cache;
@@ -187,8 +188,14 @@ impl Store {
     pub fn new(bootstrap: &Bootstrap, parts: Parts) -> anyhow::Result<Self> {
         let Parts { stats, logs, workers, client, events, tables, cache, unknown_fields } = parts;
         let (report_losses, losses) = mpsc::unbounded_channel();
+        let outlier_events = bootstrap
+            .outlier_event_log
+            .as_deref()
+            .map(|path| logs.open_events(path))
+            .transpose()
+            .context("cluster_manager.outlier_detection.event_log_path")?;
         let mut store = Self {
-            clusters: Clusters::new(&stats, report_losses),
+            clusters: Clusters::new(&stats, report_losses, outlier_events),
             listeners: Listeners::new(&stats, &logs, workers),
             routes: Routes::new(&stats, &logs),
             secrets: Secrets::new(&stats),

@@ -580,3 +580,13 @@ fn static_secrets_that_can_not_be() {
     ]);
     assert_eq!(warnings(&with_secrets(fine)), Vec::<String>::new());
 }
+
+#[test]
+fn ejections_that_would_be_longer_than_their_maximum() {
+    let cluster = with(cluster("c"), json!({"outlier_detection": {"max_ejection_time": "1s"}}));
+    refused(
+        &bootstrap(vec![], vec![cluster]),
+        &format!("{C}.outlier_detection.max_ejection_time"),
+        "outlier detector's max_ejection_time cannot be smaller than base_ejection_time",
+    );
+}

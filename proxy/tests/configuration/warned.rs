@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use tidegate::config::cluster::{LbPolicy, Thresholds};
 use tidegate::config::filter_chain::Terminal;
 use tidegate::config::listener::ListenerFilter;
+use tidegate::config::outlier::OutlierDetection;
 use tidegate::config::route::HttpRouting;
 use tidegate::config::tcp_proxy::ClusterChoice;
 
@@ -26,11 +27,11 @@ fn routing(bootstrap: &Value) -> std::sync::Arc<HttpRouting> {
 
 #[test]
 fn inactive_fields_are_named_once_with_a_count() {
-    let clusters = ["a", "b", "c"].map(|name| with(cluster(name), json!({"outlier_detection": {}})));
+    let clusters = ["a", "b", "c"].map(|name| with(cluster(name), json!({"preconnect_policy": {}})));
     warned(
         &bootstrap(vec![], clusters.into()),
         &[
-            "static_resources.clusters[0].outlier_detection: parsed, not active in this version (and 2 more like this)",
+            "static_resources.clusters[0].preconnect_policy: parsed, not active in this version (and 2 more like this)",
         ],
     );
 }
@@ -277,4 +278,43 @@ fn exclusions_are_not_active() {
              captured all the same",
         ],
     );
+}
+
+#[test]
+fn outlier_detection_has_envoys_defaults() {
+    let of = |fields: Value| {
+        let bootstrap = bootstrap(vec![], vec![with(cluster("c"), json!({"outlier_detection": fields}))]);
+        warned(&bootstrap, &[]);
+        load_json(&bootstrap).unwrap().bootstrap.clusters[0].outlier_detection.clone().unwrap()
+    };
+    assert_eq!(*of(json!({})), OutlierDetection::default());
+    let seconds = std::time::Duration::from_secs;
+    let long = of(json!({"base_ejection_time": "400s", "consecutive_5xx": 0, "always_eject_one_host": true}));
+    assert_eq!((long.base_ejection_time, long.max_ejection_time), (seconds(400), seconds(400)));
+    assert_eq!((long.consecutive_5xx, long.always_eject_one_host), (0, true));
+    let split = of(json!({"split_external_local_origin_errors": true, "max_ejection_time_jitter": "2s"}));
+    assert!(split.split_external_local_origin_errors);
+    assert_eq!(split.max_ejection_time_jitter, seconds(2));
+}
+
+#[test]
+fn outlier_detection_does_nothing_where_clients_choose() {
+    let fields = json!({"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "load_assignment": null, "outlier_detection": {}});
+    let cluster = with(cluster("c"), fields);
+    warned(
+        &bootstrap(vec![], vec![cluster]),
+        &[
+            "static_resources.clusters[0].outlier_detection: no effect on a cluster of type ORIGINAL_DST, where clients choose the endpoint",
+        ],
+    );
+}
+
+#[test]
+fn the_outlier_event_log_has_a_path() {
+    let mut bootstrap = bootstrap(vec![], vec![]);
+    bootstrap["cluster_manager"] =
+        json!({"outlier_detection": {"event_log_path": "/dev/null"}, "local_cluster_name": "x"});
+    warned(&bootstrap, &["cluster_manager.local_cluster_name: parsed, not active in this version"]);
+    let path = load_json(&bootstrap).unwrap().bootstrap.outlier_event_log.unwrap();
+    assert_eq!(path.to_str(), Some("/dev/null"));
 }

@@ -1,5 +1,7 @@
 //! A case: a piece of configuration, upstreams, and what clients do. Both proxies get exactly the same.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value, json};
 use tidegate_tests::script::Step;
 use tidegate_tests::workload::Connect;
@@ -28,6 +30,8 @@ pub(super) struct Client {
     pub(super) from: Option<String>,
     pub(super) to: Option<String>,
     pub(super) redirected: bool,
+    /// Waits so long before it connects.
+    pub(super) wait: Duration,
     pub(super) steps: Vec<Step>,
     /// Runs to its end after `steps` and before `then`.
     pub(super) meanwhile: Option<Box<Client>>,
@@ -38,7 +42,14 @@ impl Client {
     /// A client of the case's own listener.
     pub(super) fn new(steps: impl Into<Vec<Step>>) -> Self {
         let steps = steps.into();
-        Self { from: None, to: None, redirected: false, steps, meanwhile: None, then: Vec::new() }
+        let wait = Duration::ZERO;
+        Self { from: None, to: None, redirected: false, wait, steps, meanwhile: None, then: Vec::new() }
+    }
+
+    /// Waits before it connects.
+    pub(super) fn after_ms(mut self, milliseconds: u64) -> Self {
+        self.wait = Duration::from_millis(milliseconds);
+        self
     }
 
     /// Connects from this address.
@@ -146,6 +157,11 @@ impl Case {
     pub(super) fn client(mut self, client: Client) -> Self {
         self.clients.push(client);
         self
+    }
+
+    /// Adds so many clients, all alike, one after the other.
+    pub(super) fn fold_clients(self, count: usize, client: impl Fn() -> Client) -> Self {
+        (0..count).fold(self, |case, _| case.client(client()))
     }
 
     /// Adds a client of the case's own listener.

@@ -2,6 +2,7 @@
 
 mod connect;
 mod data;
+mod health;
 mod logs;
 mod matching;
 mod routing;
@@ -11,8 +12,16 @@ use super::case::Case;
 
 /// Every case. The order gives the ports, so it is the same for both proxies.
 pub(super) fn all() -> Vec<Case> {
-    [data::cases(), connect::cases(), timers::cases(), matching::cases(), routing::cases(), logs::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        data::cases(),
+        connect::cases(),
+        timers::cases(),
+        matching::cases(),
+        routing::cases(),
+        logs::cases(),
+        health::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

@@ -72,6 +72,7 @@ pub(super) fn run(engine: Engine, cases: &[Case]) -> Result<Vec<Observation>> {
     let outcomes = netns.enter(|| drive(cases))?;
     settle(&proxy)?;
     let stats = stats(&proxy)?;
+    let hosts = proxy.admin().read("/clusters").context("read /clusters")?.body;
     let observations = cases.iter().enumerate().map(|(number, case)| {
         let mut observation = Observation::new();
         note_clients(&mut observation, case, &outcomes[number]);
@@ -80,6 +81,7 @@ pub(super) fn run(engine: Engine, cases: &[Case]) -> Result<Vec<Observation>> {
         note_log(&mut observation, case, "log", &proxy.file(&case.log_file(number)));
         note_log(&mut observation, case, "listener log", &proxy.file(&format!("{id}.listener.log")));
         note_stats(&mut observation, case, number, &stats);
+        note_health(&mut observation, case, number, &stats, &hosts);
         observation
     });
     let observations = observations.collect();
@@ -160,6 +162,7 @@ fn drive(cases: &[Case]) -> Vec<Vec<Outcome>> {
 }
 
 fn talk(client: &Client, listener: &str) -> Vec<Outcome> {
+    std::thread::sleep(client.wait);
     let stream = match client.connect(listener).open() {
         Ok(socket) => socket.into(),
         Err(error) => return vec![Outcome::NotConnected(client::errno_name(&error))],
@@ -328,6 +331,32 @@ fn note_stats(observation: &mut Observation, case: &Case, number: usize, stats: 
         for name in names.iter().filter(|name| !case.ignored.contains(name)) {
             let value = stats.get(&format!("{prefix}.{name}")).copied().unwrap_or_default();
             observation.insert(format!("{group}.{name}"), json!(value));
+        }
+    }
+}
+
+/// What outlier detection and health checks found: their stats, and `/clusters`.
+fn note_health(
+    observation: &mut Observation,
+    case: &Case,
+    number: usize,
+    stats: &BTreeMap<String, u64>,
+    clusters: &str,
+) {
+    let id = Case::id(number);
+    for (name, value) in stats {
+        let Some(name) = name.strip_prefix(&format!("cluster.{id}.")) else { continue };
+        let is_health = name.starts_with("outlier_detection.") || name.starts_with("health_check.");
+        if is_health && !case.ignored.contains(&name) {
+            observation.insert(format!("cluster.{name}"), json!(value));
+        }
+    }
+    for line in clusters.lines() {
+        let Some(line) = line.strip_prefix(&format!("{id}::")) else { continue };
+        if let Some((fact, value)) = line.rsplit_once("::")
+            && ["::health_flags", "outlier::", "success_rate"].iter().any(|part| fact.contains(part))
+        {
+            observation.insert(format!("/clusters {fact}"), json!(value));
         }
     }
 }

@@ -84,7 +84,7 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         stats_eviction,
     } = bootstrap;
     inactive!(report, path, "Bootstrap";
-        node_context_params, cluster_manager, hds_config, flags_path, stats_sinks, stats_config, watchdog, watchdogs,
+        node_context_params, hds_config, flags_path, stats_sinks, stats_config, watchdog, watchdogs,
         tracing, overload_manager, enable_dispatcher_stats, header_prefix, stats_server_version_override,
         use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config, fatal_actions, config_sources,
         default_config_source, default_socket_interface, certificate_provider_instances, inline_headers,
@@ -123,10 +123,32 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         clusters,
         dynamic,
         runtime,
+        outlier_event_log: cluster_manager
+            .and_then(|it| self::cluster_manager(it, &path.field("cluster_manager"), report)),
         interception: extensions(bootstrap_extensions, path, report),
         stats_flush_interval: optional_duration(stats_flush_interval, path, "stats_flush_interval", report)
             .unwrap_or(STATS_FLUSH_INTERVAL),
     }
+}
+
+/// Where the outlier event log is.
+fn cluster_manager(
+    manager: api::ClusterManager,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<PathBuf> {
+    let api::ClusterManager {
+        local_cluster_name,
+        outlier_detection,
+        upstream_bind_config,
+        load_stats_config,
+        enable_deferred_cluster_creation: _, // how Envoy saves memory on clusters without traffic
+    } = manager;
+    inactive!(report, path, "ClusterManager"; local_cluster_name, upstream_bind_config, load_stats_config);
+    let api::cluster_manager::OutlierDetection { event_log_path, event_service } = outlier_detection?;
+    let path = path.field("outlier_detection");
+    inactive!(report, &path, "ClusterManager.OutlierDetection"; event_service);
+    (!event_log_path.is_empty()).then(|| event_log_path.into())
 }
 
 fn dynamic(

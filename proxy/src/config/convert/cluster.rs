@@ -26,6 +26,7 @@ use crate::config::listener::TcpKeepalive;
 use crate::config::proto::FieldPath;
 
 mod lb_policy;
+mod outlier;
 
 /// Envoy's defaults.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -107,7 +108,7 @@ pub(in crate::config) fn cluster(
         upstream_http_protocol_options, common_http_protocol_options, http_protocol_options,
         typed_extension_protocol_options, dns_jitter, dns_failure_refresh_rate,
         dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
-        wait_for_warm_on_init, outlier_detection, upstream_bind_config, lb_subset_config, lrs_server,
+        wait_for_warm_on_init, upstream_bind_config, lb_subset_config, lrs_server,
         lrs_report_endpoint_metrics, track_cluster_stats, preconnect_policy, queuing_policies);
     for (field, present) in [
         ("transport_socket_matcher", transport_socket_matcher.is_some()),
@@ -135,6 +136,7 @@ pub(in crate::config) fn cluster(
     let cleanup_interval = optional_duration(cleanup_interval, path, "cleanup_interval", report);
 
     let (discovery, lb_policy) = (discovery?, lb_policy?);
+    let outlier_detection = outlier::outlier_detection(outlier_detection, discovery, path, report);
     check_combination(&name, discovery, lb_policy, assignment.is_some(), path, report);
     let transport_sockets = transport_socket::matches(transport_socket_matches);
     let eds = match discovery {
@@ -162,6 +164,7 @@ pub(in crate::config) fn cluster(
         load_assignment,
         transport_sockets,
         circuit_breakers,
+        outlier_detection: outlier_detection.map(Box::new),
         healthy_panic_threshold,
         upstream_keepalive,
         dns,

@@ -6,7 +6,7 @@ use tidegate_api::wkt::value::Kind;
 
 use super::{Report, inactive};
 use crate::config::proto::FieldPath;
-use crate::config::runtime::Runtime;
+use crate::config::runtime::{HEALTH_KEYS, Runtime};
 
 const PREFIX: &str = "envoy.resource_limits.listener.";
 const SUFFIX: &str = ".connection_limit";
@@ -67,6 +67,15 @@ fn add(runtime: &mut Runtime, key: &str, value: Kind, path: &FieldPath<'_>, repo
         Kind::StringValue(text) => text.parse().ok(),
         _ => None,
     };
+    if HEALTH_KEYS.contains(&key) {
+        match number {
+            Some(number) => {
+                runtime.numbers.insert(key.to_owned(), number);
+            }
+            None => report.invalid(path, format!("runtime key {key:?} must be a whole number")),
+        }
+        return;
+    }
     let Some(listener) = key.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX)) else {
         report.warn_once(
             "runtime key".into(),

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::changes::Changes;
+use crate::access_log::EventFile;
 use crate::cluster::removal::Lost;
-use crate::cluster::{Cluster, ClusterId, dns};
+use crate::cluster::{Cluster, ClusterId, dns, outlier};
 use crate::config;
 use crate::config::cluster::Discovery;
 use crate::secret::Credentials;
@@ -28,6 +29,8 @@ pub(super) struct Clusters {
     stats: Arc<Stats>,
     /// Where clusters report endpoints whose connections are to end.
     losses: UnboundedSender<Lost>,
+    /// The outlier event log, if there is one.
+    outlier_events: Option<EventFile>,
     entries: HashMap<Arc<str>, Entry>,
     /// How many entries have something warming.
     warming: usize,
@@ -52,6 +55,8 @@ struct Version {
     content: u64,
     /// STRICT_DNS: keeps its endpoints up to date.
     watch: Option<dns::Watch>,
+    /// Ejects outliers while it is in force.
+    outliers: Option<outlier::Watch>,
 }
 
 #[derive(Debug)]
@@ -80,9 +85,13 @@ pub(super) enum Added {
 }
 
 impl Clusters {
-    pub(super) fn new(stats: &Arc<Stats>, losses: UnboundedSender<Lost>) -> Self {
+    pub(super) fn new(
+        stats: &Arc<Stats>,
+        losses: UnboundedSender<Lost>,
+        outlier_events: Option<EventFile>,
+    ) -> Self {
         let (stats, entries) = (Arc::clone(stats), HashMap::new());
-        Self { stats, losses, entries, warming: 0, active: 0, ready: Vec::new() }
+        Self { stats, losses, outlier_events, entries, warming: 0, active: 0, ready: Vec::new() }
     }
 
     /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't (and [`Clusters::secrets_ready`],
@@ -132,7 +141,11 @@ impl Clusters {
         };
         cluster.stats().warming_state().set(1);
         self.warming += usize::from(entry.warming.is_none());
-        entry.warming = Some(Warming { version: Version { cluster, content, watch }, endpoints, secrets });
+        entry.warming = Some(Warming {
+            version: Version { cluster, content, watch, outliers: None },
+            endpoints,
+            secrets,
+        });
         self.ready.push(name);
         if is_new { Added::New } else { Added::Modified }
     }
@@ -159,13 +172,15 @@ impl Clusters {
         let mut activated = Vec::new();
         for name in std::mem::take(&mut self.ready) {
             let Some(entry) = self.entries.get_mut(&name) else { continue };
-            let Some(warming) = entry.warming.take_if(|it| it.endpoints && it.secrets) else { continue };
+            let Some(mut warming) = entry.warming.take_if(|it| it.endpoints && it.secrets) else { continue };
             self.warming -= 1;
             warming.version.cluster.announce();
             warming.version.cluster.stats().warming_state().set(0);
             if let Some(former) = &entry.active {
                 warming.version.cluster.note_successor_of(&former.cluster);
             }
+            warming.version.outliers =
+                outlier::Watch::start(&warming.version.cluster, self.outlier_events.clone());
             let replaced = entry.active.replace(warming.version);
             self.active += usize::from(replaced.is_none());
             changes.clusters = true;

@@ -15,7 +15,15 @@ use crate::config::dynamic::{self, Valid};
 use crate::xds::{Key, Kind};
 
 impl Store {
-    pub(super) fn add_cluster(&mut self, config: Cluster, content: u64, origin: Origin) -> clusters::Added {
+    pub(super) fn add_cluster(
+        &mut self,
+        mut config: Cluster,
+        content: u64,
+        origin: Origin,
+    ) -> clusters::Added {
+        if let Some(outlier) = &mut config.outlier_detection {
+            outlier.apply_runtime(&self.runtime);
+        }
         let (name, eds) = (Arc::clone(&config.name), config.eds.clone());
         let before: Vec<_> =
             self.clusters.versions(&name).map(|version| Arc::clone(version.config())).collect();
