@@ -84,7 +84,9 @@ fn detection(fields: &Value) -> Value {
     for (name, value) in fields.as_object().into_iter().flatten() {
         detection[name] = value.clone();
     }
-    json!({"outlier_detection": detection, "common_lb_config": {"healthy_panic_threshold": {"value": 0}}})
+    // Envoy would put changes of health in force up to a second later; tidegate does not merge them.
+    let common = json!({"healthy_panic_threshold": {"value": 0}, "update_merge_window": "0s"});
+    json!({"outlier_detection": detection, "common_lb_config": common})
 }
 
 /// A client whose connection is closed. What the one before it led to is in force when it connects.
