@@ -112,6 +112,7 @@ pub fn cluster(
         hostname: "".into(),
         load_balancing_weight: weight(port),
         health_status: HealthStatus::Healthy,
+        health_check: None,
     };
     let config = ClusterConfig {
         name: "bench".into(),
@@ -133,6 +134,7 @@ pub fn cluster(
         },
         transport_sockets: TransportSocketMatches::default(),
         circuit_breakers: Thresholds::default(),
+        health_check: None,
         outlier_detection: None,
         healthy_panic_threshold: 50.0,
         upstream_keepalive: None,

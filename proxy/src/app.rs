@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::access_log::{self, FlushSettings};
 use crate::args::{Args, Command, Mode, ServeArgs};
+use crate::cluster::health_check::MarkOwn;
 use crate::config::bootstrap::{Bootstrap, Node};
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::Interception;
@@ -423,7 +424,9 @@ fn store(
     // A stream that was opened before anything was captured needs no mark.
     let own = Arc::clone(shared);
     let mark = move |socket: &Socket| own.own_sockets.get().map_or(Ok(()), |own| own.mark(socket));
-    let upstream = Upstream::new(shared.publisher.clone(), Box::new(mark));
+    let mark_own: MarkOwn = Arc::new(mark);
+    let mark = Arc::clone(&mark_own);
+    let upstream = Upstream::new(shared.publisher.clone(), Box::new(move |socket| mark(socket)));
     let client = client::Client::new(settings, Rc::new(upstream), sender);
     let parts = Parts {
         stats: Arc::clone(&shared.stats),
@@ -432,6 +435,7 @@ fn store(
         client,
         events,
         tables: tables.clone(),
+        mark_own,
         unknown_fields: match (args.reject_unknown_dynamic_fields, args.ignore_unknown_dynamic_fields) {
             (true, _) => UnknownFields::Reject,
             (false, true) => UnknownFields::Ignore,

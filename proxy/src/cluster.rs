@@ -4,6 +4,7 @@
 //! endpoints change. Workers pick through balancers of their own ([`WorkerBalancers`]). Neither ever touches an
 //! established connection.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -14,7 +15,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::config;
 use crate::config::cluster::Discovery;
-use crate::config::endpoint::ClusterLoadAssignment;
+use crate::config::endpoint::{ClusterLoadAssignment, HealthStatus};
 use crate::secret::Credentials;
 use crate::stats::{ClusterStats, Stats};
 
@@ -23,6 +24,7 @@ pub mod connect;
 pub mod dns;
 mod edf;
 pub mod endpoint;
+pub mod health_check;
 pub mod host;
 pub mod load_balancer;
 pub mod original_dst;
@@ -32,6 +34,7 @@ pub mod removal;
 
 use circuit_breaker::CircuitBreaker;
 use endpoint::{Endpoint, HostSet};
+use health_check::Checks;
 use host::{HealthFlag, HostRegistry};
 pub use load_balancer::WorkerBalancers;
 use original_dst::OriginalDstHosts;
@@ -56,6 +59,8 @@ pub struct Cluster {
     announced: AtomicBool,
     /// Who ends connections to endpoints that are gone. Empty if nobody has to.
     losses: OnceLock<UnboundedSender<Lost>>,
+    /// Only with active health checks.
+    health_check: Option<Box<Checks>>,
     /// Only with outlier detection.
     outlier: Option<Box<Detector>>,
     /// It replaces another version, whose findings about hosts it may not look for itself.
@@ -97,7 +102,11 @@ impl Cluster {
         let detector = |detection: &config::outlier::OutlierDetection| {
             Box::new(Detector::new(detection.clone(), stats.outlier(stat_name)))
         };
+        let checks = |check: &config::health_check::HealthCheck| {
+            Box::new(Checks::new(check.clone(), stats.health_check(stat_name)))
+        };
         let cluster = Arc::new(Self {
+            health_check: config.health_check.as_deref().map(checks),
             outlier: config.outlier_detection.as_deref().map(detector),
             inherits: previous.is_some(),
             id: ClusterId(NEXT_ID.fetch_add(1, Relaxed)),
@@ -141,8 +150,10 @@ impl Cluster {
 
     /// Replaces the endpoints. Connections to endpoints that are gone live on; so does the state of endpoints
     /// that stay. Returns whether anything changed.
-    pub fn replace_endpoints(&self, endpoints: Vec<Endpoint>) -> bool {
+    pub fn replace_endpoints(&self, mut endpoints: Vec<Endpoint>) -> bool {
         let old = self.hosts.load_full();
+        self.hold_on_to_healthy(&old, &mut endpoints);
+        self.adopt(&endpoints);
         let new = self.host_set(endpoints);
         if new.same_members(&old) && old.version() != 0 {
             return false;
@@ -153,12 +164,90 @@ impl Cluster {
         if self.outlier.is_some() {
             new.endpoints().for_each(|endpoint| endpoint.host.watch_for_outliers());
         }
+        self.let_go(&old, &new);
         self.publish(new);
         if let Some(outlier) = &self.outlier {
             outlier.members_changed();
         }
+        if let Some(checks) = &self.health_check {
+            checks.members_changed();
+        }
         self.registry.prune();
         true
+    }
+
+    /// With active health checks, discovery alone does not remove a host that is healthy.
+    fn hold_on_to_healthy(&self, old: &HostSet, endpoints: &mut Vec<Endpoint>) {
+        if self.health_check.as_ref().is_none_or(|checks| checks.config().remove_healthy_hosts) {
+            return;
+        }
+        let stays: HashSet<_> = endpoints.iter().map(|endpoint| Arc::as_ptr(&endpoint.host)).collect();
+        for endpoint in endpoints.iter() {
+            endpoint.host.set_health_flag(HealthFlag::PendingRemoval, false);
+        }
+        let is_alive = |endpoint: &&Arc<Endpoint>| {
+            let failed = endpoint.host.has(HealthFlag::FailedActive)
+                || matches!(endpoint.health_status, HealthStatus::Unhealthy | HealthStatus::Timeout);
+            !failed && health_check::target(endpoint).is_some()
+        };
+        for endpoint in old.endpoints().filter(|endpoint| !stays.contains(&Arc::as_ptr(&endpoint.host))) {
+            if is_alive(&endpoint) {
+                endpoint.host.set_health_flag(HealthFlag::PendingRemoval, true);
+                endpoints.push(Endpoint::clone(endpoint));
+            }
+        }
+    }
+
+    /// Hosts that were not endpoints before have to prove themselves, if there are active health checks.
+    fn adopt(&self, endpoints: &[Endpoint]) {
+        if let Some(checks) = &self.health_check {
+            for endpoint in endpoints {
+                checks.adopt(endpoint);
+            }
+        }
+        for endpoint in endpoints {
+            endpoint.host.set_health_flag(HealthFlag::Member, true);
+        }
+    }
+
+    /// What was found of hosts that are no endpoints any more is forgotten.
+    fn let_go(&self, old: &HostSet, new: &HostSet) {
+        if self.health_check.is_none() || !self.announced.load(Relaxed) {
+            return;
+        }
+        let stays: HashSet<_> = new.endpoints().map(|endpoint| Arc::as_ptr(&endpoint.host)).collect();
+        for endpoint in old.endpoints().filter(|endpoint| !stays.contains(&Arc::as_ptr(&endpoint.host))) {
+            endpoint.host.forget_checks();
+            endpoint.host.set_health_flag(HealthFlag::Member, false);
+        }
+    }
+
+    /// Active health checks have found another health of a host: it is used, or not, and it may go at last if
+    /// discovery has removed it.
+    fn active_health_changed(&self) {
+        let set = self.hosts.load_full();
+        let is_over = |endpoint: &Arc<Endpoint>| {
+            endpoint.host.has(HealthFlag::PendingRemoval) && endpoint.host.has(HealthFlag::FailedActive)
+        };
+        if !set.endpoints().any(is_over) {
+            self.refresh_health();
+            return;
+        }
+        let rest =
+            set.endpoints().filter(|endpoint| !is_over(endpoint)).map(|it| Endpoint::clone(it)).collect();
+        let new = self.host_set(rest);
+        if self.announced.load(Relaxed) {
+            self.stats.membership_change().inc();
+        }
+        self.let_go(&set, &new);
+        self.publish(new);
+        self.registry.prune();
+        if let Some(outlier) = &self.outlier {
+            outlier.members_changed();
+        }
+        if let Some(checks) = &self.health_check {
+            checks.members_changed();
+        }
     }
 
     /// Sorts the endpoints again after health flags changed.
@@ -200,15 +289,19 @@ impl Cluster {
 
     /// Flags that a former version has set, and that nobody would take back any more, go.
     fn disown(&self) {
-        if !self.inherits || self.outlier.is_some() {
+        if !self.inherits {
             return;
         }
         let mut changed = false;
-        for endpoint in self.hosts.load().endpoints() {
-            if endpoint.host.has(HealthFlag::FailedOutlier) {
-                endpoint.host.set_health_flag(HealthFlag::FailedOutlier, false);
-                changed = true;
+        for host in self.hosts.load().endpoints().map(|endpoint| &endpoint.host) {
+            let flags = host.health_flags();
+            if self.outlier.is_none() {
+                host.set_health_flag(HealthFlag::FailedOutlier, false);
             }
+            if self.health_check.is_none() {
+                host.forget_checks();
+            }
+            changed |= host.health_flags() != flags;
         }
         if changed {
             self.refresh_health();
@@ -252,6 +345,11 @@ impl Cluster {
     /// Its limits.
     pub fn breaker(&self) -> &CircuitBreaker {
         &self.breaker
+    }
+
+    /// Its active health checks, if it has any.
+    pub fn health_check(&self) -> Option<&Checks> {
+        self.health_check.as_deref()
     }
 
     /// Its outlier detection, if it has any.
@@ -332,6 +430,7 @@ pub(crate) mod tests {
             hostname: "".into(),
             load_balancing_weight: 1,
             health_status: HealthStatus::Unknown,
+            health_check: None,
         };
         Config {
             name: name.into(),
@@ -354,6 +453,7 @@ pub(crate) mod tests {
             circuit_breakers: Thresholds::default(),
             endpoint_removal: None,
             close_connections_on_host_health_failure: false,
+            health_check: None,
             outlier_detection: None,
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,

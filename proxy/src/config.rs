@@ -18,6 +18,7 @@ pub mod dynamic;
 pub mod endpoint;
 pub mod error;
 pub mod filter_chain;
+pub mod health_check;
 pub mod listener;
 pub mod outlier;
 pub mod proto;

@@ -25,9 +25,9 @@ use block::Layout;
 pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGauge, Stat, Text, set_shard};
 pub use blocks::{
     AccessLogStats, AdminListenerStats, ClientTlsStats, ClusterManagerStats, ClusterStats, ConfigStats,
-    ControlPlaneStats, FilesystemStats, HttpInspectorStats, HttpStats, ListenerManagerStats, ListenerStats,
-    OutlierStats, ProxyProtocolStats, PumpStats, RdsStats, RootStats, RuntimeStats, SdsStats, ServerStats,
-    TcpProxyStats, TlsInspectorStats,
+    ControlPlaneStats, FilesystemStats, HealthCheckStats, HttpInspectorStats, HttpStats,
+    ListenerManagerStats, ListenerStats, OutlierStats, ProxyProtocolStats, PumpStats, RdsStats, RootStats,
+    RuntimeStats, SdsStats, ServerStats, TcpProxyStats, TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
@@ -111,6 +111,11 @@ impl Stats {
     /// `cluster.<name>.*`
     pub fn cluster(&self, name: &str) -> ClusterStats {
         ClusterStats::from_block(self.block(ClusterStats::LAYOUT, name))
+    }
+
+    /// `cluster.<name>.health_check.*`
+    pub fn health_check(&self, name: &str) -> HealthCheckStats {
+        HealthCheckStats::from_block(self.block(HealthCheckStats::LAYOUT, name))
     }
 
     /// `cluster.<name>.outlier_detection.*`

@@ -61,6 +61,8 @@ pub struct HealthView {
     pub pending_active_hc: bool,
     /// Gone from the control plane's list, kept because it is still healthy.
     pub pending_dynamic_removal: bool,
+    /// The last active health check ran out of time.
+    pub active_hc_timeout: bool,
     /// As the control plane sees it.
     pub eds_health_status: HealthStatus,
 }
@@ -171,6 +173,7 @@ impl HealthView {
             (self.eds_health_status == HealthStatus::Degraded, "/degraded_eds_health"),
             (self.pending_dynamic_removal, "/pending_dynamic_removal"),
             (self.pending_active_hc, "/pending_active_hc"),
+            (self.active_hc_timeout, "/active_hc_timeout"),
             (self.eds_health_status == HealthStatus::Draining, "/eds_status_draining"),
         ]
         .into_iter()
@@ -201,6 +204,7 @@ impl HealthView {
             HealthStatus::Degraded => "DEGRADED",
         };
         health.insert("eds_health_status".into(), eds.into());
+        put(&mut health, "active_hc_timeout", self.active_hc_timeout, true);
         health.into()
     }
 }

@@ -9,6 +9,7 @@ pub use super::host::{HealthFlag, Host};
 use super::priority::{Availability, Loads};
 use crate::addr::EndpointAddr;
 use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress, HealthStatus, Locality};
+use crate::config::health_check::EndpointHealthCheck;
 
 /// One entry of a host set: a host and what the configuration says of it.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct Endpoint {
     pub priority: u32,
     /// As the control plane sees it.
     pub health_status: HealthStatus,
+    /// Where active health checks go, if not to its own address.
+    pub health_check: Option<Arc<EndpointHealthCheck>>,
 }
 
 /// Whether a balancer may use an endpoint.
@@ -194,6 +197,7 @@ impl HostSet {
                     && a.hostname == b.hostname
                     && a.locality == b.locality
                     && a.health_status == b.health_status
+                    && a.health_check == b.health_check
             })
     }
 }
@@ -234,6 +238,7 @@ pub(super) fn endpoints_of<'a>(
                         locality: Arc::clone(&locality),
                         priority: group.priority,
                         health_status: endpoint.health_status,
+                        health_check: endpoint.health_check.clone(),
                     });
                 }
             }
@@ -254,6 +259,7 @@ pub(super) mod tests {
             locality: Arc::default(),
             priority,
             health_status: HealthStatus::Unknown,
+            health_check: None,
         }
     }
 

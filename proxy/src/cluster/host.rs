@@ -41,6 +41,14 @@ pub enum HealthFlag {
     DegradedActive = 1 << 2,
     /// Not yet checked; does not count as a host.
     PendingActive = 1 << 3,
+    /// The last active health check ran out of time.
+    ActiveTimeout = 1 << 4,
+    /// Discovery has it no more; it stays while active health checks succeed.
+    PendingRemoval = 1 << 5,
+    /// It is, or was, an endpoint of its cluster.
+    Member = 1 << 6,
+    /// An active health check has had a result.
+    Checked = 1 << 7,
 }
 
 impl Host {
@@ -108,6 +116,17 @@ impl Host {
         } else {
             self.health_flags.fetch_and(!(flag as u8), Relaxed);
         }
+    }
+
+    /// Nothing is known from active health checks.
+    pub(super) fn forget_checks(&self) {
+        let known = HealthFlag::FailedActive as u8
+            | HealthFlag::DegradedActive as u8
+            | HealthFlag::PendingActive as u8
+            | HealthFlag::ActiveTimeout as u8
+            | HealthFlag::PendingRemoval as u8
+            | HealthFlag::Checked as u8;
+        self.health_flags.fetch_and(!known, Relaxed);
     }
 
     /// What outlier detection knows of it; none if its cluster never had any.

@@ -39,6 +39,7 @@ impl OriginalDstHosts {
             locality: Arc::default(),
             priority: 0,
             health_status: HealthStatus::Unknown,
+            health_check: None,
         });
         hosts.insert(destination.0, Arc::clone(&endpoint));
         (endpoint, true)

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::config_source::ConfigSource;
 use super::endpoint::ClusterLoadAssignment;
+use super::health_check::HealthCheck;
 use super::listener::TcpKeepalive;
 use super::outlier::OutlierDetection;
 use super::tls::UpstreamTls;
@@ -33,6 +34,8 @@ pub struct Cluster {
     pub transport_sockets: TransportSocketMatches,
     /// Thresholds of priority DEFAULT.
     pub circuit_breakers: Thresholds,
+    /// Active health checks; none: hosts are thought to be healthy.
+    pub health_check: Option<Box<HealthCheck>>,
     /// Hosts that connects fail at are not used for a while; none: they are.
     pub outlier_detection: Option<Box<OutlierDetection>>,
     /// Below this share of healthy hosts all are used, percent 0–100; default 50. 0 turns panic mode off.

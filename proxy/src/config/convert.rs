@@ -26,10 +26,11 @@
 //! | LOGICAL_DNS clusters, LEDS, ECDS, `lds_resources_locator`, `cds_resources_locator` | refused | the proxy would report ready without its configuration |
 //! | `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
 //! | RING_HASH, MAGLEV | warning, RANDOM is used | that is what Envoy's do when nothing is hashed |
-//! | health checks, locality weighting, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
+//! | `tcp_health_check` | done; not in clusters with TLS or pipes and of type ORIGINAL_DST (warning); several checks for one cluster are refused | half of the checks would let through what the others stop |
+//! | HTTP, gRPC and custom health checks, locality weighting, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
 //! | `outlier_detection` of an ORIGINAL_DST cluster | warning, nothing | Envoy's balancer does not look at the health of such endpoints either |
 //! | `outlier_detection.monitors` | warning | they are extensions |
-//! | `close_connections_on_host_health_failure`, `ignore_health_on_host_removal`, `close_connections_on_host_set_change` | done, or nothing | without active health checks and for tcp_proxy nothing happens in Envoy either |
+//! | `close_connections_on_host_set_change` | nothing | for tcp_proxy nothing happens in Envoy either |
 //! | access loggers other than file, stdout, stderr | warning, not written | |
 //! | fields that have no meaning for TCP in Envoy either (`max_retries`, circuit breakers of priority HIGH, …) | nothing | the outcome is Envoy's |
 

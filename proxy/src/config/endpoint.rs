@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use super::health_check::EndpointHealthCheck;
 use crate::addr::Pipe;
 
 /// The endpoints of a cluster, grouped by locality and priority.
@@ -49,6 +50,8 @@ pub struct LbEndpoint {
     pub load_balancing_weight: u32,
     /// As the control plane sees it.
     pub health_status: HealthStatus,
+    /// Where it is checked, if not at its own address.
+    pub health_check: Option<Arc<EndpointHealthCheck>>,
 }
 
 /// Where an endpoint is.

@@ -253,6 +253,7 @@ mod tests {
             hostname: "".into(),
             load_balancing_weight: 1,
             health_status: HealthStatus::default(),
+            health_check: None,
         });
         let locality = LocalityLbEndpoints { endpoints: endpoints.collect(), ..Default::default() };
         Arc::new(Cluster {
@@ -271,6 +272,7 @@ mod tests {
             circuit_breakers: Thresholds::default(),
             endpoint_removal: None,
             close_connections_on_host_health_failure: false,
+            health_check: None,
             outlier_detection: None,
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,

@@ -144,6 +144,24 @@ stats_block! {
 }
 
 stats_block! {
+    /// `cluster.<name>.health_check.*`, of clusters with active health checks.
+    HealthCheckStats: "cluster", label "envoy_cluster_name", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {
+        attempt = "health_check.attempt",
+        failure = "health_check.failure",
+        network_failure = "health_check.network_failure",
+        success = "health_check.success",
+    }
+    shared_gauges { healthy = "health_check.healthy" }
+    // Only HTTP has these.
+    zero_counters { "health_check.passive_failure", "health_check.verify_cluster" }
+    zero_gauges { "health_check.degraded" }
+}
+
+stats_block! {
     /// `cluster.<name>.outlier_detection.*`, of clusters with outlier detection.
     OutlierStats: "cluster", label "envoy_cluster_name", per_worker [];
     counters {}

@@ -17,6 +17,7 @@ use super::client::Client;
 use super::tables::Tables;
 use super::{Event, Key, Kind, Wanted};
 use crate::access_log;
+use crate::cluster::health_check::MarkOwn;
 use crate::cluster::removal::Lost;
 use crate::cluster::{ClusterId, dns};
 use crate::config::bootstrap::{Bootstrap, DynamicResources};
@@ -41,7 +42,7 @@ mod secrets;
 mod subscription;
 
 pub use changes::{Bound, Changes, Draining};
-use clusters::{Clusters, Origin};
+use clusters::{Clusters, Origin, Outside};
 use listeners::Listeners;
 #[cfg(test)]
 pub(crate) use response::judge;
@@ -66,6 +67,8 @@ pub struct Parts {
     pub tables: Tables,
     /// The last accepted state, if it is kept.
     pub cache: Option<Cache>,
+    /// Called before each connect(2) of a health check.
+    pub mark_own: MarkOwn,
     /// What becomes of fields that this version's API does not have.
     pub unknown_fields: UnknownFields,
 }
@@ -153,6 +156,8 @@ struct Assignment {
 pub enum Internal {
     /// The names of a STRICT_DNS cluster were looked up.
     Resolved(Arc<str>, ClusterId),
+    /// The endpoints of a cluster were checked once.
+    Checked(Arc<str>, ClusterId),
 }
 
 /// What is waited for no longer than some time.
@@ -186,7 +191,7 @@ impl Store {
     /// # Errors
     /// A static resource can't be served.
     pub fn new(bootstrap: &Bootstrap, parts: Parts) -> anyhow::Result<Self> {
-        let Parts { stats, logs, workers, client, events, tables, cache, unknown_fields } = parts;
+        let Parts { stats, logs, workers, client, events, tables, cache, mark_own, unknown_fields } = parts;
         let (report_losses, losses) = mpsc::unbounded_channel();
         let outlier_events = bootstrap
             .outlier_event_log
@@ -194,8 +199,10 @@ impl Store {
             .map(|path| logs.open_events(path))
             .transpose()
             .context("cluster_manager.outlier_detection.event_log_path")?;
+        let internal = mpsc::unbounded_channel();
+        let outside = Outside { logs: logs.clone(), outlier_events, mark_own, internal: internal.0.clone() };
         let mut store = Self {
-            clusters: Clusters::new(&stats, report_losses, outlier_events),
+            clusters: Clusters::new(&stats, report_losses, outside),
             listeners: Listeners::new(&stats, &logs, workers),
             routes: Routes::new(&stats, &logs),
             secrets: Secrets::new(&stats),
@@ -212,7 +219,7 @@ impl Store {
             snapshot: Snapshot::default(),
             assignments: HashMap::new(),
             resolver: None,
-            internal: mpsc::unbounded_channel(),
+            internal,
             losses,
             failing: HashMap::new(),
             deadlines: BinaryHeap::new(),
@@ -279,6 +286,7 @@ impl Store {
                 self.connected(&keys, identifier.as_deref());
             }
             Happened::Internal(Internal::Resolved(name, id)) => self.clusters.ready(&name, id),
+            Happened::Internal(Internal::Checked(name, id)) => self.clusters.checked(&name, id),
             Happened::Lost(lost) => self.changes.lost.push(lost),
             Happened::Files(secrets) => self.reload_secrets(&secrets),
             Happened::Deadline => self.expire(),

@@ -75,6 +75,7 @@ fn every_file_has_a_test() {
         .collect();
     names.sort();
     let known = [
+        "health.yaml",
         "istio-outbound.yaml",
         "rr-static.yaml",
         "seed-listener-http.yaml",
@@ -220,6 +221,24 @@ fn rr_static() {
     };
     assert_eq!(proxy.max_connect_attempts, 2);
     assert_eq!(proxy.idle_timeout, Some(std::time::Duration::from_secs(5)));
+}
+
+#[test]
+fn health() {
+    let loaded = file("health.yaml");
+    assert_eq!(warnings(&loaded), Vec::<String>::new());
+    assert_eq!(loaded.bootstrap.outlier_event_log, Some("/dev/stdout".into()));
+    let cluster = &loaded.bootstrap.clusters[0];
+    let seconds = std::time::Duration::from_secs;
+    let detection = cluster.outlier_detection.as_ref().unwrap();
+    assert_eq!((detection.consecutive_5xx, detection.max_ejection_percent), (3, 50));
+    let check = cluster.health_check.as_ref().unwrap();
+    assert_eq!((check.timeout, check.intervals.no_traffic), (seconds(1), seconds(5)));
+    assert_eq!(check.tcp.send, b"PING\r\n");
+    assert_eq!(check.tcp.receive, [b"+PONG".to_vec()]);
+    let endpoints = &cluster.load_assignment.localities[0].endpoints;
+    let port = endpoints.iter().map(|it| it.health_check.as_ref().map(|it| it.port)).collect::<Vec<_>>();
+    assert_eq!(port, [None, Some(16380)]);
 }
 
 #[test]

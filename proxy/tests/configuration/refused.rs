@@ -590,3 +590,48 @@ fn ejections_that_would_be_longer_than_their_maximum() {
         "outlier detector's max_ejection_time cannot be smaller than base_ejection_time",
     );
 }
+
+fn checked(check: Value) -> Value {
+    let base = json!({"timeout": "1s", "interval": "2s", "unhealthy_threshold": 1, "healthy_threshold": 1});
+    with(cluster("c"), json!({"health_checks": [with(base, check)]}))
+}
+
+#[test]
+fn health_checks_that_can_not_be() {
+    let path = format!("{C}.health_checks[0].tcp_health_check");
+    for (send, digits) in [("zz", "zz"), ("abc", "abc"), ("4g", "4g"), ("é1", "é1")] {
+        refused(
+            &bootstrap(vec![], vec![checked(json!({"tcp_health_check": {"send": {"text": send}}}))]),
+            &format!("{path}.send.text"),
+            &format!("invalid hex string '{digits}'"),
+        );
+    }
+    refused(
+        &bootstrap(
+            vec![],
+            vec![checked(json!({"tcp_health_check": {"receive": [{"text": "41"}, {"text": "x"}]}}))],
+        ),
+        &format!("{path}.receive[1].text"),
+        "invalid hex string 'x'",
+    );
+    let one = checked(json!({"tcp_health_check": {}}))["health_checks"][0].clone();
+    refused(
+        &bootstrap(vec![], vec![with(cluster("c"), json!({"health_checks": [one, one]}))]),
+        &format!("{C}.health_checks"),
+        "a cluster has one health check at most in this version; keep one of them",
+    );
+    let sink =
+        json!({"name": "x", "typed_config": {"@type": "type.googleapis.com/envoy.config.core.v3.Node"}});
+    refused(
+        &bootstrap(vec![], vec![checked(json!({"tcp_health_check": {}, "event_logger": [sink]}))]),
+        &format!("{C}.health_checks[0].event_logger[0].typed_config"),
+        "Didn't find a registered implementation for 'x' with type URL: 'envoy.config.core.v3.Node'",
+    );
+    let named = json!({"health_check_config": {"address": address("nope", 1)}});
+    let endpoint = json!({"endpoint": with(endpoint("127.0.0.1")["endpoint"].clone(), named)});
+    refused(
+        &bootstrap(vec![], vec![with(cluster("c"), json!({"load_assignment": assignment(vec![endpoint])}))]),
+        &format!("{C}.load_assignment.endpoints[0].lb_endpoints[0].endpoint.health_check_config.address"),
+        "malformed IP address: nope",
+    );
+}

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use tidegate::config::cluster::{LbPolicy, Thresholds};
 use tidegate::config::filter_chain::Terminal;
+use tidegate::config::health_check::ProxyProtocol;
 use tidegate::config::listener::ListenerFilter;
 use tidegate::config::outlier::OutlierDetection;
 use tidegate::config::route::HttpRouting;
@@ -317,4 +318,80 @@ fn the_outlier_event_log_has_a_path() {
     warned(&bootstrap, &["cluster_manager.local_cluster_name: parsed, not active in this version"]);
     let path = load_json(&bootstrap).unwrap().bootstrap.outlier_event_log.unwrap();
     assert_eq!(path.to_str(), Some("/dev/null"));
+}
+
+fn checked(check: Value, more: Value) -> Value {
+    let base = json!({"timeout": "1s", "interval": "2s", "unhealthy_threshold": 3, "healthy_threshold": 4});
+    let cluster = with(cluster("c"), json!({"health_checks": [with(base, check)]}));
+    bootstrap(vec![], vec![with(cluster, more)])
+}
+
+#[test]
+fn tcp_health_checks_have_envoys_defaults() {
+    let of = |check: Value, more: Value| {
+        let bootstrap = checked(check, more);
+        warned(&bootstrap, &[]);
+        *load_json(&bootstrap).unwrap().bootstrap.clusters[0].health_check.clone().unwrap()
+    };
+    let seconds = std::time::Duration::from_secs;
+    let check = of(json!({"tcp_health_check": {}}), json!({}));
+    assert_eq!((check.timeout, check.unhealthy_threshold, check.healthy_threshold), (seconds(1), 3, 4));
+    let it = &check.intervals;
+    assert_eq!(
+        (it.healthy, it.unhealthy, it.unhealthy_edge, it.healthy_edge),
+        (seconds(2), seconds(2), seconds(2), seconds(2))
+    );
+    assert_eq!((it.no_traffic, it.no_traffic_healthy), (seconds(60), seconds(60)));
+    assert!(check.reuse_connection && !check.ignore_new_hosts && !check.remove_healthy_hosts);
+    let check = of(
+        json!({
+            "tcp_health_check": {
+                "send": {"binary": "AAE="},
+                "receive": [{"text": "00FF"}],
+                "proxy_protocol_config": {"version": "V2"},
+            },
+            "unhealthy_interval": "5s",
+            "no_traffic_interval": "7s",
+            "reuse_connection": false,
+            "event_logger": [{"name": "x", "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.health_check.event_sinks.file.v3.HealthCheckEventFileSink",
+                "event_log_path": "/b",
+            }}],
+        }),
+        json!({
+            "ignore_health_on_host_removal": true,
+            "common_lb_config": {"ignore_new_hosts_until_first_hc": true},
+        }),
+    );
+    let it = &check.intervals;
+    assert_eq!(
+        (it.healthy, it.unhealthy, it.unhealthy_edge, it.healthy_edge),
+        (seconds(2), seconds(5), seconds(5), seconds(2))
+    );
+    assert_eq!((it.no_traffic, it.no_traffic_healthy), (seconds(7), seconds(7)));
+    assert_eq!((check.tcp.send, check.tcp.receive), (vec![0, 1], vec![vec![0, 255]]));
+    assert_eq!(check.tcp.proxy_protocol, Some(ProxyProtocol::V2));
+    assert_eq!(check.event_logs, [std::path::PathBuf::from("/b")]);
+    assert!(!check.reuse_connection && check.ignore_new_hosts && check.remove_healthy_hosts);
+}
+
+#[test]
+fn health_checks_that_nobody_makes() {
+    let path = "static_resources.clusters[0].health_checks[0]";
+    for (kind, fields) in [("http_health_check", json!({"path": "/"})), ("grpc_health_check", json!({}))] {
+        warned(
+            &checked(json!({kind: fields}), json!({})),
+            &[&format!(
+                "{path}.{kind}: parsed, not active in this version: endpoints are not checked; tcp_health_check is"
+            )],
+        );
+    }
+    let by_clients =
+        json!({"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "load_assignment": null});
+    warned(
+        &checked(json!({"tcp_health_check": {}}), by_clients),
+        &[&format!(
+            "{path}: the endpoints of this cluster are not checked in this version: clients choose the endpoint"
+        )],
+    );
 }

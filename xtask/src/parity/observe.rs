@@ -263,6 +263,9 @@ fn note_upstreams(observation: &mut Observation, case: &Case, upstreams: &[Optio
     for (index, upstream) in upstreams.iter().enumerate() {
         let Some(upstream) = upstream else { continue };
         let key = format!("endpoint {index}");
+        if case.ignored.contains(&key.as_str()) {
+            continue;
+        }
         if case.comparison == Comparison::Shares {
             observation.insert(key, json!(upstream.accepted().len()));
             continue;

@@ -22,9 +22,11 @@ use crate::config::cluster::{
     Cluster, Discovery, Dns, Eds, EndpointRemoval, LbPolicy, LookupFamily, Thresholds,
 };
 use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress};
+use crate::config::health_check::HealthCheck;
 use crate::config::listener::TcpKeepalive;
 use crate::config::proto::FieldPath;
 
+mod health_check;
 mod lb_policy;
 mod outlier;
 
@@ -87,8 +89,7 @@ pub(in crate::config) fn cluster(
         protocol_selection: _, // HTTP only
         upstream_connection_options,
         close_connections_on_host_health_failure,
-        // Only active health checks could keep an endpoint that was removed, and health_checks has its own warning.
-        ignore_health_on_host_removal: _,
+        ignore_health_on_host_removal,
         filters,
         load_balancing_policy,
         lrs_server,
@@ -104,7 +105,7 @@ pub(in crate::config) fn cluster(
     } = cluster;
     typed_extension_protocol_options.remove(HTTP_PROTOCOL_OPTIONS);
     inactive!(report, path, "Cluster";
-        stats_matcher, per_connection_buffer_high_watermark_timeout, health_checks, max_requests_per_connection,
+        stats_matcher, per_connection_buffer_high_watermark_timeout, max_requests_per_connection,
         upstream_http_protocol_options, common_http_protocol_options, http_protocol_options,
         typed_extension_protocol_options, dns_jitter, dns_failure_refresh_rate,
         dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
@@ -128,7 +129,7 @@ pub(in crate::config) fn cluster(
     };
     let discovery = discovery(cluster_discovery_type, &mut dns, path, report);
     let lb_policy = lb_policy::lb_policy(lb_policy, load_balancing_policy, lb_config, path, report);
-    let healthy_panic_threshold = common_lb(common_lb_config, path, report);
+    let (healthy_panic_threshold, ignore_new_hosts) = common_lb(common_lb_config, path, report);
     let endpoint_removal = endpoint_removal(metadata, path, report);
     let circuit_breakers = thresholds(circuit_breakers, path, report);
     let upstream_keepalive = connection_options(upstream_connection_options, path, report);
@@ -153,6 +154,17 @@ pub(in crate::config) fn cluster(
         }
     };
     let has_pipes = has_pipes(&load_assignment);
+    let unchecked = if tls.is_some() {
+        Some("it has TLS")
+    } else if has_pipes {
+        Some("it has endpoints on unix domain sockets")
+    } else {
+        (discovery == Discovery::OriginalDst).then_some("clients choose the endpoint")
+    };
+    let health_check = health_check::health_check(health_checks, unchecked, path, report).map(|check| {
+        let remove_healthy_hosts = ignore_health_on_host_removal;
+        Box::new(HealthCheck { ignore_new_hosts, remove_healthy_hosts, ..check })
+    });
     Some(Cluster {
         name: Arc::from(name),
         alt_stat_name: Some(alt_stat_name).filter(|name| !name.is_empty()).map(Arc::from),
@@ -164,6 +176,7 @@ pub(in crate::config) fn cluster(
         load_assignment,
         transport_sockets,
         circuit_breakers,
+        health_check,
         outlier_detection: outlier_detection.map(Box::new),
         healthy_panic_threshold,
         upstream_keepalive,
@@ -320,9 +333,13 @@ fn check_combination(
     }
 }
 
-/// The panic threshold, percent.
-fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report: &mut Report<'_>) -> f64 {
-    let Some(config) = config else { return HEALTHY_PANIC_THRESHOLD };
+/// The panic threshold, percent, and `ignore_new_hosts_until_first_hc`.
+fn common_lb(
+    config: Option<parts::CommonLbConfig>,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> (f64, bool) {
+    let Some(config) = config else { return (HEALTHY_PANIC_THRESHOLD, false) };
     let path = path.field("common_lb_config");
     let parts::CommonLbConfig {
         healthy_panic_threshold,
@@ -334,7 +351,7 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
         locality_config_specifier,
     } = config;
     inactive!(report, &path, "CommonLbConfig";
-        ignore_new_hosts_until_first_hc, consistent_hashing_lb_config, override_host_status);
+        consistent_hashing_lb_config, override_host_status);
     match locality_config_specifier {
         None => {}
         Some(common_lb_config::LocalityConfigSpecifier::ZoneAwareLbConfig(_)) => {
@@ -344,7 +361,8 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
             report.inactive("CommonLbConfig", &path, "locality_weighted_lb_config");
         }
     }
-    healthy_panic_threshold.map_or(HEALTHY_PANIC_THRESHOLD, |percent| percent.value)
+    let threshold = healthy_panic_threshold.map_or(HEALTHY_PANIC_THRESHOLD, |percent| percent.value);
+    (threshold, ignore_new_hosts_until_first_hc)
 }
 
 /// Our extension to what Envoy does with connections to endpoints that are gone.

@@ -14,6 +14,7 @@ use crate::config::cluster::Discovery;
 use crate::config::endpoint::{
     ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, Locality, LocalityLbEndpoints,
 };
+use crate::config::health_check::EndpointHealthCheck;
 use crate::config::proto::FieldPath;
 use crate::config::transport_socket::TransportSocketMatches;
 
@@ -148,12 +149,13 @@ fn lb_endpoint(
         core::HealthStatus::Timeout => HealthStatus::Timeout,
         core::HealthStatus::Degraded => HealthStatus::Degraded,
     };
-    let (address, hostname) = host(endpoint, of.discovery, &path.field(field), report)?;
+    let (address, hostname, health_check) = host(endpoint, of.discovery, &path.field(field), report)?;
     Some(LbEndpoint {
         address,
         hostname,
         load_balancing_weight: load_balancing_weight.unwrap_or(1).max(1),
         health_status,
+        health_check,
     })
 }
 
@@ -162,13 +164,17 @@ fn host(
     discovery: Discovery,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
-) -> Option<(EndpointAddress, Arc<str>)> {
+) -> Option<(EndpointAddress, Arc<str>, Option<Arc<EndpointHealthCheck>>)> {
     let api::Endpoint { address, health_check_config, hostname, additional_addresses, observability_name } =
         endpoint;
-    inactive!(report, path, "Endpoint"; health_check_config, additional_addresses, observability_name);
+    inactive!(report, path, "Endpoint"; additional_addresses, observability_name);
+    let health_check = match health_check_config {
+        Some(config) => Some(Arc::new(health_check(config, &path.field("health_check_config"), report)?)),
+        None => None,
+    };
     let address = host_and_port(address, path, "address", report)?;
     if let EndpointAddress::Pipe(_) = address {
-        return pipe_refusal(discovery, report).map_or(Some((address, shared(hostname))), |refusal| {
+        return pipe_refusal(discovery, report).map_or(Some((address, shared(hostname), None)), |refusal| {
             report.unsupported(&path.field("address").field("pipe"), refusal);
             None
         });
@@ -182,7 +188,40 @@ fn host(
         );
         return None;
     }
-    Some((address, shared(hostname)))
+    Some((address, shared(hostname), health_check))
+}
+
+/// Where an endpoint is checked. An address is there already when the endpoint's own name is still to be resolved.
+fn health_check(
+    config: api::endpoint::HealthCheckConfig,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<EndpointHealthCheck> {
+    let api::endpoint::HealthCheckConfig {
+        port_value,
+        hostname: _, // HTTP and gRPC only
+        address,
+        disable_active_health_check,
+    } = config;
+    let address = match address {
+        None => None,
+        Some(address) => match host_and_port(Some(address), path, "address", report)? {
+            EndpointAddress::Ip(address) => Some(address),
+            EndpointAddress::Name(name, _) => {
+                report.invalid(&path.field("address"), format!("malformed IP address: {name}"));
+                return None;
+            }
+            EndpointAddress::Pipe(_) => {
+                report.unsupported(
+                    &path.field("address").field("pipe"),
+                    "health checks go to socket addresses only in this version",
+                );
+                return None;
+            }
+        },
+    };
+    let port = super::port(port_value, &path.field("port_value"), report)?;
+    Some(EndpointHealthCheck { address, port, disabled: disable_active_health_check })
 }
 
 /// Why an endpoint may not be a Unix domain socket, unless it may.

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::Internal;
 use super::changes::Changes;
-use crate::access_log::EventFile;
+use crate::access_log::{EventFile, Registry};
+use crate::cluster::health_check::{self, MarkOwn, Surroundings};
 use crate::cluster::removal::Lost;
 use crate::cluster::{Cluster, ClusterId, dns, outlier};
 use crate::config;
@@ -24,13 +26,11 @@ pub(super) enum Origin {
 }
 
 /// All clusters of the process.
-#[derive(Debug)]
 pub(super) struct Clusters {
     stats: Arc<Stats>,
     /// Where clusters report endpoints whose connections are to end.
     losses: UnboundedSender<Lost>,
-    /// The outlier event log, if there is one.
-    outlier_events: Option<EventFile>,
+    outside: Outside,
     entries: HashMap<Arc<str>, Entry>,
     /// How many entries have something warming.
     warming: usize,
@@ -38,6 +38,33 @@ pub(super) struct Clusters {
     active: usize,
     /// Names of those that may come into force.
     ready: Vec<Arc<str>>,
+}
+
+/// What watching the hosts of clusters needs.
+pub(super) struct Outside {
+    /// Where event logs are opened.
+    pub(super) logs: Registry,
+    /// The outlier event log, if there is one.
+    pub(super) outlier_events: Option<EventFile>,
+    /// Called before each connect(2) of a health check.
+    pub(super) mark_own: MarkOwn,
+    /// Where it is told that the hosts of a cluster were checked.
+    pub(super) internal: UnboundedSender<Internal>,
+}
+
+impl Outside {
+    fn surroundings(&self, config: &config::cluster::Cluster) -> Surroundings {
+        let paths = config.health_check.iter().flat_map(|check| &check.event_logs);
+        let open = |path: &std::path::PathBuf| {
+            self.logs.open_events(path).map_err(|error| {
+                tracing::error!(cluster = %config.name, "events of its health checks are lost: {error}");
+            })
+        };
+        Surroundings {
+            mark_own: Arc::clone(&self.mark_own),
+            events: paths.filter_map(|path| open(path).ok()).collect(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -55,6 +82,8 @@ struct Version {
     content: u64,
     /// STRICT_DNS: keeps its endpoints up to date.
     watch: Option<dns::Watch>,
+    /// Checks its hosts, from before it is in force.
+    checks: Option<health_check::Watch>,
     /// Ejects outliers while it is in force.
     outliers: Option<outlier::Watch>,
 }
@@ -66,6 +95,22 @@ struct Warming {
     endpoints: bool,
     /// Its secrets did, or won't.
     secrets: bool,
+    /// Its endpoints were checked once, or nobody checks them.
+    checked: bool,
+}
+
+impl Warming {
+    /// Its endpoints are known: as in Envoy, it is warm when each was checked once.
+    fn await_checks(&self, name: &Arc<str>, internal: &UnboundedSender<Internal>) {
+        let Some(checks) = &self.version.checks else { return };
+        let (round, id) = (checks.first_round(&self.version.cluster), self.version.cluster.id());
+        let (name, internal) = (Arc::clone(name), internal.clone());
+        tokio::spawn(async move {
+            round.await;
+            // Nobody listens any more when the process ends.
+            let _ = internal.send(Internal::Checked(name, id));
+        });
+    }
 }
 
 /// What a cluster was built from.
@@ -85,13 +130,9 @@ pub(super) enum Added {
 }
 
 impl Clusters {
-    pub(super) fn new(
-        stats: &Arc<Stats>,
-        losses: UnboundedSender<Lost>,
-        outlier_events: Option<EventFile>,
-    ) -> Self {
+    pub(super) fn new(stats: &Arc<Stats>, losses: UnboundedSender<Lost>, outside: Outside) -> Self {
         let (stats, entries) = (Arc::clone(stats), HashMap::new());
-        Self { stats, losses, outlier_events, entries, warming: 0, active: 0, ready: Vec::new() }
+        Self { stats, losses, outside, entries, warming: 0, active: 0, ready: Vec::new() }
     }
 
     /// Takes a cluster; it warms until [`Clusters::ready`] is told that it needn't (and [`Clusters::secrets_ready`],
@@ -139,13 +180,16 @@ impl Clusters {
             Discovery::StrictDns => watch.is_none(),
             Discovery::Eds => false,
         };
+        let checks = health_check::Watch::start(&cluster, self.outside.surroundings(cluster.config()));
         cluster.stats().warming_state().set(1);
         self.warming += usize::from(entry.warming.is_none());
-        entry.warming = Some(Warming {
-            version: Version { cluster, content, watch, outliers: None },
-            endpoints,
-            secrets,
-        });
+        let checked = checks.is_none();
+        let version = Version { cluster, content, watch, checks, outliers: None };
+        let warming = Warming { version, endpoints, secrets, checked };
+        if endpoints {
+            warming.await_checks(&name, &self.outside.internal);
+        }
+        entry.warming = Some(warming);
         self.ready.push(name);
         if is_new { Added::New } else { Added::Modified }
     }
@@ -172,7 +216,10 @@ impl Clusters {
         let mut activated = Vec::new();
         for name in std::mem::take(&mut self.ready) {
             let Some(entry) = self.entries.get_mut(&name) else { continue };
-            let Some(mut warming) = entry.warming.take_if(|it| it.endpoints && it.secrets) else { continue };
+            let Some(mut warming) = entry.warming.take_if(|it| it.endpoints && it.secrets && it.checked)
+            else {
+                continue;
+            };
             self.warming -= 1;
             warming.version.cluster.announce();
             warming.version.cluster.stats().warming_state().set(0);
@@ -180,7 +227,7 @@ impl Clusters {
                 warming.version.cluster.note_successor_of(&former.cluster);
             }
             warming.version.outliers =
-                outlier::Watch::start(&warming.version.cluster, self.outlier_events.clone());
+                outlier::Watch::start(&warming.version.cluster, self.outside.outlier_events.clone());
             let replaced = entry.active.replace(warming.version);
             self.active += usize::from(replaced.is_none());
             changes.clusters = true;
@@ -196,7 +243,19 @@ impl Clusters {
         if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut())
             && warming.version.cluster.id() == id
         {
-            warming.endpoints = true;
+            if !std::mem::replace(&mut warming.endpoints, true) {
+                warming.await_checks(name, &self.outside.internal);
+            }
+            self.ready.push(Arc::clone(name));
+        }
+    }
+
+    /// The endpoints of this version of a cluster were checked once.
+    pub(super) fn checked(&mut self, name: &Arc<str>, id: ClusterId) {
+        if let Some(warming) = self.entries.get_mut(name).and_then(|entry| entry.warming.as_mut())
+            && warming.version.cluster.id() == id
+        {
+            warming.checked = true;
             self.ready.push(Arc::clone(name));
         }
     }

@@ -24,6 +24,9 @@ impl Store {
         if let Some(outlier) = &mut config.outlier_detection {
             outlier.apply_runtime(&self.runtime);
         }
+        if let Some(check) = &mut config.health_check {
+            check.apply_runtime(&self.runtime);
+        }
         let (name, eds) = (Arc::clone(&config.name), config.eds.clone());
         let before: Vec<_> =
             self.clusters.versions(&name).map(|version| Arc::clone(version.config())).collect();

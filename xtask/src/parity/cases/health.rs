@@ -1,4 +1,4 @@
-//! Outlier detection: who is ejected, and what clients, stats and `/clusters` show of it.
+//! Active health checks and outlier detection: who is used, who is ejected, and what clients, stats and `/clusters` show of it.
 
 use serde_json::{Value, json};
 use tidegate_tests::script::Step::{Echo, ReadToEnd, ShutdownWrite};
@@ -10,6 +10,10 @@ use super::super::case::{Case, Client, Comparison, Endpoint};
 const PUT_IN_FORCE: u64 = 200;
 
 pub(super) fn cases() -> Vec<Case> {
+    outliers().into_iter().chain(checks()).collect()
+}
+
+fn outliers() -> Vec<Case> {
     vec![
         refusing("outlier: five refused connects in a row eject", &json!({}))
             .fold_clients(5, failing)
@@ -92,4 +96,71 @@ fn detection(fields: &Value) -> Value {
 /// A client whose connection is closed. What the one before it led to is in force when it connects.
 fn failing() -> Client {
     Client::new([ReadToEnd]).after_ms(PUT_IN_FORCE)
+}
+
+/// How often and when checks are made is nobody's business.
+const TIMES: [&str; 4] =
+    ["health_check.attempt", "health_check.failure", "health_check.network_failure", "health_check.success"];
+
+fn checks() -> Vec<Case> {
+    let ask = || [write("hello"), ShutdownWrite, ReadToEnd];
+    let other_port = |port: u32| json!({"endpoint": {"health_check_config": {"port_value": port}}});
+    vec![
+        checked("check: nobody listens", &json!({"tcp_health_check": {}}))
+            .endpoint(Endpoint::Refuses, json!({}))
+            .does([ReadToEnd]),
+        checked("check: somebody listens", &json!({"tcp_health_check": {}})).serves([Echo]).does(ask()),
+        checked("check: no answer", &json!({"timeout": "0.1s", "tcp_health_check": {}}))
+            .endpoint(Endpoint::Drops, json!({}))
+            .does([ReadToEnd]),
+        checked("check: the answer is right",
+            &json!({"tcp_health_check": {"send": {"text": "414243"}, "receive": [{"text": "41"}, {"text": "43"}]}}))
+            .serves([Echo])
+            .does(ask()),
+        checked("check: the answer is another",
+            &json!({"timeout": "0.1s",
+                    "tcp_health_check": {"send": {"text": "414243"}, "receive": [{"text": "43"}, {"text": "41"}]}}))
+            .serves([Echo])
+            .does(ask()),
+        checked("check: the healthy one gets everything", &json!({"tcp_health_check": {}}))
+            .endpoint(Endpoint::Refuses, json!({}))
+            .serves([Echo])
+            .fold_clients(4, || Client::new([write("hello"), ShutdownWrite, ReadToEnd])),
+        checked("check: in panic all are used", &json!({"tcp_health_check": {}}))
+            .cluster(json!({"common_lb_config": {"healthy_panic_threshold": {"value": 50}}}))
+            .endpoint(Endpoint::Refuses, json!({}))
+            .does([ReadToEnd]),
+        checked("check: at another port", &json!({"tcp_health_check": {}}))
+            .endpoint(Endpoint::Serves(vec![Echo]), other_port(9))
+            .does([ReadToEnd]),
+        checked("check: an endpoint that is not checked", &json!({"tcp_health_check": {}}))
+            .endpoint(
+                Endpoint::Refuses,
+                json!({"endpoint": {"health_check_config": {"disable_active_health_check": true}}}),
+            )
+            .does([ReadToEnd]),
+        checked("check: an endpoint that the control plane calls unhealthy", &json!({"tcp_health_check": {}}))
+            .endpoint(Endpoint::Serves(vec![Echo]), json!({"health_status": "UNHEALTHY"}))
+            .does([ReadToEnd]),
+    ]
+}
+
+/// A cluster whose endpoints are checked often, without panic.
+fn checked(name: &'static str, fields: &Value) -> Case {
+    let mut check = json!({
+        "timeout": "2s",
+        "interval": "0.2s",
+        "no_traffic_interval": "0.2s",
+        "unhealthy_threshold": 2,
+        "healthy_threshold": 2,
+    });
+    for (name, value) in fields.as_object().into_iter().flatten() {
+        check[name] = value.clone();
+    }
+    let common = json!({"healthy_panic_threshold": {"value": 0}, "update_merge_window": "0s"});
+    Case::new(name)
+        .cluster(json!({"health_checks": [check], "common_lb_config": common}))
+        .ignore(&TIMES)
+        // What checks say there, between clients.
+        .ignore(&["endpoint 0", "endpoint 1"])
 }

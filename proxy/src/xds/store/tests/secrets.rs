@@ -61,7 +61,7 @@ impl Fixture {
         credentials.current().map(drop).map_err(|error: NotReady| error.to_string())
     }
 
-    fn stat(&self, name: &str) -> Option<u64> {
+    pub(super) fn stat(&self, name: &str) -> Option<u64> {
         let blocks = self.stats.blocks();
         blocks.iter().find_map(|block| {
             let name = name.strip_prefix(&block.scope())?;
