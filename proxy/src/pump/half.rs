@@ -164,6 +164,17 @@ impl Half {
         }
     }
 
+    /// Whether the source is to be asked for more although something is held: it may have some, and half of `window` is
+    /// free.
+    pub(super) fn wants_more(&self, window: usize) -> bool {
+        self.phase == Phase::Open && self.readable && self.held <= window / 2
+    }
+
+    /// `n` bytes were added to those in the pipe.
+    pub(super) fn topped_up(&mut self, n: usize) {
+        self.held += n;
+    }
+
     /// Splicing turned out to be impossible on one of the sockets.
     pub(super) fn never_splice(&mut self) {
         self.mode = Mode::CopyOnly;
@@ -309,6 +320,8 @@ mod tests {
                     (Step::Read, 0..=1) if half.method() == Method::Splice => { half.spliced_in(n); taken += n; }
                     (Step::Read, 0..=1) => { half.copied_in(n.min(SCRATCH), SCRATCH); taken += n.min(SCRATCH); }
                     (Step::Read | Step::Discard, 2) => half.source_ended(),
+                    (Step::Write, 5) if half.wants_more(SCRATCH) => { half.topped_up(n); taken += n; }
+                    (Step::Write, 5) => half.source_ended(),
                     (Step::Write, 0..=3) => { let n = n.min(half.held()); half.sent(n); given += n; }
                     (Step::Fin, _) => { prop_assert_eq!(half.held(), 0); half.fin_sent(); fins += 1; }
                     (_, 4) if n == 1 => lost += half.destination_gone(),

@@ -329,11 +329,37 @@ impl<'a> Lane<'a> {
                     let error = socket::error(destination).map_err(Fault::Destination)?;
                     return Err(error.map_or(Fault::DestinationVanished, Fault::Destination));
                 }
+                if n < held && self.pipe.is_some() {
+                    // It is full. Waiting first lets it take more at once than it would now.
+                    self.half.writable = false;
+                    self.top_up(turn)?;
+                }
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.writable = false,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if self.pipe.is_some() && sys_splice::is_unsupported(&e) => self.unsplice()?,
             Err(e) => return Err(Fault::Destination(e)),
+        }
+        Ok(())
+    }
+
+    /// Refills a pipe that was not emptied, while its destination has to be waited for: one splice then gives it more.
+    fn top_up(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
+        let Some(pipe) = &mut self.pipe else { return Ok(()) };
+        let window = Half::window(self.limit, pipe.pipe().capacity());
+        if turn.budget == 0 || !self.half.wants_more(window) {
+            return Ok(());
+        }
+        match splice::add(pipe, turn.source.fd(), window) {
+            Ok(0) => self.half.source_ended(),
+            Ok(n) => {
+                self.took(n, turn);
+                self.half.topped_up(n);
+            }
+            // Nothing there, or no slot is left in the pipe: a wait tells them apart.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.readable = false,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(Fault::Source(e)),
         }
         Ok(())
     }

@@ -9,7 +9,14 @@ use crate::sys::splice;
 /// Takes up to `window` bytes into an empty pipe. 0 is the source's FIN; `WouldBlock` is an empty source.
 pub(super) fn fill(pipe: &mut PooledPipe<'_>, source: BorrowedFd<'_>, window: usize) -> io::Result<usize> {
     debug_assert_eq!(pipe.held, 0, "with bytes in the pipe WouldBlock would be ambiguous");
-    let n = splice::into_pipe(source, pipe.pipe(), window)?;
+    add(pipe, source, window)
+}
+
+/// Takes more into a pipe that may hold something, up to `window` bytes in all. 0 is the source's FIN; `WouldBlock` is
+/// an empty source, or a pipe without a free slot.
+pub(super) fn add(pipe: &mut PooledPipe<'_>, source: BorrowedFd<'_>, window: usize) -> io::Result<usize> {
+    debug_assert!(pipe.held < window, "to ask for nothing would look like a FIN");
+    let n = splice::into_pipe(source, pipe.pipe(), window - pipe.held)?;
     pipe.held += n;
     Ok(n)
 }
