@@ -2,7 +2,7 @@
 #![cfg(feature = "containers")]
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
@@ -31,19 +31,24 @@ fn stdout(output: &Output) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// An image with nothing in it but a static program; removed on drop.
+/// An image with nothing in it but one program and the libraries that it is linked with; removed on drop.
 struct Image(String);
 
 impl Image {
     fn build() -> Result<Self> {
         let name = format!("localhost/{}", run::unique("image"));
         let dir = TempDir::new("image")?;
-        fs::copy(static_workload()?, dir.path().join("workload"))?;
+        let root = dir.path().join("root");
+        let workload = program::built("workload")?;
+        fs::create_dir_all(&root)?;
+        fs::copy(&workload, root.join("workload"))?;
+        for library in libraries(&workload)? {
+            let copy = root.join(library.strip_prefix("/")?);
+            fs::create_dir_all(copy.parent().context("a library has a directory")?)?;
+            fs::copy(&library, copy)?;
+        }
         let file = dir.path().join("Containerfile");
-        fs::write(
-            &file,
-            "FROM scratch\nCOPY workload /workload\nENTRYPOINT [\"/workload\"]\nCMD [\"hold\"]\n",
-        )?;
+        fs::write(&file, "FROM scratch\nCOPY root /\nENTRYPOINT [\"/workload\"]\nCMD [\"hold\"]\n")?;
         let (file, context) = (file.display().to_string(), dir.path().display().to_string());
         podman(&["build", "--isolation", "chroot", "-q", "-t", &name, "-f", &file, &context])?;
         Ok(Self(name))
@@ -56,13 +61,12 @@ impl Drop for Image {
     }
 }
 
-fn static_workload() -> Result<PathBuf> {
-    let target = program::target();
-    let found = fs::read_dir(&target)?.flatten().map(|entry| entry.path().join("debug/workload"));
-    found
-        .filter(|path| !path.starts_with(target.join("debug")))
-        .find(|path| path.exists())
-        .context("no static workload: `cargo xtask test --containers` builds it")
+/// The shared libraries of a program and its loader, as `ldd` lists them: `libc.so.6 => /lib/…/libc.so.6 (0x…)`, and
+/// `/lib64/ld-linux-….so.2 (0x…)`.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let listed = stdout(&Command::new("ldd").arg(program).output().context("run ldd")?)?;
+    let paths = listed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
+    Ok(paths.map(PathBuf::from).collect())
 }
 
 /// A running container; removed on drop.

@@ -129,7 +129,7 @@ impl Bench {
         let subjects = plan.subjects();
         let measured = |program| subjects.iter().any(|subject: &Subject| subject.program == program);
         let mut programs = Programs::default();
-        cargo::build(&["tidegate-tests"])?;
+        cargo::build(&["workload"])?;
         if measured(Program::Tidegate) {
             programs.tidegate = self.tidegate.clone().map_or_else(cargo::build_release, Ok)?;
         }

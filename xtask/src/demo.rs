@@ -39,7 +39,7 @@ struct Scene {
 
 impl Demo {
     pub(crate) fn run(&self) -> Result<()> {
-        cargo::build(&["tidegate", "tidegate-tests"])?;
+        cargo::build(&["tidegate", "workload"])?;
         root::become_root()?;
         root::clean_up_on_signals()?;
         tool::require(&[("ip", "iproute2"), ("nsenter", "util-linux"), ("curl", "curl")])?;

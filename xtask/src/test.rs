@@ -35,9 +35,8 @@ impl Test {
         tool::require(PROGRAMS)?;
         if self.containers {
             tool::require(&[("podman", "podman"), ("runc", "runc")])?;
-            build_static_workload()?;
         }
-        cargo::build(&["tidegate", "tidegate-tests"])?;
+        cargo::build(&["tidegate", "workload"])?;
         root::clean_up_on_signals()?;
         let outcome = self.cargo_test();
         if nix::unistd::geteuid().is_root() {
@@ -85,17 +84,6 @@ fn as_root(cargo: &mut Command) -> Result<()> {
     }
     let triple = host_triple()?.to_uppercase().replace('-', "_");
     cargo.env(format!("CARGO_TARGET_{triple}_RUNNER"), "sudo -E");
-    Ok(())
-}
-
-/// The workload as a static program for images made from scratch, in `target/TRIPLE/debug`.
-fn build_static_workload() -> Result<()> {
-    let status = cargo::command()
-        .args(["build", "--quiet", "--package", "tidegate-tests", "--bin", "workload", "--target"])
-        .arg(host_triple()?)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static")
-        .status()?;
-    ensure!(status.success(), "cargo build of the static workload: {status}");
     Ok(())
 }
 
