@@ -121,6 +121,7 @@ pub fn cluster(
         eds: None,
         has_pipes: false,
         lb_policy,
+        locality_weighted: false,
         connect_timeout: Duration::from_secs(5),
         per_connection_buffer_limit_bytes: 1 << 20,
         load_assignment: ClusterLoadAssignment {

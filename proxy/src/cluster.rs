@@ -262,7 +262,8 @@ impl Cluster {
             factor => factor,
         };
         let version = NEXT_VERSION.fetch_add(1, Relaxed);
-        HostSet::new(version, endpoints, factor, self.config.healthy_panic_threshold)
+        let set = HostSet::new(version, endpoints, factor, self.config.healthy_panic_threshold);
+        if self.config.locality_weighted { set.weighing_localities(factor) } else { set }
     }
 
     fn publish(&self, set: HostSet) {
@@ -438,6 +439,7 @@ pub(crate) mod tests {
             discovery,
             eds: None,
             lb_policy: LbPolicy::RoundRobin,
+            locality_weighted: false,
             connect_timeout: Duration::from_secs(5),
             per_connection_buffer_limit_bytes: 1 << 20,
             load_assignment: ClusterLoadAssignment {

@@ -1,6 +1,6 @@
 //! Endpoints, and the immutable sets of them that balancers pick from ([`HostSet`]).
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -22,6 +22,8 @@ pub struct Endpoint {
     pub weight: u32,
     /// Where it is. Shared by the endpoints of a locality.
     pub locality: Arc<Locality>,
+    /// Of the locality, when localities are weighted.
+    pub locality_weight: u32,
     /// 0 is the highest.
     pub priority: u32,
     /// As the control plane sees it.
@@ -88,8 +90,21 @@ pub struct PriorityHosts {
     pub healthy: Vec<Arc<Endpoint>>,
     /// The degraded ones.
     pub degraded: Vec<Arc<Endpoint>>,
+    /// The healthy ones by locality, where localities are weighted.
+    pub healthy_localities: Vec<LocalityHosts>,
+    /// The degraded ones likewise.
+    pub degraded_localities: Vec<LocalityHosts>,
     /// How many of `hosts` are excluded from shares.
     pub excluded: usize,
+}
+
+/// Endpoints of one locality that load goes to.
+#[derive(Debug)]
+pub struct LocalityHosts {
+    /// Its share, relative to the others of the list; at least 1.
+    pub weight: u32,
+    /// At least one.
+    pub hosts: Vec<Arc<Endpoint>>,
 }
 
 /// Which list of a priority a balancer picks from.
@@ -145,6 +160,16 @@ impl HostSet {
         Self { version, priorities, loads }
     }
 
+    /// Weighs localities: the share of each is its weight times its health, as for priorities.
+    #[must_use]
+    pub fn weighing_localities(mut self, overprovisioning_factor: u32) -> Self {
+        for at in &mut self.priorities {
+            at.healthy_localities = localities(&at.hosts, &at.healthy, overprovisioning_factor);
+            at.degraded_localities = localities(&at.hosts, &at.degraded, overprovisioning_factor);
+        }
+        self
+    }
+
     /// Differs from that of every other set of the cluster.
     pub fn version(&self) -> u64 {
         self.version
@@ -175,6 +200,16 @@ impl HostSet {
         }
     }
 
+    /// One list of endpoints by locality. Empty where localities are not weighted, or all weights are 0.
+    pub fn localities(&self, priority: usize, source: Source) -> &[LocalityHosts] {
+        let at = &self.priorities[priority];
+        match source {
+            Source::All => &[],
+            Source::Healthy => &at.healthy_localities,
+            Source::Degraded => &at.degraded_localities,
+        }
+    }
+
     /// `membership_total`, `_healthy`, `_degraded`, `_excluded`.
     pub fn membership(&self) -> [u64; 4] {
         self.priorities.iter().fold([0; 4], |[total, healthy, degraded, excluded], at| {
@@ -196,10 +231,57 @@ impl HostSet {
                     && a.priority == b.priority
                     && a.hostname == b.hostname
                     && a.locality == b.locality
+                    && a.locality_weight == b.locality_weight
                     && a.health_status == b.health_status
                     && a.health_check == b.health_check
             })
     }
+}
+
+/// Those of `usable` by locality. A locality of which less than `overprovisioning_factor` percent can be made up for by
+/// those that are left gets less than its weight.
+fn localities(
+    hosts: &[Arc<Endpoint>],
+    usable: &[Arc<Endpoint>],
+    overprovisioning_factor: u32,
+) -> Vec<LocalityHosts> {
+    #[derive(Default)]
+    struct Group {
+        weight: u32,
+        counted: usize,
+        usable: Vec<Arc<Endpoint>>,
+    }
+    let mut groups: BTreeMap<&Locality, Group> = BTreeMap::new();
+    for endpoint in hosts {
+        let group = groups.entry(&endpoint.locality).or_default();
+        group.weight = endpoint.locality_weight;
+        group.counted += usize::from(!endpoint.is_excluded());
+    }
+    for endpoint in usable {
+        if let Some(group) = groups.get_mut(&*endpoint.locality) {
+            group.usable.push(Arc::clone(endpoint));
+        }
+    }
+    let share = |group: &Group| {
+        if group.counted == 0 {
+            return 0.0;
+        }
+        let health = group.usable.len() as f64 / group.counted as f64;
+        f64::from(group.weight) * (health * f64::from(overprovisioning_factor) / 100.0).min(1.0)
+    };
+    let shares: Vec<f64> = groups.values().map(share).collect();
+    let scale = if shares.iter().all(|share| share.fract() == 0.0) {
+        1.0 // exact
+    } else {
+        f64::from(1 << 30) / shares.iter().copied().fold(1.0, f64::max)
+    };
+    let groups = groups.into_values().zip(shares).filter(|(_, share)| *share > 0.0);
+    groups
+        .map(|(group, share)| LocalityHosts {
+            weight: ((share * scale).round() as u32).max(1),
+            hosts: group.usable,
+        })
+        .collect()
 }
 
 /// The endpoints of an assignment. `resolve` gives the addresses of a name.
@@ -236,6 +318,7 @@ pub(super) fn endpoints_of<'a>(
                         hostname: Arc::clone(&hostname),
                         weight: endpoint.load_balancing_weight.max(1),
                         locality: Arc::clone(&locality),
+                        locality_weight: group.load_balancing_weight.unwrap_or(0),
                         priority: group.priority,
                         health_status: endpoint.health_status,
                         health_check: endpoint.health_check.clone(),
@@ -257,6 +340,7 @@ pub(super) mod tests {
             hostname: "".into(),
             weight,
             locality: Arc::default(),
+            locality_weight: 0,
             priority,
             health_status: HealthStatus::Unknown,
             health_check: None,

@@ -6,6 +6,8 @@
 //!   connections wins; else earliest deadline first with weight / (active + 1) ^ bias. Active counts include
 //!   connections that are still being opened, so that a host that doesn't answer doesn't look idle.
 //! - RANDOM: any host of the list, whatever its weight, as in Envoy.
+//!
+//! Where localities are weighted, a locality is drawn by weighted round robin first, and the policy chooses among its hosts.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use std::sync::Arc;
 use fastrand::Rng;
 
 use super::edf::{self, Edf, Instant, Turn};
-use super::endpoint::{Endpoint, HostSet, Source};
+use super::endpoint::{Endpoint, HostSet, LocalityHosts, Source};
 use super::original_dst::WorkerHosts;
 use super::{Cluster, ClusterId};
 use crate::addr::OriginalDst;
@@ -96,6 +98,8 @@ pub struct Balancer {
     set: Arc<HostSet>,
     /// Indexed by priority and source.
     schedules: Vec<Option<Schedule>>,
+    /// The same, where localities are weighted.
+    localities: Vec<Option<LocalityTurns>>,
     /// Where round robin stands in each list; survives updates.
     turns: Vec<usize>,
     /// Where everything starts.
@@ -113,6 +117,14 @@ enum Schedule {
     LeastLoaded(Edf<Instant>),
 }
 
+/// How one list of localities is picked from. Built at the first pick from it.
+#[derive(Debug)]
+struct LocalityTurns {
+    order: Edf<Turn>,
+    /// How each locality's own list is picked from, and where round robin stands in it.
+    hosts: Vec<(Schedule, usize)>,
+}
+
 const SOURCES: usize = 3;
 
 impl Balancer {
@@ -120,7 +132,8 @@ impl Balancer {
     pub fn new(policy: LbPolicy, set: Arc<HostSet>, rng: &mut Rng) -> Self {
         // As in Envoy the start is far enough out to be anywhere in any cycle.
         let start = u64::from(rng.u32(..));
-        let mut balancer = Self { policy, set, schedules: Vec::new(), turns: Vec::new(), start };
+        let mut balancer =
+            Self { policy, set, schedules: Vec::new(), localities: Vec::new(), turns: Vec::new(), start };
         balancer.reset();
         balancer
     }
@@ -137,6 +150,8 @@ impl Balancer {
         let lists = self.set.priorities().len() * SOURCES;
         self.schedules.clear();
         self.schedules.resize_with(lists, || None);
+        self.localities.clear();
+        self.localities.resize_with(lists, || None);
         if self.turns.len() < lists {
             self.turns.resize(lists, self.start as usize);
         }
@@ -159,26 +174,33 @@ impl Balancer {
     }
 
     fn pick_from(&mut self, priority: usize, source: Source, rng: &mut Rng) -> Option<Arc<Endpoint>> {
-        let hosts = self.set.source(priority, source);
         let at = priority * SOURCES + source as usize;
         let (policy, start) = (self.policy, self.start);
+        let localities = self.set.localities(priority, source);
+        if !localities.is_empty() {
+            let turns = self.localities[at].get_or_insert_with(|| {
+                LocalityTurns::new(policy, localities, self.turns[at] as u64, start, rng)
+            });
+            self.turns[at] = self.turns[at].wrapping_add(1);
+            let locality = turns.order.pick(|_, turn| turn.following())? as usize;
+            let (schedule, turn) = &mut turns.hosts[locality];
+            return schedule.pick(policy, &localities[locality].hosts, turn, rng);
+        }
+        let hosts = self.set.source(priority, source);
         let schedule = self.schedules[at].get_or_insert_with(|| Schedule::new(policy, hosts, start, rng));
-        let index = match (schedule, policy) {
-            (_, _) if hosts.is_empty() => return None,
-            (Schedule::Weighted(edf), _) => edf.pick(|_, turn| turn.following())? as usize,
-            (Schedule::LeastLoaded(edf), LbPolicy::LeastRequest { active_request_bias, .. }) => {
-                edf.pick(|index, now| later(*now, &hosts[index as usize], active_request_bias))? as usize
-            }
-            (_, LbPolicy::LeastRequest { choice_count, .. }) => least_of(hosts, choice_count, rng),
-            (_, LbPolicy::Random) => rng.usize(..hosts.len()),
-            (_, LbPolicy::RoundRobin | LbPolicy::ClusterProvided) => {
-                let turn = &mut self.turns[at];
-                let index = *turn % hosts.len();
-                *turn = turn.wrapping_add(1);
-                index
-            }
-        };
-        Some(Arc::clone(&hosts[index]))
+        schedule.pick(policy, hosts, &mut self.turns[at], rng)
+    }
+}
+
+impl LocalityTurns {
+    /// `picks` is how often was picked from the list before.
+    fn new(policy: LbPolicy, localities: &[LocalityHosts], picks: u64, start: u64, rng: &mut Rng) -> Self {
+        let weights: Vec<u32> = localities.iter().map(|locality| locality.weight).collect();
+        let hosts = localities.iter().map(|locality| &locality.hosts);
+        Self {
+            order: edf::weighted(&weights, picks),
+            hosts: hosts.map(|hosts| (Schedule::new(policy, hosts, start, rng), start as usize)).collect(),
+        }
     }
 }
 
@@ -199,6 +221,31 @@ impl Schedule {
             }
             LbPolicy::Random | LbPolicy::ClusterProvided => Self::Even,
         }
+    }
+
+    /// `turn` is where round robin stands.
+    fn pick(
+        &mut self,
+        policy: LbPolicy,
+        hosts: &[Arc<Endpoint>],
+        turn: &mut usize,
+        rng: &mut Rng,
+    ) -> Option<Arc<Endpoint>> {
+        let index = match (self, policy) {
+            (_, _) if hosts.is_empty() => return None,
+            (Self::Weighted(edf), _) => edf.pick(|_, turn| turn.following())? as usize,
+            (Self::LeastLoaded(edf), LbPolicy::LeastRequest { active_request_bias, .. }) => {
+                edf.pick(|index, now| later(*now, &hosts[index as usize], active_request_bias))? as usize
+            }
+            (_, LbPolicy::LeastRequest { choice_count, .. }) => least_of(hosts, choice_count, rng),
+            (_, LbPolicy::Random) => rng.usize(..hosts.len()),
+            (_, LbPolicy::RoundRobin | LbPolicy::ClusterProvided) => {
+                let index = *turn % hosts.len();
+                *turn = turn.wrapping_add(1);
+                index
+            }
+        };
+        Some(Arc::clone(&hosts[index]))
     }
 }
 
@@ -238,7 +285,7 @@ mod tests {
     use super::super::endpoint::tests::endpoint;
     use super::super::host::HostRegistry;
     use super::*;
-    use crate::config::endpoint::HealthStatus;
+    use crate::config::endpoint::{HealthStatus, Locality};
 
     const LEAST: LbPolicy = LbPolicy::LeastRequest { choice_count: 2, active_request_bias: 1.0 };
 
@@ -355,6 +402,57 @@ mod tests {
         balancer.update(&set(&registry, 2, &hosts));
         assert!(!balancer.pick(&mut rng).panic);
         assert_eq!(shares(&mut balancer, &mut rng, 30, 3), [15, 15, 0]);
+    }
+
+    /// Two hosts in each of these localities: weight, and how many of the two are healthy.
+    fn in_localities(registry: &HostRegistry, localities: &[(u32, usize)]) -> Arc<HostSet> {
+        let endpoints = localities.iter().enumerate().flat_map(|(at, (weight, healthy))| {
+            let locality = Arc::new(Locality { zone: format!("zone {at}").into(), ..Locality::default() });
+            (0..2).map(move |host| Endpoint {
+                locality: Arc::clone(&locality),
+                locality_weight: *weight,
+                health_status: if host < *healthy { HealthStatus::Unknown } else { HealthStatus::Unhealthy },
+                ..endpoint(registry, (2 * at + host) as u16 + 1, 1, 0)
+            })
+        });
+        Arc::new(HostSet::new(1, endpoints.collect(), 140, 0.0).weighing_localities(140))
+    }
+
+    #[test]
+    fn localities_get_shares_by_weight_and_health() {
+        let registry = HostRegistry::default();
+        let mut rng = Rng::with_seed(3);
+        for (localities, expected) in [
+            (&[(3, 2), (1, 2)][..], [300, 300, 100, 100]),
+            // Half of its hosts: 70 % of its weight.
+            (&[(1, 2), (1, 1)], [235, 235, 330, 0]),
+            (&[(1, 2), (1, 0)], [400, 400, 0, 0]),
+            (&[(1, 2), (0, 2)], [400, 400, 0, 0]),
+            // No weights at all: as if they were not weighted.
+            (&[(0, 2), (0, 2)], [200, 200, 200, 200]),
+        ] {
+            let set = in_localities(&registry, localities);
+            let mut balancer = Balancer::new(LbPolicy::RoundRobin, set, &mut rng);
+            let shares = shares(&mut balancer, &mut rng, 800, 4);
+            let is_near = |(share, expected): (&usize, &usize)| share.abs_diff(*expected) <= 1;
+            assert!(shares.iter().zip(&expected).all(is_near), "{localities:?}: {shares:?}");
+        }
+    }
+
+    #[test]
+    fn localities_go_on_where_they_were_after_an_update() {
+        let registry = HostRegistry::default();
+        let mut rng = Rng::with_seed(3);
+        let set = in_localities(&registry, &[(3, 2), (1, 2)]);
+        let mut balancer = Balancer::new(LEAST, Arc::clone(&set), &mut rng);
+        let mut shares = [0; 2];
+        for version in 2..402 {
+            shares[(usize::from(port(&balancer.pick(&mut rng))) - 1) / 2] += 1;
+            let endpoints = set.endpoints().map(|endpoint| Endpoint::clone(endpoint)).collect();
+            let set = HostSet::new(version, endpoints, 140, 0.0).weighing_localities(140);
+            balancer.update(&Arc::new(set));
+        }
+        assert_eq!(shares, [300, 100]);
     }
 
     #[test]

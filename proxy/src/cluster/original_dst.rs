@@ -37,6 +37,7 @@ impl OriginalDstHosts {
             hostname: format!("{cluster}{destination}").into(),
             weight: 1,
             locality: Arc::default(),
+            locality_weight: 0,
             priority: 0,
             health_status: HealthStatus::Unknown,
             health_check: None,

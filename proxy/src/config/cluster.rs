@@ -24,6 +24,9 @@ pub struct Cluster {
     pub eds: Option<Arc<Eds>>,
     /// How one is chosen.
     pub lb_policy: LbPolicy,
+    /// Load goes to localities by their weight first, as far as their health reaches
+    /// (`common_lb_config.locality_weighted_lb_config`).
+    pub locality_weighted: bool,
     /// Per attempt. Default 5 s.
     pub connect_timeout: Duration,
     /// Soft limit of bytes buffered per direction. Default 1 MiB.

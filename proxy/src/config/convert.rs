@@ -27,7 +27,7 @@
 //! | `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
 //! | RING_HASH, MAGLEV | warning, RANDOM is used | that is what Envoy's do when nothing is hashed |
 //! | `tcp_health_check` | done; not in clusters with TLS or pipes and of type ORIGINAL_DST (warning); several checks for one cluster are refused | half of the checks would let through what the others stop |
-//! | HTTP, gRPC and custom health checks, locality weighting, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
+//! | HTTP, gRPC and custom health checks, zone awareness, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
 //! | `outlier_detection` of an ORIGINAL_DST cluster | warning, nothing | Envoy's balancer does not look at the health of such endpoints either |
 //! | `outlier_detection.monitors` | warning | they are extensions |
 //! | `close_connections_on_host_set_change` | nothing | for tcp_proxy nothing happens in Envoy either |

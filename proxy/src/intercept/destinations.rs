@@ -262,6 +262,7 @@ mod tests {
             discovery,
             eds: None,
             lb_policy: LbPolicy::RoundRobin,
+            locality_weighted: false,
             connect_timeout: Duration::from_secs(5),
             per_connection_buffer_limit_bytes: 0,
             load_assignment: ClusterLoadAssignment {

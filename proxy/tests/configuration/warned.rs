@@ -395,3 +395,26 @@ fn health_checks_that_nobody_makes() {
         )],
     );
 }
+
+#[test]
+fn localities_are_weighted_where_that_is_asked_for() {
+    let weighted = |fields: Value| {
+        let bootstrap = bootstrap(vec![], vec![with(cluster("c"), fields)]);
+        warned(&bootstrap, &[]);
+        load_json(&bootstrap).unwrap().bootstrap.clusters[0].locality_weighted
+    };
+    let common = json!({"locality_weighted_lb_config": {}});
+    let typed = |name: &str, fields: Value| {
+        let message = format!("envoy.extensions.load_balancing_policies.{name}");
+        json!({"policies": [{"typed_extension_config": extension("x", &message, fields)}]})
+    };
+    let plain = typed("round_robin.v3.RoundRobin", json!({}));
+    let own = typed("random.v3.Random", json!({"locality_lb_config": common}));
+    let wrr = typed("wrr_locality.v3.WrrLocality", json!({"endpoint_picking_policy": plain}));
+    assert!(!weighted(json!({})));
+    assert!(weighted(json!({"common_lb_config": common})));
+    assert!(weighted(json!({"load_balancing_policy": own})));
+    assert!(weighted(json!({"load_balancing_policy": wrr})));
+    // A policy does not look at common_lb_config.
+    assert!(!weighted(json!({"load_balancing_policy": plain, "common_lb_config": common})));
+}

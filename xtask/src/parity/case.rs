@@ -296,14 +296,23 @@ impl Case {
             .collect();
         let mut by_priority: Vec<Value> = Vec::new();
         for mut endpoint in endpoints {
-            let priority =
-                endpoint.as_object_mut().and_then(|fields| fields.remove("priority")).unwrap_or(json!(0));
-            match by_priority.iter_mut().find(|group| group["priority"] == priority) {
+            let mut take = |field: &str| endpoint.as_object_mut().and_then(|fields| fields.remove(field));
+            let priority = take("priority").unwrap_or(json!(0));
+            // What is said of the locality.
+            let group_fields = take("group").unwrap_or(json!({}));
+            let is_same = |group: &&mut Value| {
+                group["priority"] == priority && group.get("locality") == group_fields.get("locality")
+            };
+            match by_priority.iter_mut().find(is_same) {
                 Some(group) => group["lb_endpoints"]
                     .as_array_mut()
                     .into_iter()
                     .for_each(|list| list.push(endpoint.clone())),
-                None => by_priority.push(json!({"priority": priority, "lb_endpoints": [endpoint]})),
+                None => {
+                    let mut group = json!({"priority": priority, "lb_endpoints": [endpoint]});
+                    merge(&mut group, group_fields);
+                    by_priority.push(group);
+                }
             }
         }
         let mut cluster = json!({

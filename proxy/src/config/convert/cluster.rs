@@ -128,8 +128,17 @@ pub(in crate::config) fn cluster(
         lookup_family: lookup_family(enumeration(dns_lookup_family, path, "dns_lookup_family", report)?),
     };
     let discovery = discovery(cluster_discovery_type, &mut dns, path, report);
-    let lb_policy = lb_policy::lb_policy(lb_policy, load_balancing_policy, lb_config, path, report);
-    let (healthy_panic_threshold, ignore_new_hosts) = common_lb(common_lb_config, path, report);
+    let Common { healthy_panic_threshold, ignore_new_hosts, locality_weighted } =
+        common_lb(common_lb_config, path, report);
+    let mut locality_weighted = locality_weighted;
+    let lb_policy = lb_policy::lb_policy(
+        lb_policy,
+        load_balancing_policy,
+        lb_config,
+        &mut locality_weighted,
+        path,
+        report,
+    );
     let endpoint_removal = endpoint_removal(metadata, path, report);
     let circuit_breakers = thresholds(circuit_breakers, path, report);
     let upstream_keepalive = connection_options(upstream_connection_options, path, report);
@@ -171,6 +180,7 @@ pub(in crate::config) fn cluster(
         discovery,
         eds,
         lb_policy,
+        locality_weighted,
         connect_timeout: connect_timeout.unwrap_or(CONNECT_TIMEOUT),
         per_connection_buffer_limit_bytes: per_connection_buffer_limit_bytes.unwrap_or(BUFFER_LIMIT),
         load_assignment,
@@ -333,13 +343,22 @@ fn check_combination(
     }
 }
 
-/// The panic threshold, percent, and `ignore_new_hosts_until_first_hc`.
-fn common_lb(
-    config: Option<parts::CommonLbConfig>,
-    path: &FieldPath<'_>,
-    report: &mut Report<'_>,
-) -> (f64, bool) {
-    let Some(config) = config else { return (HEALTHY_PANIC_THRESHOLD, false) };
+/// What `common_lb_config` says.
+struct Common {
+    /// Percent.
+    healthy_panic_threshold: f64,
+    ignore_new_hosts: bool,
+    locality_weighted: bool,
+}
+
+fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report: &mut Report<'_>) -> Common {
+    let Some(config) = config else {
+        return Common {
+            healthy_panic_threshold: HEALTHY_PANIC_THRESHOLD,
+            ignore_new_hosts: false,
+            locality_weighted: false,
+        };
+    };
     let path = path.field("common_lb_config");
     let parts::CommonLbConfig {
         healthy_panic_threshold,
@@ -352,17 +371,20 @@ fn common_lb(
     } = config;
     inactive!(report, &path, "CommonLbConfig";
         consistent_hashing_lb_config, override_host_status);
-    match locality_config_specifier {
-        None => {}
+    let locality_weighted = match locality_config_specifier {
+        None => false,
         Some(common_lb_config::LocalityConfigSpecifier::ZoneAwareLbConfig(_)) => {
             report.inactive("CommonLbConfig", &path, "zone_aware_lb_config");
+            false
         }
-        Some(common_lb_config::LocalityConfigSpecifier::LocalityWeightedLbConfig(_)) => {
-            report.inactive("CommonLbConfig", &path, "locality_weighted_lb_config");
-        }
+        Some(common_lb_config::LocalityConfigSpecifier::LocalityWeightedLbConfig(_)) => true,
+    };
+    Common {
+        healthy_panic_threshold: healthy_panic_threshold
+            .map_or(HEALTHY_PANIC_THRESHOLD, |percent| percent.value),
+        ignore_new_hosts: ignore_new_hosts_until_first_hc,
+        locality_weighted,
     }
-    let threshold = healthy_panic_threshold.map_or(HEALTHY_PANIC_THRESHOLD, |percent| percent.value);
-    (threshold, ignore_new_hosts_until_first_hc)
 }
 
 /// Our extension to what Envoy does with connections to endpoints that are gone.

@@ -10,7 +10,7 @@ use super::super::case::{Case, Client, Comparison, Endpoint};
 const PUT_IN_FORCE: u64 = 200;
 
 pub(super) fn cases() -> Vec<Case> {
-    outliers().into_iter().chain(checks()).collect()
+    outliers().into_iter().chain(checks()).chain(localities()).collect()
 }
 
 fn outliers() -> Vec<Case> {
@@ -163,4 +163,39 @@ fn checked(name: &'static str, fields: &Value) -> Case {
         .ignore(&TIMES)
         // What checks say there, between clients.
         .ignore(&["endpoint 0", "endpoint 1"])
+}
+
+fn localities() -> Vec<Case> {
+    let in_zone = |zone: &str, weight: u32, more: Value| {
+        let mut fields = json!({"group": {"locality": {"zone": zone}, "load_balancing_weight": weight}});
+        if let (Some(fields), Value::Object(more)) = (fields.as_object_mut(), more) {
+            fields.extend(more);
+        }
+        fields
+    };
+    let weighted = |name| {
+        Case::new(name)
+            .cluster(json!({"common_lb_config": {"locality_weighted_lb_config": {}}}))
+            .compare(Comparison::Shares)
+    };
+    let ask = || Client::new([write("hello"), ShutdownWrite, ReadToEnd]);
+    let serves = || Endpoint::Serves(vec![Echo]);
+    vec![
+        weighted("localities: shares by weight")
+            .endpoint(serves(), in_zone("a", 3, json!({})))
+            .endpoint(serves(), in_zone("b", 1, json!({})))
+            .fold_clients(8, ask),
+        weighted("localities: one without a weight gets nothing")
+            .endpoint(serves(), json!({"group": {"locality": {"zone": "a"}}}))
+            .endpoint(serves(), in_zone("b", 1, json!({})))
+            .fold_clients(4, ask),
+        weighted("localities: no weights at all")
+            .endpoint(serves(), json!({"group": {"locality": {"zone": "a"}}}))
+            .endpoint(serves(), json!({"group": {"locality": {"zone": "b"}}}))
+            .fold_clients(4, ask),
+        weighted("localities: a sick one makes room")
+            .endpoint(serves(), in_zone("a", 3, json!({"health_status": "UNHEALTHY"})))
+            .endpoint(serves(), in_zone("b", 1, json!({})))
+            .fold_clients(4, ask),
+    ]
 }

@@ -21,11 +21,14 @@ pub(super) fn lb_policy(
     lb_policy: i32,
     typed: Option<api::LoadBalancingPolicy>,
     config: Option<LbConfig>,
+    locality_weighted: &mut bool,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> Option<LbPolicy> {
     if let Some(typed) = typed {
-        return typed_policy(typed, &path.field("load_balancing_policy"), report);
+        // Its own settings hold, and not those of common_lb_config.
+        *locality_weighted = false;
+        return typed_policy(typed, locality_weighted, &path.field("load_balancing_policy"), report);
     }
     let policy = enumeration(lb_policy, path, "lb_policy", report)?;
     match (policy, config) {
@@ -105,6 +108,7 @@ fn least_request(choice_count: Option<u32>, bias: Option<RuntimeDouble>) -> LbPo
 /// The first policy of the list that is known.
 fn typed_policy(
     policy: api::LoadBalancingPolicy,
+    locality_weighted: &mut bool,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> Option<LbPolicy> {
@@ -119,7 +123,7 @@ fn typed_policy(
         };
         let path = path.field("typed_extension_config");
         let path = path.field("typed_config");
-        match known(config.typed_config.unwrap_or_default(), &path, report) {
+        match known(config.typed_config.unwrap_or_default(), locality_weighted, &path, report) {
             Some(policy) => return Some(policy),
             None => names.push(config.name),
         }
@@ -135,18 +139,24 @@ fn typed_policy(
     None
 }
 
-fn known(any: tidegate_api::wkt::Any, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<LbPolicy> {
+fn known(
+    any: tidegate_api::wkt::Any,
+    locality_weighted: &mut bool,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<LbPolicy> {
     let config = Extension::new(any);
     if config.is::<policies::round_robin::v3::RoundRobin>() {
         let policies::round_robin::v3::RoundRobin { slow_start_config, locality_lb_config } =
             config.decode(path, report)?;
-        inactive!(report, path, "RoundRobin"; slow_start_config, locality_lb_config);
+        inactive!(report, path, "RoundRobin"; slow_start_config);
+        *locality_weighted |= weighs_localities(locality_lb_config, path, report);
         Some(LbPolicy::RoundRobin)
     } else if config.is::<policies::least_request::v3::LeastRequest>() {
-        Some(typed_least_request(config.decode(path, report)?, path, report))
+        Some(typed_least_request(config.decode(path, report)?, locality_weighted, path, report))
     } else if config.is::<policies::random::v3::Random>() {
         let policies::random::v3::Random { locality_lb_config } = config.decode(path, report)?;
-        inactive!(report, path, "Random"; locality_lb_config);
+        *locality_weighted |= weighs_localities(locality_lb_config, path, report);
         Some(LbPolicy::Random)
     } else if config.is::<policies::cluster_provided::v3::ClusterProvided>() {
         Some(LbPolicy::ClusterProvided)
@@ -156,20 +166,39 @@ fn known(any: tidegate_api::wkt::Any, path: &FieldPath<'_>, report: &mut Report<
     } else if config.is::<policies::wrr_locality::v3::WrrLocality>() {
         let policies::wrr_locality::v3::WrrLocality { endpoint_picking_policy } =
             config.decode(path, report)?;
-        report.warn_once(
-            "wrr_locality".into(),
-            path,
-            "weights of localities are not active in this version: the endpoint picking policy sees all endpoints",
-        );
-        typed_policy(endpoint_picking_policy?, &path.field("endpoint_picking_policy"), report)
+        *locality_weighted = true;
+        typed_policy(
+            endpoint_picking_policy?,
+            locality_weighted,
+            &path.field("endpoint_picking_policy"),
+            report,
+        )
     } else {
         None
+    }
+}
+
+/// Whether load goes to localities by their weight.
+fn weighs_localities(
+    config: Option<policies::common::v3::LocalityLbConfig>,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> bool {
+    use policies::common::v3::locality_lb_config::LocalityConfigSpecifier;
+    match config.and_then(|config| config.locality_config_specifier) {
+        None => false,
+        Some(LocalityConfigSpecifier::LocalityWeightedLbConfig(_)) => true,
+        Some(LocalityConfigSpecifier::ZoneAwareLbConfig(_)) => {
+            report.inactive("LocalityLbConfig", &path.field("locality_lb_config"), "zone_aware_lb_config");
+            false
+        }
     }
 }
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
 fn typed_least_request(
     config: policies::least_request::v3::LeastRequest,
+    locality_weighted: &mut bool,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> LbPolicy {
@@ -182,6 +211,7 @@ fn typed_least_request(
         selection_method,
     } = config;
     inactive!(report, path, "LeastRequest";
-        slow_start_config, locality_lb_config, enable_full_scan, selection_method);
+        slow_start_config, enable_full_scan, selection_method);
+    *locality_weighted |= weighs_localities(locality_lb_config, path, report);
     least_request(choice_count, active_request_bias)
 }
