@@ -319,10 +319,9 @@ mod tests {
                 match (half.next(), event) {
                     (Step::Read, 0..=1) if half.method() == Method::Splice => { half.spliced_in(n); taken += n; }
                     (Step::Read, 0..=1) => { half.copied_in(n.min(SCRATCH), SCRATCH); taken += n.min(SCRATCH); }
-                    (Step::Read | Step::Discard, 2) => half.source_ended(),
+                    (Step::Read | Step::Discard, 2) | (Step::Write, 3) => half.source_ended(),
                     (Step::Write, 5) if half.wants_more(SCRATCH) => { half.topped_up(n); taken += n; }
-                    (Step::Write, 5) => half.source_ended(),
-                    (Step::Write, 0..=3) => { let n = n.min(half.held()); half.sent(n); given += n; }
+                    (Step::Write, 0..=2) => { let n = n.min(half.held()); half.sent(n); given += n; }
                     (Step::Fin, _) => { prop_assert_eq!(half.held(), 0); half.fin_sent(); fins += 1; }
                     (_, 4) if n == 1 => lost += half.destination_gone(),
                     _ => {}
