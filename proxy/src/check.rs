@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use caps::{CapSet, Capability};
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::intercept::programs;
+use crate::intercept::{self, programs};
 use crate::sys::{cgroup, mounts};
 use crate::takeover::{Recorded, StatePaths, recorded};
 use crate::uring::{self, Engine};
@@ -53,6 +53,7 @@ pub fn run(paths: &StatePaths) -> Report {
     btf(&mut report);
     capabilities(&mut report);
     cgroup2(&mut report);
+    own_cgroup(&mut report);
     bpffs(&mut report, &paths.pin_dir);
     trial_load(&mut report);
     processes(&mut report);
@@ -208,6 +209,19 @@ fn cgroup2(report: &mut Report) {
             report.ok("cgroup v2", format!("pods in {}", found.join(", ")));
         }
         Err(error) => report.fail("cgroup v2", format!("{}: {error}", mount.display()), "is it readable?"),
+    }
+}
+
+fn own_cgroup(report: &mut Report) {
+    match intercept::cgroup::own() {
+        Ok(_) if intercept::cgroup::own_is_root() => report.warn(
+            "own cgroup",
+            "this process is in the root of cgroup v2",
+            "a tidegate that is started there slows down every TCP connection of the machine by some microseconds: \
+             give it a cgroup of its own, as a systemd unit or a pod has (or: mkdir DIR, echo $$ > DIR/cgroup.procs)",
+        ),
+        Ok(path) => report.ok("own cgroup", path.display().to_string()),
+        Err(error) => report.fail("own cgroup", error.to_string(), "is cgroup v2 mounted, and /proc?"),
     }
 }
 

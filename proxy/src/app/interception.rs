@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use super::{Proxy, announce};
 use crate::args::{FailModeArg, ServeArgs};
 use crate::config::bootstrap::{FailMode, Interception as Wanted};
+use crate::intercept::cgroup;
 use crate::intercept::destinations::BLACK_HOLE;
 use crate::intercept::{self, Destinations, EbpfLog, InterceptError, Interception, OnPod, PodEvent};
 use crate::takeover::{Starting, StatePaths};
@@ -41,6 +42,13 @@ impl Proxy {
                 interception.apply(&self.destinations())?;
                 self.interception = Some(interception);
                 self.record = Some(starting.finish()?);
+                if cgroup::own_is_root() {
+                    tracing::warn!(
+                        "this process is in the root cgroup: its eBPF program for accepted sockets runs for every TCP \
+                         connection of the machine; start tidegate in a cgroup of its own to spare the others \
+                         (`tidegate check`)"
+                    );
+                }
             }
             Err(error) if asked_for => {
                 return Err(error).context("interception was asked for, but can't be set up");

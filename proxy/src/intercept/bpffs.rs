@@ -8,12 +8,10 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MsFlags, mount};
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use tidegate_common::LAYOUT_VERSION;
 
-use super::cgroup::unescape;
 use super::error::InterceptError;
+use crate::sys::mounts;
 
 /// Where a bpffs belongs.
 const BPF_FS: &str = "/sys/fs/bpf";
@@ -32,12 +30,12 @@ impl PinDir {
 
     /// Creates it, and mounts a bpffs for it when it belongs to [`BPF_FS`] and none is there.
     pub(super) fn create(root: &Path) -> Result<Self, InterceptError> {
-        if root.starts_with(BPF_FS) && !is_bpffs(Path::new(BPF_FS)) {
-            mount(Some("bpf"), BPF_FS, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
-                .map_err(|errno| InterceptError::BpfFs { path: BPF_FS.into(), source: errno.into() })?;
+        if root.starts_with(BPF_FS) {
+            mounts::ensure_bpffs(Path::new(BPF_FS))
+                .map_err(|source| InterceptError::BpfFs { path: BPF_FS.into(), source })?;
         }
         let existing = root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        if !is_bpffs(existing) {
+        if !mounts::is_on_bpffs(existing).unwrap_or_default() {
             return Err(InterceptError::NotBpfFs(root.into()));
         }
         let this = Self::new(root);
@@ -138,12 +136,7 @@ pub(super) fn name(path: &Path) -> &str {
 /// The pin directory where nobody chose one: below `/sys/fs/bpf`, or below the first bpffs of /proc/mounts when that
 /// is somewhere else.
 pub fn default_pin_dir() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let mut found = mounts.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let (path, kind) = (fields.next()?, fields.next()?);
-        (kind == "bpf").then(|| PathBuf::from(unescape(path)))
-    });
+    let mut found = mounts::of_type("bpf").unwrap_or_default().into_iter();
     let first = found.next();
     let standard = Path::new(BPF_FS);
     let base = match first {
@@ -151,10 +144,6 @@ pub fn default_pin_dir() -> PathBuf {
         _ => standard.into(),
     };
     base.join("tidegate")
-}
-
-fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {

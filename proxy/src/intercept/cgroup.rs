@@ -10,6 +10,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 use tidegate_common::Place;
 
 use super::error::InterceptError;
+use crate::sys::{self, mounts};
 
 /// An open cgroup v2 directory.
 #[derive(Debug)]
@@ -75,42 +76,20 @@ pub(super) fn covers(cgroups: &[Cgroup], path: &Path) -> bool {
 
 /// The mount point of the cgroup v2 hierarchy: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on hybrid systems.
 pub fn mount_point() -> io::Result<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
-    mounts
-        .lines()
-        .find_map(|line| {
-            let mut fields = line.split(' ').skip(1);
-            let (path, kind) = (fields.next()?, fields.next()?);
-            (kind == "cgroup2").then(|| PathBuf::from(unescape(path)))
-        })
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup2 file system in /proc/self/mounts"))
+    let missing = || io::Error::new(io::ErrorKind::NotFound, "no cgroup2 file system in /proc/self/mounts");
+    mounts::cgroup2()?.ok_or_else(missing)
 }
 
 /// The cgroup v2 directory of this process.
 pub fn own() -> io::Result<PathBuf> {
-    let text = std::fs::read_to_string("/proc/self/cgroup")?;
-    let path = text
-        .lines()
-        .find_map(|line| line.strip_prefix("0::"))
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 entry in /proc/self/cgroup"))?;
-    Ok(mount_point()?.join(path.trim_start_matches('/')))
+    let missing = || io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 entry in /proc/self/cgroup");
+    sys::cgroup::of_process(std::process::id(), &mount_point()?).ok_or_else(missing)
 }
 
-/// Undoes the octal escapes of /proc/mounts (`\040` is a blank).
-pub(super) fn unescape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('\\') {
-        out.push_str(&rest[..at]);
-        rest = &rest[at + 1..];
-        if let Some(byte) = rest.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            out.push(char::from(byte));
-            rest = &rest[3..];
-        } else {
-            out.push('\\');
-        }
-    }
-    out + rest
+/// Whether this process is in the root cgroup: the program that watches its accepted sockets then also runs for the TCP
+/// sockets of every other process, which costs each connection of the machine some microseconds.
+pub fn own_is_root() -> bool {
+    own().is_ok_and(|dir| sys::cgroup::is_root(&dir))
 }
 
 #[cfg(test)]
@@ -149,12 +128,6 @@ mod tests {
         assert_eq!(outermost(named(&both[..2]))[0].place, Place::Host);
         let error = check_places(&named(&[("/c/a", Place::Host), ("/c", Place::Pods)])).unwrap_err();
         assert!(error.to_string().contains("/c/a"), "{error}");
-    }
-
-    #[test]
-    fn mount_paths_are_unescaped() {
-        assert_eq!(unescape(r"/a\040b\134c"), r"/a b\c");
-        assert_eq!(unescape(r"/a\"), r"/a\");
     }
 
     #[test]

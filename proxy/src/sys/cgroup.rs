@@ -46,6 +46,11 @@ pub fn of_process(pid: u32, mount: &Path) -> Option<PathBuf> {
     (plain && !path.as_os_str().as_encoded_bytes().ends_with(b" (deleted)")).then(|| mount.join(path))
 }
 
+/// Whether a directory is the root of the hierarchy: only the root has no type.
+pub fn is_root(directory: &Path) -> bool {
+    directory.join("cgroup.procs").exists() && !directory.join("cgroup.type").exists()
+}
+
 /// The subtrees in which a kubelet keeps its pods, whatever its cgroup driver: `kubepods`, `kubepods.slice`,
 /// `…-kubepods.slice`. None is inside another one. Empty on a machine without Kubernetes.
 pub fn kubepods(mount: &Path) -> io::Result<Vec<PathBuf>> {
@@ -141,6 +146,7 @@ mod tests {
         let mount = crate::sys::mounts::cgroup2().unwrap().unwrap();
         assert_eq!(of_process(process.id(), &mount), Some(inner.clone()));
         assert!(id(&inner).unwrap() > 1);
+        assert!(is_root(&mount) && !is_root(&inner) && !is_root(Path::new("/proc")));
         process.kill().unwrap();
         process.wait().unwrap();
         assert_eq!(of_process(process.id(), &mount), None);
