@@ -50,7 +50,10 @@ pub(super) fn json(
     // In the order of the message's fields.
     match action {
         Action::Eject { timed_out } => {
-            event.insert("eject_unhealthy_event".into(), json!({"failure_type": failure_type(timed_out)}));
+            event.insert(
+                "eject_unhealthy_event".into(),
+                json!({"failure_type": failure_type(timed_out), "http_status_code": 0}),
+            );
         }
         Action::AddHealthy { first } => {
             event.insert("add_healthy_event".into(), json!({"first_check": first}));
@@ -88,6 +91,10 @@ mod tests {
         assert_eq!(
             line(Action::Failure { timed_out: false, first: true }),
             r#"{"health_checker_type":"TCP","host":{"socket_address":{"protocol":"TCP","address":"127.0.0.1","port_value":29992,"resolver_name":"","ipv4_compat":false,"network_namespace_filepath":""}},"cluster_name":"d","timestamp":"2026-11-22T15:10:02.637Z","health_check_failure_event":{"failure_type":"NETWORK","first_check":true,"http_status_code":0},"locality":{"region":"","zone":"","sub_zone":""}}"#
+        );
+        assert_eq!(
+            line(Action::Eject { timed_out: false }),
+            r#"{"health_checker_type":"TCP","host":{"socket_address":{"protocol":"TCP","address":"127.0.0.1","port_value":29992,"resolver_name":"","ipv4_compat":false,"network_namespace_filepath":""}},"cluster_name":"d","eject_unhealthy_event":{"failure_type":"NETWORK","http_status_code":0},"timestamp":"2026-11-22T15:10:02.637Z","locality":{"region":"","zone":"","sub_zone":""}}"#
         );
         assert_eq!(
             line(Action::AddHealthy { first: false }),
