@@ -402,7 +402,9 @@ impl Connection {
         self.record.upstream_close_type =
             Some(if reset_by_upstream { CloseType::RemoteReset } else { CloseType::Normal });
         match outcome.cause {
-            Cause::Reset { by: Side::Upstream } => self.record.flags.set(ResponseFlag::UpstreamRemoteReset),
+            Cause::Reset { by: Side::Upstream } if reset_by_upstream => {
+                self.record.flags.set(ResponseFlag::UpstreamRemoteReset);
+            }
             Cause::IdleTimeout => {
                 proxy.stats.idle_timeout().inc();
                 self.record.details_mut().downstream_local_close_reason =
@@ -412,7 +414,7 @@ impl Connection {
             }
             Cause::MaxDuration => self.note_max_duration(),
             Cause::Finished { .. }
-            | Cause::Reset { by: Side::Downstream }
+            | Cause::Reset { .. }
             | Cause::Error { .. }
             | Cause::Killed => {}
         }

@@ -178,7 +178,10 @@ impl<'a> Duplex<'a> {
             return Some(self.flush_failed(flush, side));
         }
         let cause = match fault {
-            Fault::Source(error) => return Some(self.abort(side, cause(side, &error))),
+            Fault::Source(error) => {
+                self.settle_sending(side.other());
+                return Some(self.abort(side, cause(side, &error)));
+            }
             Fault::Destination(error) => {
                 let cause = cause(side, &error);
                 if self.has_sent_fin(side, &error) {
@@ -204,6 +207,14 @@ impl<'a> Duplex<'a> {
         (half.readable, half.writable) = (true, true);
         let _ = self.turn(side, usize::MAX, cx);
         Some(self.abort(side, cause))
+    }
+
+    /// What the ring has already sent of a direction counts as sent, whatever comes next.
+    fn settle_sending(&mut self, from: Side) {
+        if self.lane(from).is_sending() {
+            uring::flush_sends();
+            let _ = self.turn(from, 0, &mut Context::from_waker(Waker::noop()));
+        }
     }
 
     /// A side is gone for both directions while nothing was read from or written to it.
@@ -237,7 +248,9 @@ impl<'a> Duplex<'a> {
         if reset {
             self.lane(gone).half.forward_no_fin();
         }
-        self.counters.flushed.set(Some(gone.other()));
+        if self.phase(gone) != Phase::Closed {
+            self.counters.flushed.set(Some(gone.other()));
+        }
         let wait = LINGER[0];
         let flush = Flush { gone, cause, reset, look_at: None, wait, unacknowledged: usize::MAX };
         self.flush = Some(Box::new(flush));
@@ -401,7 +414,10 @@ impl<'a> Duplex<'a> {
         if settled {
             source.release();
         }
+        let after_fin = self.flush.as_ref().is_some_and(|flush| flush.gone == side && !flush.reset);
         match (gone, reset) {
+            // A reset after the FIN only ends what was half closed: Envoy does not call it one.
+            (true, _) if after_fin => CloseType::Normal,
             (true, _) => CloseType::RemoteReset,
             (false, true) => CloseType::LocalReset,
             (false, false) => CloseType::Normal,

@@ -219,12 +219,9 @@ fn a_side_that_is_gone_after_its_fin_is_flushed() {
             let report = join(rig.pump);
             assert_eq!(report.outcome.cause, Cause::Reset { by: gone }, "{name}: {report:?}");
             let closes = (report.outcome.downstream, report.outcome.upstream);
-            let expected = match gone {
-                Side::Downstream => (CloseType::RemoteReset, CloseType::Normal),
-                Side::Upstream => (CloseType::Normal, CloseType::RemoteReset),
-            };
-            assert_eq!(closes, expected, "{name}");
-            assert_eq!(report.flushed, Some(gone.other()), "{name}");
+            assert_eq!(closes, (CloseType::Normal, CloseType::Normal), "{name}: the FIN came first");
+            // By then the kernel may have taken everything, and nothing is left to be flushed.
+            assert!(report.flushed.is_none_or(|to| to == gone.other()), "{name}: {report:?}");
         }
     }
 }
@@ -265,7 +262,8 @@ fn a_reset_after_a_half_close_is_noticed() {
         abort(rig.client);
         let report = join(rig.pump);
         assert_eq!(report.outcome.cause, Cause::Reset { by: Side::Downstream }, "{name}");
-        assert_eq!(report.outcome.downstream, CloseType::RemoteReset, "{name}");
+        assert_eq!(report.outcome.downstream, CloseType::Normal, "{name}: the FIN came first");
+        assert_eq!(report.flushed, None, "{name}: nothing was left to be sent");
         assert_eq!(report.down.sent, 8, "{name}");
     }
 }
