@@ -379,6 +379,12 @@ impl<'a> Duplex<'a> {
     /// The side that was flushed to is gone too, or what the gone one had sent can't be had after all.
     fn flush_failed(&mut self, flush: Flush, side: Side) -> Outcome {
         let kept = flush.gone.other();
+        if let Some(flush) = &mut self.flush
+            && side == flush.gone
+        {
+            // Reading it tells of a reset: the EPIPE of a write came of that, and not of a FIN.
+            flush.reset = true;
+        }
         let closes =
             Side::both().map(|each| self.close(each, each == kept, each == flush.gone || side == kept));
         Outcome { cause: flush.cause, downstream: closes[0], upstream: closes[1] }
