@@ -117,6 +117,28 @@ pub enum FailModeArg {
     Closed,
 }
 
+/// `--pump-mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PumpMode {
+    /// By what each direction does.
+    #[default]
+    Adaptive,
+    /// Always through a buffer.
+    Copy,
+    /// Always through a pipe.
+    Splice,
+}
+
+impl From<PumpMode> for crate::pump::Mode {
+    fn from(mode: PumpMode) -> Self {
+        match mode {
+            PumpMode::Adaptive => Self::Adaptive,
+            PumpMode::Copy => Self::CopyOnly,
+            PumpMode::Splice => Self::SpliceOnly,
+        }
+    }
+}
+
 /// Flags of the proxy.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct ServeArgs {
@@ -214,6 +236,10 @@ pub struct ServeArgs {
     /// Log the eBPF programs' decisions (debug level of component `ebpf`); costs CPU per connect
     #[arg(long)]
     pub ebpf_log: bool,
+
+    /// How bytes are moved, to compare the data paths with each other; not for operation
+    #[arg(long, value_enum, default_value_t, value_name = "MODE", hide = true)]
+    pub pump_mode: PumpMode,
 
     /// Envoy flags without a meaning here: accepted, with a warning
     #[command(flatten)]

@@ -334,7 +334,7 @@ impl Connection {
         }
         let meter = open.meter(|| self.meter(proxy, guard));
         let options = pump::Options {
-            mode: pump::Mode::Adaptive,
+            mode: self.worker.shared.pump_mode,
             idle_timeout: proxy.config.idle_timeout,
             deadline: *deadline,
             downstream_buffer_limit: self.listener.config.per_connection_buffer_limit_bytes,
@@ -413,10 +413,7 @@ impl Connection {
                     Some("tcp_session_idle_timeout".into());
             }
             Cause::MaxDuration => self.note_max_duration(),
-            Cause::Finished { .. }
-            | Cause::Reset { .. }
-            | Cause::Error { .. }
-            | Cause::Killed => {}
+            Cause::Finished { .. } | Cause::Reset { .. } | Cause::Error { .. } | Cause::Killed => {}
         }
     }
 

@@ -49,19 +49,27 @@ pub struct Shared {
     pub not_served: AtomicU64,
     /// Access logs are flushed so often.
     pub log_flush_interval: Duration,
+    /// How bytes are moved.
+    pub pump_mode: pump::Mode,
     connection_ids: AtomicU64,
     upstream_connection_ids: AtomicU64,
 }
 
 impl Shared {
     /// Puts together what workers share.
-    pub fn new(publisher: Publisher, stats: Arc<Stats>, log_flush_interval: Duration) -> Self {
+    pub fn new(
+        publisher: Publisher,
+        stats: Arc<Stats>,
+        log_flush_interval: Duration,
+        pump_mode: pump::Mode,
+    ) -> Self {
         Self {
             publisher,
             stats,
             own_sockets: OnceLock::new(),
             not_served: AtomicU64::new(0),
             log_flush_interval,
+            pump_mode,
             connection_ids: AtomicU64::new(1),
             upstream_connection_ids: AtomicU64::new(1),
         }
