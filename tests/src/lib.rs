@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod client;
 pub mod config;
 pub mod control_plane;
+pub mod dialogue;
 pub mod load;
 pub mod netns;
 pub mod network;

@@ -5,6 +5,7 @@ mod cases;
 mod exceptions;
 mod hello;
 mod observe;
+mod scripts;
 mod xds;
 
 use std::path::PathBuf;
@@ -32,9 +33,16 @@ pub(crate) struct Parity {
     /// Use this Envoy instead of installing one into target/tools.
     #[arg(long, value_name = "PATH")]
     envoy: Option<PathBuf>,
-    /// Only what control planes hear (`xds`), or only what clients see (`traffic`).
+    /// Only what control planes hear (`xds`), only what clients see (`traffic`), or only random scripts (`scripts`).
     #[arg(long, value_name = "PART")]
     only: Option<Part>,
+    /// How many random scripts are played through each proxy.
+    #[arg(long, value_name = "M", default_value_t = 240)]
+    scripts: usize,
+    /// The seed of the first random script; the others follow. Without it, half of them are always the same, and half are
+    /// new each time.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// Print the facts that agree too.
     #[arg(long)]
     verbose: bool,
@@ -47,6 +55,8 @@ enum Part {
     Traffic,
     /// Requests to control planes.
     Xds,
+    /// Random scripts of both ends.
+    Scripts,
 }
 
 /// Which proxy `--show` runs.
@@ -69,9 +79,20 @@ impl Parity {
         crate::root::become_root()?;
         crate::root::clean_up_on_signals()?;
         tool::require(&[("ip", "iproute2"), ("nft", "nftables")])?;
-        let traffic = if self.only == Some(Part::Xds) { Ok(()) } else { self.traffic() };
-        let xds = if self.only == Some(Part::Traffic) { Ok(()) } else { self.xds() };
-        traffic.and(xds)
+        let wanted = |part| self.only.is_none_or(|only| only == part);
+        let traffic = if wanted(Part::Traffic) { self.traffic() } else { Ok(()) };
+        let scripts = if wanted(Part::Scripts) && self.filter.is_none() { self.scripts() } else { Ok(()) };
+        let xds = if wanted(Part::Xds) { self.xds() } else { Ok(()) };
+        traffic.and(scripts).and(xds)
+    }
+
+    fn scripts(&self) -> Result<()> {
+        let seeds = scripts::seeds(self.seed, self.scripts);
+        match self.show {
+            Some(Shown::Envoy) => scripts::show(&self.envoy()?, &seeds),
+            Some(Shown::Tidegate) => scripts::show(&Engine::Tidegate, &seeds),
+            None => scripts::compare(&self.envoy()?, &seeds, self.verbose),
+        }
     }
 
     fn traffic(&self) -> Result<()> {

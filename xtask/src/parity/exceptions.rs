@@ -32,7 +32,7 @@ pub(super) fn find(case: &str, fact: &str) -> Option<&'static Exception> {
         .find(|exception| matches(exception.fact, fact) && (exception.case == "*" || exception.case == case))
 }
 
-fn matches(pattern: &str, fact: &str) -> bool {
+pub(super) fn matches(pattern: &str, fact: &str) -> bool {
     if let Some(start) = pattern.strip_suffix('*') {
         return fact.starts_with(start);
     }

@@ -90,7 +90,7 @@ pub(super) fn run(engine: Engine, cases: &[Case]) -> Result<Vec<Observation>> {
 }
 
 /// A namespace where service addresses are redirected for marked sockets and nothing leaves.
-fn namespace() -> Result<Netns> {
+pub(super) fn namespace() -> Result<Netns> {
     let netns = Netns::new("parity")?;
     netns.ip(&format!(
         "addr add {OUTSIDE}/32 dev lo\naddr add {DROPPED}/32 dev lo\naddr add fd00:9::9/128 dev lo\n\
@@ -122,7 +122,7 @@ fn start_upstreams(netns: &Netns, case: &Case, number: usize) -> Result<Vec<Opti
     case.endpoints.iter().enumerate().map(start).collect()
 }
 
-fn config(cases: &[Case]) -> String {
+pub(super) fn config(cases: &[Case]) -> String {
     let numbered = || cases.iter().enumerate();
     let listeners: Vec<Value> = numbered().flat_map(|(number, case)| case.listeners(number)).collect();
     let clusters: Vec<Value> = numbered().flat_map(|(number, case)| case.clusters(number)).collect();
@@ -189,7 +189,7 @@ fn talk(client: &Client, listener: &str) -> Vec<Outcome> {
 }
 
 /// Waits until no connection is left, so that every log line and counter is final.
-fn settle(proxy: &Proxy) -> Result<()> {
+pub(super) fn settle(proxy: &Proxy) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(15);
     while Instant::now() < deadline {
         let stats = stats(proxy)?;
@@ -197,7 +197,9 @@ fn settle(proxy: &Proxy) -> Result<()> {
             .iter()
             .filter(|(name, _)| {
                 // This very request is one of the admin server's.
-                !name.starts_with("http.admin.") && name.ends_with(".downstream_cx_active")
+                !name.starts_with("http.admin.")
+                    && !name.starts_with("listener.admin.")
+                    && name.ends_with(".downstream_cx_active")
                     || name.ends_with(".upstream_flush_active")
             })
             .map(|(_, value)| value)
@@ -212,7 +214,7 @@ fn settle(proxy: &Proxy) -> Result<()> {
     Ok(())
 }
 
-fn stats(proxy: &Proxy) -> Result<BTreeMap<String, u64>> {
+pub(super) fn stats(proxy: &Proxy) -> Result<BTreeMap<String, u64>> {
     let response = proxy.admin().read("/stats").context("read the stats")?;
     let parse = |line: &str| {
         let (name, value) = line.rsplit_once(": ")?;
@@ -280,7 +282,7 @@ fn note_upstreams(observation: &mut Observation, case: &Case, upstreams: &[Optio
     }
 }
 
-fn note_log(observation: &mut Observation, case: &Case, key: &str, log: &str) {
+pub(super) fn note_log(observation: &mut Observation, case: &Case, key: &str, log: &str) {
     let mut lines: Vec<Value> = log
         .lines()
         .map(|line| match serde_json::from_str::<Map<String, Value>>(line) {
@@ -319,7 +321,12 @@ fn normalise(fields: &mut Map<String, Value>, ignored: &[&str]) {
     }
 }
 
-fn note_stats(observation: &mut Observation, case: &Case, number: usize, stats: &BTreeMap<String, u64>) {
+pub(super) fn note_stats(
+    observation: &mut Observation,
+    case: &Case,
+    number: usize,
+    stats: &BTreeMap<String, u64>,
+) {
     if matches!(case.comparison, Comparison::DistinctRetries) {
         return;
     }
