@@ -15,9 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn outliers() -> Vec<Case> {
     vec![
-        refusing("outlier: five refused connects in a row eject", &json!({}))
-            .fold_clients(5, failing)
-            .does([ReadToEnd]),
+        refusing("outlier: five refused connects in a row eject", &json!({})).fold_clients(6, failing),
         refusing("outlier: four do not", &json!({})).fold_clients(4, failing),
         refusing(
             "outlier: gateway failures, if that is enforced",
