@@ -205,6 +205,7 @@ pub struct Worker {
 struct SeenPipes {
     in_use: Cell<u64>,
     pooled: Cell<u64>,
+    created: Cell<u64>,
     refused: Cell<u64>,
 }
 
@@ -275,6 +276,8 @@ impl Worker {
         let refused = self.pump.refused_pipes();
         set(stats.pipes_in_use(), all - spare, &self.seen_pipes.in_use);
         set(stats.pipes_pooled(), spare, &self.seen_pipes.pooled);
+        let created = self.pump.created_pipes();
+        stats.pipes_created().add(created - self.seen_pipes.created.replace(created));
         stats.pipe_budget_exhausted().add(refused - self.seen_pipes.refused.replace(refused));
     }
 

@@ -62,6 +62,8 @@ pub(super) struct Running {
     /// 0: go on; 1: drain; 2: end now.
     stop: AtomicU8,
     stopping: Notify,
+    /// Whether there were connections at the last tick.
+    was_busy: AtomicBool,
 }
 
 impl Running {
@@ -93,6 +95,7 @@ impl Running {
             failing: AtomicBool::new(false),
             stop: AtomicU8::new(0),
             stopping: Notify::new(),
+            was_busy: AtomicBool::new(false),
         };
         running.set(ServerState::Initializing);
         running
@@ -113,7 +116,9 @@ impl Running {
     /// Brings stats up to date that nothing else does. Called once a second.
     pub(super) fn tick(&self) {
         self.stats.server().uptime().set(self.started.elapsed().as_secs());
-        if self.stats.server().total_connections().value() > 0 {
+        // Once more after the last connection: what it has left must not be shown for ever.
+        let busy = self.stats.server().total_connections().value() > 0;
+        if self.was_busy.swap(busy, Ordering::Relaxed) || busy {
             self.workers.iter().for_each(|worker| worker.send(worker::Command::FlushStats));
         }
         self.publisher.current().clusters().for_each(|cluster| cluster.observe());

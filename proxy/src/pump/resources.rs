@@ -38,6 +38,8 @@ pub struct Resources {
     spare: RefCell<Vec<Pipe>>,
     /// Pipes that exist, spare ones included.
     pipes: Cell<usize>,
+    /// Pipes that were ever made.
+    created: Cell<u64>,
     /// When the kernel may be asked for a pipe again.
     retry_at: Cell<Duration>,
     refused: Cell<u64>,
@@ -57,6 +59,7 @@ impl Resources {
             budget,
             spare: RefCell::default(),
             pipes: Cell::new(0),
+            created: Cell::new(0),
             retry_at: Cell::new(Duration::ZERO),
             refused: Cell::new(0),
         }
@@ -70,6 +73,11 @@ impl Resources {
     /// Empty pipes that wait to be used.
     pub fn spare_pipes(&self) -> usize {
         self.spare.borrow().len()
+    }
+
+    /// Pipes that were ever made.
+    pub fn created_pipes(&self) -> u64 {
+        self.created.get()
     }
 
     /// How often a direction had to copy because there was no pipe: the budget was spent, or the kernel refused.
@@ -98,6 +106,7 @@ impl Resources {
         match Pipe::new(self.budget.bytes) {
             Ok(pipe) if pipe.capacity() >= SMALLEST.min(self.budget.bytes) => {
                 self.pipes.set(self.pipes.get() + 1);
+                self.created.set(self.created.get() + 1);
                 Some(pipe)
             }
             _ => {
@@ -159,6 +168,7 @@ mod tests {
         drop(dirty);
         assert_eq!((resources.pipes(), resources.spare_pipes()), (1, 1));
         assert!(resources.pipe().unwrap().pipe().is_empty().unwrap());
+        assert_eq!(resources.created_pipes(), 2);
     }
 
     #[test]
