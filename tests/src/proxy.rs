@@ -40,6 +40,7 @@ pub struct Setup {
     cgroups: Vec<(&'static str, PathBuf)>,
     discover: bool,
     wrapper: Vec<String>,
+    program: Option<PathBuf>,
     cgroup: Option<PathBuf>,
     pins: Option<PathBuf>,
     state: Option<PathBuf>,
@@ -62,6 +63,7 @@ impl Setup {
             cgroups: Vec::new(),
             discover: false,
             wrapper: Vec::new(),
+            program: None,
             cgroup: None,
             pins: None,
             state: None,
@@ -72,6 +74,20 @@ impl Setup {
     #[must_use]
     pub fn engine(mut self, engine: Engine) -> Self {
         self.engine = engine;
+        self
+    }
+
+    /// This tidegate instead of the one of this build.
+    #[must_use]
+    pub fn program(mut self, path: &Path) -> Self {
+        self.program = Some(path.to_path_buf());
+        self
+    }
+
+    /// Another configuration.
+    #[must_use]
+    pub fn config(mut self, config: &str) -> Self {
+        config.clone_into(&mut self.config);
         self
     }
 
@@ -169,7 +185,10 @@ impl Setup {
             .args(&self.wrapper);
         match &self.engine {
             Engine::Tidegate => {
-                command.arg(program::built("tidegate")?);
+                match &self.program {
+                    Some(path) => command.arg(path),
+                    None => command.arg(program::built("tidegate")?),
+                };
                 // A test that could not intercept must fail, not pass by luck.
                 let intercepts = !self.cgroups.is_empty();
                 if intercepts {

@@ -9,6 +9,7 @@ mod fuzz;
 mod gen_api;
 mod parity;
 mod root;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum Xtask {
     Parity(parity::Parity),
     /// Measure tidegate, its peers and no proxy side by side: throughput, latency, CPU, memory.
     Bench(bench::Bench),
+    /// Run tidegate with pods under every kind of load for long, and fail when memory, files or anything else grows.
+    Soak(soak::Soak),
     /// Check licences, duplicate versions and sources of the dependencies.
     Deny(deny::Deny),
     /// Rebuild proxy-ebpf/prebuilt from source.
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Xtask::Fuzz(args) => args.run(),
         Xtask::Parity(args) => args.run(),
         Xtask::Bench(args) => args.run(),
+        Xtask::Soak(args) => args.run(),
         Xtask::Deny(args) => args.run(),
         Xtask::BuildEbpf(args) => args.run(),
         Xtask::GenApi(args) => args.run(),
