@@ -46,7 +46,7 @@ pub(crate) struct Soak {
 
 impl Soak {
     pub(crate) fn run(&self) -> Result<()> {
-        cargo::build(&["tidegate-tests"])?;
+        cargo::build(&["workload"])?;
         let tidegate = match &self.tidegate {
             Some(path) => path.canonicalize().with_context(|| format!("--tidegate {}", path.display()))?,
             None => cargo::build_release()?,
