@@ -65,7 +65,10 @@ impl World {
         // `env` is there to have its arguments run.
         let addresses = server::Addresses { echo: ECHO_SERVER.parse()?, bulk: BULK_SERVER.parse()? };
         let servers = server::Process::start(server.command("env"), addresses, dir.path())?;
-        let proxy = node.proxy(&Config::new()).config(&configuration()?).program(tidegate).start()?;
+        // Listeners that an update removes are kept so long. With the usual 600 s memory would grow for ten minutes, and
+        // then stay.
+        let setup = node.proxy(&Config::new()).config(&configuration()?).args(["--drain-time-s", "2"]);
+        let proxy = setup.program(tidegate).start()?;
         let agents = (0..AGENTS).map(|_| Agent::start(client.command("env"))).collect::<Result<_>>()?;
         let world = Self {
             agents,
