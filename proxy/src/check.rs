@@ -217,7 +217,7 @@ fn own_cgroup(report: &mut Report) {
         Ok(_) if intercept::cgroup::own_is_root() => report.warn(
             "own cgroup",
             "this process is in the root of cgroup v2",
-            "a tidegate that is started there slows down every TCP connection of the machine by some microseconds: \
+            "a tidegate that is started there costs every TCP connection of the machine some CPU: \
              give it a cgroup of its own, as a systemd unit or a pod has (or: mkdir DIR, echo $$ > DIR/cgroup.procs)",
         ),
         Ok(path) => report.ok("own cgroup", path.display().to_string()),

@@ -87,7 +87,7 @@ pub fn own() -> io::Result<PathBuf> {
 }
 
 /// Whether this process is in the root cgroup: the program that watches its accepted sockets then also runs for the TCP
-/// sockets of every other process, which costs each connection of the machine some microseconds.
+/// sockets of every other process.
 pub fn own_is_root() -> bool {
     own().is_ok_and(|dir| sys::cgroup::is_root(&dir))
 }
