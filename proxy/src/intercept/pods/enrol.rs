@@ -200,17 +200,19 @@ impl Actor {
             return;
         }
         let Some(known) = self.known.remove(&id) else { return };
-        self.parts.board.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         self.changes.forget(id);
-        let State::Enrolled { capture, .. } = known.state else { return };
-        let forgotten = self.interceptor().forget(known.netns.cookie());
-        match forgotten {
-            Ok(_) => {}
-            Err(InterceptError::Superseded(_)) => self.superseded = true,
-            Err(error) => tracing::warn!(%error, pod = %known.name, "can't remove a pod's enrolment"),
+        if let State::Enrolled { capture, .. } = known.state {
+            let forgotten = self.interceptor().forget(known.netns.cookie());
+            match forgotten {
+                Ok(_) => {}
+                Err(InterceptError::Superseded(_)) => self.superseded = true,
+                Err(error) => tracing::warn!(%error, pod = %known.name, "can't remove a pod's enrolment"),
+            }
+            tracing::info!(pod = %known.name, netns = id.inode, "pod gone");
+            (self.parts.on_pod)(PodEvent::Gone { capture });
         }
-        tracing::info!(pod = %known.name, netns = id.inode, "pod gone");
-        (self.parts.on_pod)(PodEvent::Gone { capture });
+        // Last: who sees it gone finds nothing of it.
+        self.parts.board.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
     /// Forgets every pod, and then those that are merely known.
