@@ -15,6 +15,7 @@
 #![allow(clippy::inline_always, reason = "a BPF program has no call to these: they must disappear")]
 
 mod addr;
+pub mod balance;
 mod event;
 mod flow;
 mod limits;

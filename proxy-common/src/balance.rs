@@ -1,0 +1,485 @@
+//! Choosing an endpoint in connect(2): the layout of a compiled cluster, and the choice itself.
+//!
+//! A cluster is compiled into a *block* of 64-bit words, which is written as a whole and never changed. The eBPF
+//! programs and the agent's tests run the same [`choose`] on it; only where the words come from differs ([`Table`]).
+//!
+//! | word | what |
+//! |---|---|
+//! | [`Head`] | policy, number of routes |
+//! | [`Route`]s | share of the load in percent, and the list that gets it: a priority's healthy, degraded or all hosts |
+//! | [`List`] and its entries | endpoints, or lists (localities) by weight |
+//! | three words for each endpoint | address, port, index of its host |
+//!
+//! Offsets are counted in words from the start of the block.
+
+use crate::Addr;
+
+/// Routes of a block: two for each of eight priorities.
+pub const MAX_ROUTES: u32 = 16;
+/// Entries of a list. The search of a weighted list takes a step for each bit.
+pub const MAX_ENTRIES: u32 = 1 << 16;
+/// Hosts drawn by LEAST_REQUEST.
+pub const MAX_CHOICES: u32 = 8;
+/// Words of an endpoint.
+pub const ENDPOINT_WORDS: u32 = 3;
+
+/// How an endpoint is chosen from a list.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// In turn; by weight where weights differ.
+    RoundRobin = 0,
+    /// The least loaded of a few random ones.
+    LeastRequest = 1,
+    /// Any.
+    Random = 2,
+}
+
+/// First word of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// A [`Policy`].
+    pub policy: u8,
+    /// LEAST_REQUEST: hosts drawn, at most [`MAX_CHOICES`].
+    pub choices: u8,
+    /// At most [`MAX_ROUTES`]. 0: there is no endpoint.
+    pub routes: u8,
+    /// Words of the block, this one included.
+    pub words: u32,
+}
+
+impl Head {
+    /// As a word.
+    #[inline(always)]
+    pub const fn encode(self) -> u64 {
+        self.policy as u64
+            | (self.choices as u64) << 8
+            | (self.routes as u64) << 16
+            | (self.words as u64) << 32
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Self {
+        Self {
+            policy: word as u8,
+            choices: (word >> 8) as u8,
+            routes: (word >> 16) as u8,
+            words: (word >> 32) as u32,
+        }
+    }
+}
+
+/// Which share of the connections a list gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Rolls below this, and not below that of the route before, go here: 1 to 100, the last one 100.
+    pub below: u8,
+    /// Health is disregarded (panic mode).
+    pub panic: bool,
+    /// Where the list is.
+    pub list: u32,
+}
+
+impl Route {
+    /// As a word.
+    #[inline(always)]
+    pub const fn encode(self) -> u64 {
+        self.below as u64 | (self.panic as u64) << 8 | (self.list as u64) << 32
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Self {
+        Self { below: word as u8, panic: (word >> 8) & 1 == 1, list: (word >> 32) as u32 }
+    }
+}
+
+/// What the entries of a list are.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListKind {
+    /// Endpoints of equal weight.
+    Even = 0,
+    /// Endpoints with bounds.
+    Weighted = 1,
+    /// Lists with bounds, one for each locality; these lists are [`Self::Even`] or [`Self::Weighted`].
+    Localities = 2,
+}
+
+/// First word of a list; its [`Entry`]s follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct List {
+    /// A [`ListKind`].
+    pub kind: u8,
+    /// How many entries; at most [`MAX_ENTRIES`]. An empty list has no endpoint to offer.
+    pub len: u32,
+    /// Sum of all weights: the bound of the last entry. Unused in an even list.
+    pub total: u32,
+}
+
+impl List {
+    /// As a word.
+    #[inline(always)]
+    pub const fn encode(self) -> u64 {
+        self.kind as u64 | (self.len as u64) << 8 | (self.total as u64) << 32
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Self {
+        Self { kind: word as u8, len: (word >> 8) as u32 & 0x00ff_ffff, total: (word >> 32) as u32 }
+    }
+}
+
+/// Entry of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Sum of the weights up to and with this one; 0 in an even list.
+    pub bound: u32,
+    /// Where the endpoint or the list is.
+    pub offset: u32,
+}
+
+impl Entry {
+    /// As a word.
+    #[inline(always)]
+    pub const fn encode(self) -> u64 {
+        self.offset as u64 | (self.bound as u64) << 32
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Self {
+        Self { bound: (word >> 32) as u32, offset: word as u32 }
+    }
+}
+
+/// An endpoint, [`ENDPOINT_WORDS`] words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Where it is.
+    pub addr: Addr,
+    /// Port, host order.
+    pub port: u16,
+    /// Index of its host in the map of hosts.
+    pub host: u32,
+}
+
+impl Endpoint {
+    /// As words.
+    pub const fn encode(self) -> [u64; ENDPOINT_WORDS as usize] {
+        let words = self.addr.words();
+        [
+            words[0] as u64 | (words[1] as u64) << 32,
+            words[2] as u64 | (words[3] as u64) << 32,
+            self.port as u64 | (self.host as u64) << 32,
+        ]
+    }
+
+    #[inline(always)]
+    fn read(table: &impl Table, at: u32) -> Option<Self> {
+        let (a, b, c) = (table.word(at)?, table.word(at + 1)?, table.word(at + 2)?);
+        let addr = Addr::from_words([a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]);
+        Some(Self { addr, port: c as u16, host: (c >> 32) as u32 })
+    }
+
+    #[inline(always)]
+    fn host(table: &impl Table, at: u32) -> Option<u32> {
+        Some((table.word(at + 2)? >> 32) as u32)
+    }
+}
+
+/// Where the words of a block, and what changes from pick to pick, come from.
+pub trait Table {
+    /// The word at this offset of the block. None: there is no such word, the block is broken.
+    fn word(&self, offset: u32) -> Option<u64>;
+    /// A random number.
+    fn random(&self) -> u32;
+    /// Which pick of the cluster this is, counted from anywhere.
+    fn turn(&self) -> u32;
+    /// Active connections of a host.
+    fn active(&self, host: u32) -> u64;
+}
+
+/// What a pick gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pick {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// It was chosen regardless of health.
+    pub panic: bool,
+}
+
+/// Why a pick gave nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoPick {
+    /// There is no usable endpoint.
+    NoHost {
+        /// Health was disregarded.
+        panic: bool,
+    },
+    /// The block is no block.
+    Broken,
+}
+
+/// The endpoint for the next connection.
+#[inline(always)]
+pub fn choose(table: &impl Table) -> Result<Pick, NoPick> {
+    let head = Head::decode(table.word(0).ok_or(NoPick::Broken)?);
+    if head.routes == 0 {
+        return Err(NoPick::NoHost { panic: false });
+    }
+    let route = route(table, head.routes).ok_or(NoPick::Broken)?;
+    let turn = table.turn();
+    let none = NoPick::NoHost { panic: route.panic };
+    let mut list_at = route.list;
+    let mut list = List::decode(table.word(list_at).ok_or(NoPick::Broken)?);
+    if list.len == 0 {
+        return Err(none);
+    }
+    if list.kind == ListKind::Localities as u8 {
+        list_at = weighted(table, list_at, list, spread(turn, LOCALITY_STEP)).ok_or(NoPick::Broken)?;
+        list = List::decode(table.word(list_at).ok_or(NoPick::Broken)?);
+        if list.len == 0 {
+            return Err(none);
+        }
+    }
+    let at = match head.policy {
+        _ if list.kind == ListKind::Weighted as u8 => weighted(table, list_at, list, spread(turn, HOST_STEP)),
+        policy if policy == Policy::LeastRequest as u8 => {
+            least_loaded(table, list_at, list.len, head.choices)
+        }
+        policy if policy == Policy::Random as u8 => {
+            entry(table, list_at, scale(table.random(), list.len)).map(|entry| entry.offset)
+        }
+        _ => entry(table, list_at, turn % list.len).map(|entry| entry.offset),
+    };
+    let endpoint = at.and_then(|at| Endpoint::read(table, at)).ok_or(NoPick::Broken)?;
+    Ok(Pick { endpoint, panic: route.panic })
+}
+
+#[inline(always)]
+fn route(table: &impl Table, routes: u8) -> Option<Route> {
+    if routes == 1 {
+        return Some(Route::decode(table.word(1)?));
+    }
+    let roll = scale(table.random(), 100);
+    for i in 0..MAX_ROUTES {
+        if i >= routes as u32 {
+            break;
+        }
+        let route = Route::decode(table.word(1 + i)?);
+        if roll < route.below as u32 {
+            return Some(route);
+        }
+    }
+    None
+}
+
+/// Multiples of an irrational number, modulo 1: they fill the unit interval more evenly than any other sequence, so
+/// each share of it gets its part of any number of turns but for a few. The golden ratio and the square root of two, as
+/// fractions of 2^32: two sequences that don't move in step.
+const HOST_STEP: u32 = 0x9e37_79b1;
+const LOCALITY_STEP: u32 = 0x6a09_e667;
+
+#[inline(always)]
+const fn spread(turn: u32, step: u32) -> u32 {
+    turn.wrapping_mul(step)
+}
+
+/// From a number anywhere below 2^32 to one below `bound`, in proportion.
+#[inline(always)]
+const fn scale(number: u32, bound: u32) -> u32 {
+    ((number as u64 * bound as u64) >> 32) as u32
+}
+
+#[inline(always)]
+fn entry(table: &impl Table, list: u32, index: u32) -> Option<Entry> {
+    Some(Entry::decode(table.word(list + 1 + index)?))
+}
+
+/// What the share that `position` falls into leads to.
+#[inline(always)]
+fn weighted(table: &impl Table, at: u32, list: List, position: u32) -> Option<u32> {
+    let position = scale(position, list.total);
+    // The first entry whose bound is above the position.
+    let (mut low, mut high) = (0, list.len - 1);
+    for _ in 0..=MAX_ENTRIES.ilog2() {
+        if low >= high {
+            break;
+        }
+        let middle = (low + high) / 2;
+        if entry(table, at, middle)?.bound > position {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    Some(entry(table, at, low)?.offset)
+}
+
+/// The first drawn on a tie; the draws need not differ.
+#[inline(always)]
+fn least_loaded(table: &impl Table, at: u32, len: u32, choices: u8) -> Option<u32> {
+    let draw = || Some(entry(table, at, scale(table.random(), len))?.offset);
+    let mut best = draw()?;
+    let mut load = table.active(Endpoint::host(table, best)?);
+    for i in 1..MAX_CHOICES {
+        if i >= choices as u32 {
+            break;
+        }
+        let other = draw()?;
+        let other_load = table.active(Endpoint::host(table, other)?);
+        if other_load < load {
+            (best, load) = (other, other_load);
+        }
+    }
+    Some(best)
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use core::cell::Cell;
+    use std::{vec, vec::Vec};
+
+    use super::*;
+
+    struct Words {
+        words: Vec<u64>,
+        turn: Cell<u32>,
+        random: Cell<u32>,
+        active: Vec<u64>,
+    }
+
+    impl Table for Words {
+        fn word(&self, offset: u32) -> Option<u64> {
+            self.words.get(offset as usize).copied()
+        }
+        fn random(&self) -> u32 {
+            self.random.set(self.random.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+            self.random.get()
+        }
+        fn turn(&self) -> u32 {
+            self.turn.set(self.turn.get().wrapping_add(1));
+            self.turn.get()
+        }
+        fn active(&self, host: u32) -> u64 {
+            self.active[host as usize]
+        }
+    }
+
+    fn table(policy: Policy, routes: &[(u8, bool)], weights: &[u32]) -> Words {
+        let kind = if weights.windows(2).all(|w| w[0] == w[1]) { ListKind::Even } else { ListKind::Weighted };
+        let list_at = 1 + routes.len() as u32;
+        let hosts_at = list_at + 1 + weights.len() as u32;
+        let mut words = vec![0];
+        words.extend(
+            routes
+                .iter()
+                .map(|(below, panic)| Route { below: *below, panic: *panic, list: list_at }.encode()),
+        );
+        let total = weights.iter().sum();
+        words.push(List { kind: kind as u8, len: weights.len() as u32, total }.encode());
+        let mut bound = 0;
+        for (i, weight) in weights.iter().enumerate() {
+            bound += weight;
+            words.push(Entry { bound, offset: hosts_at + i as u32 * ENDPOINT_WORDS }.encode());
+        }
+        for i in 0..weights.len() as u32 {
+            words.extend(Endpoint { addr: Addr::from_v4_be(i), port: i as u16 + 1, host: i }.encode());
+        }
+        words[0] =
+            Head { policy: policy as u8, choices: 2, routes: routes.len() as u8, words: words.len() as u32 }
+                .encode();
+        let active = vec![0; weights.len()];
+        Words { words, turn: Cell::new(7), random: Cell::new(1), active }
+    }
+
+    fn counts(table: &Words, picks: usize) -> Vec<usize> {
+        let mut counts = vec![0; table.active.len()];
+        for _ in 0..picks {
+            let pick = choose(table).unwrap();
+            assert_eq!(pick.endpoint.port as u32, pick.endpoint.host + 1);
+            assert_eq!(pick.endpoint.addr, Addr::from_v4_be(pick.endpoint.host));
+            counts[pick.endpoint.host as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn equal_weights_are_taken_in_turn() {
+        assert_eq!(counts(&table(Policy::RoundRobin, &[(100, false)], &[5; 7]), 70), [10; 7]);
+    }
+
+    #[test]
+    fn shares_follow_weights_closely_at_any_time() {
+        let weights = [1, 2, 97, 300];
+        let table = table(Policy::RoundRobin, &[(100, false)], &weights);
+        let mut seen = [0_usize; 4];
+        for picks in 1..=4_000_usize {
+            seen[choose(&table).unwrap().endpoint.host as usize] += 1;
+            for (seen, weight) in seen.iter().zip(weights) {
+                let due = picks as f64 * f64::from(weight) / 400.0;
+                assert!((*seen as f64 - due).abs() < 3.0, "after {picks}: {seen} of {due}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_least_loaded_of_the_drawn_is_chosen() {
+        let mut table = table(Policy::LeastRequest, &[(100, false)], &[1; 4]);
+        table.active = vec![9, 9, 0, 9];
+        let counts = counts(&table, 4_000);
+        // Host 2 wins whenever it is among two draws: 7 of 16 times; the others share the rest.
+        assert!((1_600..1_900).contains(&counts[2]), "{counts:?}");
+    }
+
+    #[test]
+    fn random_reaches_everybody_alike() {
+        let counts = counts(&table(Policy::Random, &[(100, false)], &[1; 4]), 4_000);
+        assert!(counts.iter().all(|count| (900..1_100).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn routes_get_their_percentage() {
+        let table = table(Policy::RoundRobin, &[(30, false), (100, true)], &[1; 2]);
+        let panics = (0..10_000).filter(|_| choose(&table).unwrap().panic).count();
+        assert!((6_800..7_200).contains(&panics), "{panics}");
+    }
+
+    #[test]
+    fn nothing_to_choose_from() {
+        let none = |routes| choose(&table(Policy::RoundRobin, routes, &[]));
+        assert_eq!(none(&[]), Err(NoPick::NoHost { panic: false }));
+        assert_eq!(none(&[(100, true)]), Err(NoPick::NoHost { panic: true }));
+        let mut broken = table(Policy::RoundRobin, &[(100, false)], &[1]);
+        broken.words.pop();
+        assert_eq!(choose(&broken), Err(NoPick::Broken));
+        broken.words.clear();
+        assert_eq!(choose(&broken), Err(NoPick::Broken));
+    }
+
+    #[test]
+    fn a_locality_first_then_a_host_in_it() {
+        // Two localities 1 : 3, of two hosts 1 : 1 and 1 : 4.
+        let mut words = vec![0, Route { below: 100, panic: false, list: 2 }.encode()];
+        words.push(List { kind: ListKind::Localities as u8, len: 2, total: 4 }.encode());
+        words.push(Entry { bound: 1, offset: 5 }.encode());
+        words.push(Entry { bound: 4, offset: 8 }.encode());
+        words.push(List { kind: ListKind::Even as u8, len: 2, total: 0 }.encode());
+        words.extend([11, 14].map(|offset| Entry { bound: 0, offset }.encode()));
+        words.push(List { kind: ListKind::Weighted as u8, len: 2, total: 5 }.encode());
+        words.extend([(1, 17), (5, 20)].map(|(bound, offset)| Entry { bound, offset }.encode()));
+        for i in 0..4 {
+            words.extend(Endpoint { addr: Addr::from_v4_be(i), port: i as u16 + 1, host: i }.encode());
+        }
+        words[0] = Head { policy: 0, choices: 0, routes: 1, words: words.len() as u32 }.encode();
+        let table = Words { words, turn: Cell::new(0), random: Cell::new(1), active: vec![0; 4] };
+        let counts = counts(&table, 8_000);
+        for (count, due) in counts.iter().zip([1_000, 1_000, 1_200, 4_800]) {
+            assert!(count.abs_diff(due) < 40, "{counts:?}");
+        }
+    }
+}
