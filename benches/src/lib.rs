@@ -147,6 +147,7 @@ pub fn cluster(
         cleanup_interval: Duration::from_secs(5),
         tls: None,
         endpoint_removal: None,
+        data_path: None,
         close_connections_on_host_health_failure: false,
     };
     Cluster::build(Arc::new(config), &Stats::new(1), None)

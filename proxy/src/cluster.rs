@@ -454,6 +454,7 @@ pub(crate) mod tests {
             transport_sockets: TransportSocketMatches::default(),
             circuit_breakers: Thresholds::default(),
             endpoint_removal: None,
+            data_path: None,
             close_connections_on_host_health_failure: false,
             health_check: None,
             outlier_detection: None,

@@ -2,6 +2,8 @@
 
 #[path = "configuration/build.rs"]
 mod build;
+#[path = "configuration/data_path.rs"]
+mod data_path;
 #[path = "configuration/files.rs"]
 mod files;
 #[path = "configuration/refused.rs"]

@@ -138,6 +138,7 @@ mod generate {
         "envoy/service/status/v3/csds.proto",
         "google/rpc/status.proto",
         "tidegate/bootstrap/v1/interception.proto",
+        "tidegate/cluster/v1/data_path.proto",
         "tidegate/cluster/v1/endpoint_removal.proto",
         "udpa/type/v1/typed_struct.proto",
         "xds/type/v3/typed_struct.proto",

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::access_log::AccessLog;
-use super::cluster::Cluster;
+use super::cluster::{Cluster, DataPath};
 use super::config_source::{ApiSource, ConfigSource};
 use super::listener::{Cidr, Listener};
 use super::runtime::Runtime;
@@ -92,6 +92,20 @@ pub struct Interception {
     pub destination_capacity: Option<u32>,
     /// Capacity of the map of enrolled network namespaces. Default 4,096.
     pub namespace_capacity: Option<u32>,
+    /// Which way connections take to clusters that say nothing themselves. Default PROXY.
+    pub data_path: DataPath,
+    /// What becomes of the kernel path when the process stops. Default RELEASE.
+    pub on_exit: OnExit,
+}
+
+/// What becomes of the kernel path when the process stops.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnExit {
+    /// It stops too: new connections go where they would go without the proxy.
+    #[default]
+    Release,
+    /// It goes on with the last state, until the next process takes over.
+    Keep,
 }
 
 /// Destinations that are never captured.

@@ -51,6 +51,8 @@ pub struct Cluster {
     pub cleanup_interval: Duration,
     /// What becomes of connections to endpoints that are removed; none: they stay.
     pub endpoint_removal: Option<EndpointRemoval>,
+    /// Which way connections to its endpoints take; none: the default of the bootstrap.
+    pub data_path: Option<DataPath>,
     /// Connections to an endpoint end when health checks or outlier detection find that it has failed.
     pub close_connections_on_host_health_failure: bool,
     /// TLS to a control plane. Such a cluster is for sources of configuration only: nothing else may use it, since it
@@ -65,6 +67,18 @@ impl Cluster {
     pub fn is_for_clients(&self) -> bool {
         self.tls.is_none() && !self.has_pipes
     }
+}
+
+/// `tidegate.cluster.v1.DataPath`: which way connections take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DataPath {
+    /// The kernel path where nothing of the configuration is lost by it, else the proxy.
+    Auto,
+    /// The kernel path also where a timer of the proxy is lost, else the proxy.
+    Kernel,
+    /// The proxy.
+    #[default]
+    Proxy,
 }
 
 /// `tidegate.cluster.v1.EndpointRemoval` with an action other than KEEP.

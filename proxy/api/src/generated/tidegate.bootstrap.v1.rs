@@ -19,6 +19,10 @@ pub struct Interception {
     pub pin_path: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "9")]
     pub map_sizes: ::core::option::Option<interception::MapSizes>,
+    #[prost(message, optional, tag = "10")]
+    pub data_path: ::core::option::Option<super::super::cluster::v1::DataPath>,
+    #[prost(enumeration = "interception::OnExit", tag = "11")]
+    pub on_exit: i32,
 }
 /// Nested message and enum types in `Interception`.
 pub mod interception {
@@ -90,6 +94,42 @@ pub mod interception {
             match value {
                 "OPEN" => Some(Self::Open),
                 "CLOSED" => Some(Self::Closed),
+                _ => None,
+            }
+        }
+    }
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum OnExit {
+        Release = 0,
+        Keep = 1,
+    }
+    impl OnExit {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Release => "RELEASE",
+                Self::Keep => "KEEP",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "RELEASE" => Some(Self::Release),
+                "KEEP" => Some(Self::Keep),
                 _ => None,
             }
         }

@@ -13,7 +13,7 @@ use tidegate_api::core;
 use tidegate_api::interception as extension_api;
 
 use super::access_log::access_logs;
-use super::cluster::cluster;
+use super::cluster::{cluster, data_path_mode};
 use super::config_source::{ads_config, config_source};
 use super::extension::{Extension, unregistered};
 use super::listener::listener;
@@ -23,7 +23,7 @@ use super::servers::server_clusters;
 use super::tls::check_secret_servers;
 use super::{Report, each, enumeration, inactive, optional_duration, port};
 use crate::config::bootstrap::{
-    Admin, Bootstrap, DynamicResources, Exclusions, FailMode, Interception, Node,
+    Admin, Bootstrap, DynamicResources, Exclusions, FailMode, Interception, Node, OnExit,
 };
 use crate::config::cluster::Cluster;
 use crate::config::listener::Listener;
@@ -339,6 +339,8 @@ fn interception(
         in_flight_capacity,
         pin_path,
         map_sizes,
+        data_path,
+        on_exit,
     } = interception;
     let extension_api::interception::MapSizes { destinations, namespaces } = map_sizes.unwrap_or_default();
     let exclude = exclude.map(|exclude| {
@@ -354,6 +356,11 @@ fn interception(
         Some(extension_api::interception::FailMode::Open) | None => FailMode::Open,
         Some(extension_api::interception::FailMode::Closed) => FailMode::Closed,
     };
+    let on_exit = match enumeration(on_exit, path, "on_exit", report) {
+        Some(extension_api::interception::OnExit::Release) | None => OnExit::Release,
+        Some(extension_api::interception::OnExit::Keep) => OnExit::Keep,
+    };
+    let data_path = data_path.and_then(|it| data_path_mode(&it, &path.field("data_path"), report));
     if !pin_path.is_empty() && !pin_path.starts_with('/') {
         report.invalid(&path.field("pin_path"), format!("{pin_path:?} is not an absolute path"));
     }
@@ -368,5 +375,7 @@ fn interception(
         in_flight_capacity,
         destination_capacity: destinations,
         namespace_capacity: namespaces,
+        data_path: data_path.unwrap_or_default(),
+        on_exit,
     }
 }

@@ -6,7 +6,6 @@ use std::time::Duration;
 use tidegate_api::cluster as api;
 use tidegate_api::cluster::cluster as parts;
 use tidegate_api::cluster::cluster::{ClusterDiscoveryType, DiscoveryType, LbConfig, common_lb_config};
-use tidegate_api::cluster_extension as extension_api;
 use tidegate_api::core;
 use tidegate_api::envoy::extensions::clusters::common::dns::v3::DnsLookupFamily as TypedLookupFamily;
 use tidegate_api::envoy::extensions::clusters::dns::v3::DnsCluster;
@@ -18,9 +17,7 @@ use super::listener::BUFFER_LIMIT;
 use super::net::keepalive;
 use super::transport_socket::{self, cluster_tls};
 use super::{Report, each, enumeration, inactive, optional_duration};
-use crate::config::cluster::{
-    Cluster, Discovery, Dns, Eds, EndpointRemoval, LbPolicy, LookupFamily, Thresholds,
-};
+use crate::config::cluster::{Cluster, Discovery, Dns, Eds, LbPolicy, LookupFamily, Thresholds};
 use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress};
 use crate::config::health_check::HealthCheck;
 use crate::config::listener::TcpKeepalive;
@@ -28,7 +25,11 @@ use crate::config::proto::FieldPath;
 
 mod health_check;
 mod lb_policy;
+mod metadata;
 mod outlier;
+
+use metadata::Extensions;
+pub(super) use metadata::data_path_mode;
 
 /// Envoy's defaults.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,9 +37,6 @@ const DNS_REFRESH_RATE: Duration = Duration::from_secs(5);
 const CLEANUP_INTERVAL: Duration = Duration::from_secs(5);
 const HEALTHY_PANIC_THRESHOLD: f64 = 50.0;
 const OVERPROVISIONING_FACTOR: u32 = 140;
-
-/// Where a cluster's metadata has our policy.
-const ENDPOINT_REMOVAL: &str = "tidegate.endpoint_removal";
 
 /// As `http2_protocol_options`: HTTP only.
 const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -139,7 +137,7 @@ pub(in crate::config) fn cluster(
         path,
         report,
     );
-    let endpoint_removal = endpoint_removal(metadata, path, report);
+    let Extensions { endpoint_removal, data_path } = metadata::extensions(metadata, path, report);
     let circuit_breakers = thresholds(circuit_breakers, path, report);
     let upstream_keepalive = connection_options(upstream_connection_options, path, report);
     let connect_timeout = optional_duration(connect_timeout, path, "connect_timeout", report);
@@ -193,6 +191,7 @@ pub(in crate::config) fn cluster(
         dns,
         cleanup_interval: cleanup_interval.unwrap_or(CLEANUP_INTERVAL),
         endpoint_removal,
+        data_path,
         close_connections_on_host_health_failure,
         tls: tls.map(Arc::new),
         has_pipes,
@@ -385,42 +384,6 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
         ignore_new_hosts: ignore_new_hosts_until_first_hc,
         locality_weighted,
     }
-}
-
-/// Our extension to what Envoy does with connections to endpoints that are gone.
-fn endpoint_removal(
-    metadata: Option<core::Metadata>,
-    path: &FieldPath<'_>,
-    report: &mut Report<'_>,
-) -> Option<EndpointRemoval> {
-    let core::Metadata { filter_metadata, mut typed_filter_metadata } = metadata?;
-    let path = path.field("metadata");
-    if filter_metadata.contains_key(ENDPOINT_REMOVAL) {
-        report.invalid(
-            &path.field("filter_metadata").key(ENDPOINT_REMOVAL),
-            format!("a policy that ends connections has to be a {} in typed_filter_metadata", policy_type()),
-        );
-    }
-    let config = Extension::new(typed_filter_metadata.remove(ENDPOINT_REMOVAL)?);
-    let path = path.field("typed_filter_metadata");
-    let path = path.key(ENDPOINT_REMOVAL);
-    if !config.is::<extension_api::EndpointRemoval>() {
-        report.invalid(&path, format!("has to be a {}, not a {:?}", policy_type(), config.type_name));
-        return None;
-    }
-    let extension_api::EndpointRemoval { action, deadline, include_unhealthy } =
-        config.decode(&path, report)?;
-    let deadline = optional_duration(deadline, &path, "deadline", report).unwrap_or_default();
-    let reset = match enumeration(action, &path, "action", report)? {
-        extension_api::endpoint_removal::Action::Keep => return None,
-        extension_api::endpoint_removal::Action::Close => false,
-        extension_api::endpoint_removal::Action::Reset => true,
-    };
-    Some(EndpointRemoval { reset, deadline, include_unhealthy })
-}
-
-fn policy_type() -> String {
-    <extension_api::EndpointRemoval as prost::Name>::full_name()
 }
 
 /// The thresholds of priority DEFAULT; TCP has no other.
