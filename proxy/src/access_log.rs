@@ -67,6 +67,12 @@ pub fn validate(log: &config::AccessLog) -> Result<(), AccessLogError> {
     Ok(())
 }
 
+/// The names of the operators that a format prints, `UPSTREAM_HOST` for example; some perhaps more than once. It has to be
+/// one that [`validate`] accepts.
+pub fn operators(format: &config::Format) -> Vec<&str> {
+    format::operators(format)
+}
+
 /// The access logs of a listener or of a `tcp_proxy` filter. Cheap to clone; shared by all workers.
 #[derive(Clone, Debug, Default)]
 pub struct AccessLogs {

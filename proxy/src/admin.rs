@@ -31,7 +31,7 @@ use crate::stats::{AdminListenerStats, HttpStats, Stats};
 
 pub use certs::CertificatesView;
 pub use command_line::command_line_options;
-pub use view::{ClusterView, HealthView, HostView, ListenerView, ThresholdsView};
+pub use view::{ClusterView, DataPathView, HealthView, HostView, ListenerView, ThresholdsView};
 
 /// Connections at a time; more wait in the accept queue.
 const MAX_CONNECTIONS: usize = 64;

@@ -21,6 +21,7 @@ use crate::config::bootstrap::{Bootstrap, Node};
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::Interception;
 use crate::intercept::audit::{Audit, Health};
+use crate::kernel_path;
 use crate::log::Log;
 use crate::signal::{Request, Signals};
 use crate::snapshot::{Publisher, Snapshot};
@@ -145,6 +146,8 @@ struct Proxy {
     store: Store,
     /// What the store has accepted and refused, for the admin server.
     tables: Tables,
+    /// Which way connections to each listener take, for the admin server.
+    data_paths: kernel_path::Board,
     /// Listening sockets of bound listeners that workers have: worker and number.
     bound: HashMap<Arc<str>, Vec<(usize, SocketId)>>,
     /// Listening sockets that wait for the end of start-up.
@@ -230,6 +233,7 @@ impl Proxy {
             interception: None,
             store,
             tables,
+            data_paths: kernel_path::Board::default(),
             bound: HashMap::new(),
             waiting: Vec::new(),
             accepting: false,

@@ -17,6 +17,7 @@ pub mod drain;
 #[cfg(test)]
 mod fuzz;
 pub mod intercept;
+pub mod kernel_path;
 pub mod listener;
 pub mod log;
 pub mod pump;

@@ -194,6 +194,11 @@ impl Listener {
         self.chains.get(self.matcher.find(input)?)
     }
 
+    /// The same for all connections to a destination, where that alone decides; see [`Matcher::find_by_destination`].
+    pub fn chain_by_destination(&self, destination: SocketAddr) -> Result<Option<&Arc<Chain>>, &'static str> {
+        Ok(self.matcher.find_by_destination(destination)?.and_then(|index| self.chains.get(index)))
+    }
+
     /// Whether it looks for the original destination of its connections.
     pub fn restores_destination(&self) -> bool {
         self.config.listener_filters.contains(&config::listener::ListenerFilter::OriginalDst)

@@ -260,6 +260,39 @@ fn parse(format: &str) -> Result<Vec<Part>, AccessLogError> {
     Ok(parts)
 }
 
+/// The names of the operators of a format that can be parsed.
+pub(super) fn operators(format: &Format) -> Vec<&str> {
+    let mut names = Vec::new();
+    match format {
+        Format::Default => names_in(DEFAULT, &mut names),
+        Format::Text { format, .. } => names_in(format, &mut names),
+        Format::Json { format, .. } => names_in_json(format, &mut names),
+    }
+    names
+}
+
+fn names_in_json<'a>(json: &'a Json, names: &mut Vec<&'a str>) {
+    match json {
+        Json::Null | Json::Bool(_) | Json::Number(_) => {}
+        Json::String(format) => names_in(format, names),
+        Json::Array(list) => list.iter().for_each(|item| names_in_json(item, names)),
+        Json::Object(object) => object.values().for_each(|value| names_in_json(value, names)),
+    }
+}
+
+fn names_in<'a>(mut format: &'a str, names: &mut Vec<&'a str>) {
+    while let Some(at) = format.find('%') {
+        format = &format[at..];
+        let length = if let Some(syntax) = Syntax::parse(format) {
+            names.push(syntax.name);
+            syntax.length
+        } else {
+            2.min(format.len()) // a percent sign
+        };
+        format = &format[length..];
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -310,6 +343,21 @@ mod tests {
             seen += 1;
         }
         assert!(seen > 140, "{seen}");
+    }
+
+    #[test]
+    fn operators_are_named() {
+        let text = Format::Text {
+            format: "100%% %REQ(:METHOD)% %START_TIME(%s)%%BYTES_SENT%%%".into(),
+            omit_empty_values: false,
+        };
+        assert_eq!(operators(&text), ["REQ", "START_TIME", "BYTES_SENT"]);
+        let format = json!({"a": ["%DURATION% é", {"b": "x%UPSTREAM_HOST%"}, 7], "%REQ%": null});
+        assert_eq!(
+            operators(&Format::Json { format, omit_empty_values: true }),
+            ["DURATION", "UPSTREAM_HOST"]
+        );
+        assert!(operators(&Format::Default).contains(&"UPSTREAM_HOST"));
     }
 
     #[test]

@@ -47,7 +47,11 @@ impl State for Process {
     }
 
     fn listeners(&self) -> Vec<ListenerView> {
-        vec![ListenerView { name: "l".into(), addresses: vec!["127.0.0.1:1".parse().unwrap()] }]
+        vec![ListenerView {
+            name: "l".into(),
+            addresses: vec!["127.0.0.1:1".parse().unwrap()],
+            data_path: None,
+        }]
     }
 
     fn certificates(&self) -> Vec<CertificatesView> {

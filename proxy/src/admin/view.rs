@@ -380,16 +380,40 @@ pub struct ListenerView {
     pub name: Arc<str>,
     /// `address`, then `additional_addresses`; never empty.
     pub addresses: Vec<SocketAddr>,
+    /// Which way its connections take. None unless the kernel path is asked for, so that the answer is Envoy's then.
+    pub data_path: Option<DataPathView>,
 }
 
-/// `/listeners`.
+/// Which way the connections of a listener take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DataPathView {
+    /// Straight to an endpoint.
+    Kernel,
+    /// Through the proxy, for these reasons.
+    Proxy(Vec<String>),
+}
+
+/// `/listeners`. Writing to a String can't fail.
 pub(super) fn listeners_text(listeners: &[ListenerView]) -> String {
-    listeners
-        .iter()
-        .flat_map(|listener| {
-            listener.addresses.iter().map(move |address| format!("{}::{address}\n", listener.name))
-        })
-        .collect()
+    let mut out = String::new();
+    for listener in listeners {
+        let mut line = |text: &dyn std::fmt::Display| {
+            let _ = writeln!(out, "{}::{text}", listener.name);
+        };
+        for address in &listener.addresses {
+            line(address);
+        }
+        match &listener.data_path {
+            None => {}
+            Some(DataPathView::Kernel) => line(&"data_path::kernel"),
+            Some(DataPathView::Proxy(reasons)) => {
+                for reason in reasons {
+                    line(&format_args!("data_path::proxy::{reason}"));
+                }
+            }
+        }
+    }
+    out
 }
 
 /// `/listeners?format=json`.
@@ -406,6 +430,13 @@ pub(super) fn listeners_json(listeners: &[ListenerView]) -> Value {
         }
         let more: Vec<Value> = addresses.collect();
         put(&mut status, "additional_local_addresses", !more.is_empty(), more);
+        if let Some(path) = &listener.data_path {
+            let path = match path {
+                DataPathView::Kernel => json!({"mode": "KERNEL"}),
+                DataPathView::Proxy(reasons) => json!({"mode": "PROXY", "reasons": reasons}),
+            };
+            status.insert("data_path".into(), path);
+        }
         Value::from(status)
     };
     json!({"listener_statuses": listeners.iter().map(one).collect::<Vec<_>>()})
@@ -439,6 +470,7 @@ mod tests {
         let listener = ListenerView {
             name: "127.0.0.1_15910".into(),
             addresses: vec!["127.0.0.1:15910".parse().unwrap()],
+            data_path: None,
         };
         assert_eq!(
             listeners_text(std::slice::from_ref(&listener)),
@@ -446,6 +478,26 @@ mod tests {
         );
         let expected: Value = serde_json::from_str(include_str!("testdata/envoy_listeners.json")).unwrap();
         assert_eq!(listeners_json(&[listener]), expected);
+    }
+
+    #[test]
+    fn listeners_say_which_way_their_connections_take() {
+        let listener = |name: &str, data_path| ListenerView {
+            name: name.into(),
+            addresses: vec!["127.0.0.1:1".parse().unwrap()],
+            data_path: Some(data_path),
+        };
+        let listeners = [
+            listener("a", DataPathView::Kernel),
+            listener("b", DataPathView::Proxy(vec!["why".into(), "and: why".into()])),
+        ];
+        let text = "a::127.0.0.1:1\na::data_path::kernel\nb::127.0.0.1:1\nb::data_path::proxy::why\n\
+                    b::data_path::proxy::and: why\n";
+        assert_eq!(listeners_text(&listeners), text);
+        let json = listeners_json(&listeners);
+        assert_eq!(json["listener_statuses"][0]["data_path"], json!({"mode": "KERNEL"}));
+        let reasons = json!({"mode": "PROXY", "reasons": ["why", "and: why"]});
+        assert_eq!(json["listener_statuses"][1]["data_path"], reasons);
     }
 
     /// As Envoy 1.40 printed a STRICT_DNS cluster whose host the configuration calls UNHEALTHY.

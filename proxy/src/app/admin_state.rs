@@ -13,13 +13,14 @@ use tokio::sync::Notify;
 use super::{Proxy, Stopping, config_dump};
 use crate::access_log::{self, AccessLogs};
 use crate::admin::{
-    Admin, AdminError, CertificatesView, ClusterView, Drain, HealthView, HostView, ListenerView, ServerInfo,
-    State, ThresholdsView, command_line_options,
+    Admin, AdminError, CertificatesView, ClusterView, DataPathView, Drain, HealthView, HostView,
+    ListenerView, ServerInfo, State, ThresholdsView, command_line_options,
 };
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::{Endpoint, HealthFlag};
 use crate::config::listener::TrafficDirection;
 use crate::config::proto::{self, Encoded};
+use crate::kernel_path;
 use crate::log::Log;
 use crate::snapshot::Publisher;
 use crate::stats::Stats;
@@ -51,6 +52,8 @@ pub(super) struct Running {
     config: Encoded,
     /// Resources of control planes.
     tables: Tables,
+    /// Which way connections to each listener take.
+    data_paths: kernel_path::Board,
     /// When it was read.
     config_read: SystemTime,
     drain_time: Duration,
@@ -87,6 +90,7 @@ impl Running {
             }),
             config: proxy.loaded.proto.clone(),
             tables: proxy.tables.clone(),
+            data_paths: proxy.data_paths.clone(),
             config_read: SystemTime::now(),
             drain_time: proxy.args.drain_time(),
             bound: std::sync::Mutex::default(),
@@ -302,6 +306,7 @@ impl State for Running {
         let view = |listener: &Arc<crate::listener::Listener>| ListenerView {
             name: Arc::clone(&listener.config.name),
             addresses: listener.config.addresses.clone(),
+            data_path: self.data_paths.state(&listener.config.name).and_then(data_path),
         };
         let mut listeners: Vec<_> = snapshot.listeners().map(view).collect();
         listeners.sort_by(|a, b| a.name.cmp(&b.name));
@@ -387,6 +392,16 @@ impl State for Running {
     fn quit(&self) {
         self.stop.store(1, Ordering::Relaxed);
         self.stopping.notify_waiters();
+    }
+}
+
+fn data_path(state: kernel_path::State) -> Option<DataPathView> {
+    match state {
+        state if state.is_unasked() => None,
+        kernel_path::State::Kernel => Some(DataPathView::Kernel),
+        kernel_path::State::Proxy(obstacles) => {
+            Some(DataPathView::Proxy(obstacles.iter().map(ToString::to_string).collect()))
+        }
     }
 }
 

@@ -101,6 +101,13 @@ impl Matcher {
     pub fn find(&self, input: &MatchInput<'_>) -> Option<usize> {
         self.root.as_ref().and_then(|root| root.find(input)).map(|index| index as usize).or(self.default)
     }
+
+    /// The same for all connections to a destination (an unspecified address: to any address with this port), where
+    /// that alone decides. Else the field of `filter_chain_match` that more would have to be known for.
+    pub fn find_by_destination(&self, destination: SocketAddr) -> Result<Option<usize>, &'static str> {
+        let found = self.root.as_ref().map(|root| root.find_by_destination(destination)).transpose()?;
+        Ok(found.flatten().map(|index| index as usize).or(self.default))
+    }
 }
 
 /// The criteria in the order in which they apply.
@@ -115,6 +122,23 @@ enum Step {
     SourceType,
     Source,
     SourcePort,
+}
+
+impl Step {
+    /// The field of `filter_chain_match`.
+    fn field(self) -> &'static str {
+        match self {
+            Self::DestinationPort => "destination_port",
+            Self::Destination => "prefix_ranges",
+            Self::ServerName => "server_names",
+            Self::TransportProtocol => "transport_protocol",
+            Self::ApplicationProtocol => "application_protocols",
+            Self::DirectSource => "direct_source_prefix_ranges",
+            Self::SourceType => "source_type",
+            Self::Source => "source_prefix_ranges",
+            Self::SourcePort => "source_ports",
+        }
+    }
 }
 
 fn same_match(chains: &[Arc<FilterChain>], a: &Row<'_>, b: &Row<'_>) -> MatchError {
@@ -161,6 +185,41 @@ impl Node {
                     node = match table.find(*step, input) {
                         Some(child) => &children[child as usize],
                         None => any.as_deref()?,
+                    };
+                }
+            }
+        }
+    }
+}
+
+impl Node {
+    fn find_by_destination(&self, destination: SocketAddr) -> Result<Option<u32>, &'static str> {
+        let input = MatchInput {
+            destination,
+            // Nothing looks at the rest.
+            source: destination,
+            direct_source: destination.ip(),
+            transport_protocol: "",
+            server_name: "",
+            application_protocols: &[],
+        };
+        let mut node = self;
+        loop {
+            match node {
+                Self::Chain(index) => return Ok(Some(*index)),
+                Self::Level { step, table, children, any } => {
+                    let known = match step {
+                        Step::DestinationPort => true,
+                        Step::Destination => !destination.ip().is_unspecified(),
+                        _ => false,
+                    };
+                    if !known {
+                        return Err(step.field());
+                    }
+                    node = match (table.find(*step, &input), any) {
+                        (Some(child), _) => &children[child as usize],
+                        (None, Some(any)) => any,
+                        (None, None) => return Ok(None),
                     };
                 }
             }
@@ -402,6 +461,50 @@ mod tests {
         assert_eq!(found(&matcher, &input("10.1.0.1:80", "1.1.1.1:8")), Some("default"));
         assert_eq!(found(&matcher, &input("11.0.0.1:80", "1.1.1.1:7")), Some("default"));
         assert_eq!(found(&matcher, &input("[::ffff:10.1.0.1]:80", "1.1.1.1:7")), Some("narrow"));
+    }
+
+    #[test]
+    fn the_destination_alone_may_decide() {
+        let with = |name: &str, matches| chain(name, matches);
+        let any = FilterChainMatch::default;
+        let matcher = build(
+            &[
+                with("port", FilterChainMatch { destination_port: Some(443), ..any() }),
+                with(
+                    "net",
+                    FilterChainMatch {
+                        destination_port: Some(80),
+                        prefix_ranges: vec![cidr("10.0.0.0/8")],
+                        ..any()
+                    },
+                ),
+                with(
+                    "source",
+                    FilterChainMatch {
+                        destination_port: Some(80),
+                        prefix_ranges: vec![cidr("10.1.0.0/16")],
+                        source_ports: vec![7],
+                        ..any()
+                    },
+                ),
+            ],
+            Some(&chain("default", any())),
+        )
+        .unwrap();
+        let name = |destination: &str| {
+            let found = matcher.0.find_by_destination(destination.parse().unwrap())?;
+            Ok(found.map(|index| &*matcher.1[index]))
+        };
+        assert_eq!(name("10.0.0.1:443"), Ok(Some("port")));
+        assert_eq!(name("0.0.0.0:443"), Ok(Some("port")));
+        assert_eq!(name("[::]:443"), Ok(Some("port")));
+        assert_eq!(name("10.2.0.1:80"), Ok(Some("net")));
+        assert_eq!(name("11.0.0.1:80"), Ok(Some("default")));
+        assert_eq!(name("10.1.0.1:80"), Err("source_ports"));
+        assert_eq!(name("0.0.0.0:80"), Err("prefix_ranges"));
+        assert_eq!(name("0.0.0.0:81"), Ok(Some("default")));
+        let none = build(&[], None).unwrap();
+        assert_eq!(none.0.find_by_destination("10.0.0.1:1".parse().unwrap()), Ok(None));
     }
 
     #[test]

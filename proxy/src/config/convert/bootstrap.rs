@@ -360,7 +360,7 @@ fn interception(
         Some(extension_api::interception::OnExit::Release) | None => OnExit::Release,
         Some(extension_api::interception::OnExit::Keep) => OnExit::Keep,
     };
-    let data_path = data_path.and_then(|it| data_path_mode(&it, &path.field("data_path"), report));
+    let data_path = data_path.and_then(|it| data_path_mode(it, &path.field("data_path"), report));
     if !pin_path.is_empty() && !pin_path.starts_with('/') {
         report.invalid(&path.field("pin_path"), format!("{pin_path:?} is not an absolute path"));
     }

@@ -83,16 +83,16 @@ fn data_path(
     report: &mut Report<'_>,
 ) -> Option<DataPath> {
     let data_path: api::DataPath = typed(metadata, DATA_PATH, "a data path", path, report)?;
-    data_path_mode(&data_path, &path.field("typed_filter_metadata").key(DATA_PATH), report)
+    data_path_mode(data_path, &path.field("typed_filter_metadata").key(DATA_PATH), report)
 }
 
 /// The mode of a data path, wherever it stands.
 pub(in crate::config::convert) fn data_path_mode(
-    data_path: &api::DataPath,
+    data_path: api::DataPath,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> Option<DataPath> {
-    let api::DataPath { mode } = *data_path;
+    let api::DataPath { mode } = data_path;
     Some(match enumeration(mode, path, "mode", report)? {
         api::data_path::Mode::Auto => DataPath::Auto,
         api::data_path::Mode::Kernel => DataPath::Kernel,
