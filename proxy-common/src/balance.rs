@@ -20,6 +20,8 @@ pub const MAX_ROUTES: u32 = 16;
 pub const MAX_ENTRIES: u32 = 1 << 16;
 /// Hosts drawn by LEAST_REQUEST.
 pub const MAX_CHOICES: u32 = 8;
+/// Clusters of a service.
+pub const MAX_CLUSTERS: u32 = 16;
 /// Words of an endpoint.
 pub const ENDPOINT_WORDS: u32 = 3;
 
@@ -190,6 +192,50 @@ impl Endpoint {
     }
 }
 
+/// First word of a service's block; one [`Entry`] for each of its clusters follows, with bounds by weight and the index
+/// of the cluster in the place of an offset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceHead {
+    /// How many clusters, at most [`MAX_CLUSTERS`]; at least 1.
+    pub clusters: u32,
+    /// Sum of their weights.
+    pub total: u32,
+}
+
+impl ServiceHead {
+    /// As a word.
+    #[inline(always)]
+    pub const fn encode(self) -> u64 {
+        self.clusters as u64 | (self.total as u64) << 32
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Self {
+        Self { clusters: word as u32, total: (word >> 32) as u32 }
+    }
+}
+
+/// The index of the cluster for the next connection of a service: drawn by weight. None: the block is no block.
+#[inline(always)]
+pub fn choose_cluster(table: &impl Table) -> Option<u32> {
+    let head = ServiceHead::decode(table.word(0)?);
+    if head.clusters == 1 {
+        return Some(Entry::decode(table.word(1)?).offset);
+    }
+    let roll = scale(table.random(), head.total);
+    for i in 0..MAX_CLUSTERS {
+        if i >= head.clusters {
+            break;
+        }
+        let entry = Entry::decode(table.word(1 + i)?);
+        if roll < entry.bound {
+            return Some(entry.offset);
+        }
+    }
+    None
+}
+
 /// Where the words of a block, and what changes from pick to pick, come from.
 pub trait Table {
     /// The word at this offset of the block. None: there is no such word, the block is broken.
@@ -309,7 +355,7 @@ fn weighted(table: &impl Table, at: u32, list: List, position: u32) -> Option<u3
         if low >= high {
             break;
         }
-        let middle = (low + high) / 2;
+        let middle = u32::midpoint(low, high);
         if entry(table, at, middle)?.bound > position {
             high = middle;
         } else {

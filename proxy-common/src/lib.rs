@@ -18,6 +18,7 @@ mod addr;
 pub mod balance;
 mod event;
 mod flow;
+mod kernel_path;
 mod limits;
 mod policy;
 mod reason;
@@ -25,11 +26,13 @@ mod reason;
 pub use addr::Addr;
 pub use event::NotEnrolled;
 pub use flow::{FlowKey, InFlight, OriginalDst, OwnSocket, Role};
+pub use kernel_path::{ClusterState, End, Flow, FlowEvent, FlowFlag, HostState, Phase, ServiceState, Tally};
 pub use limits::{
-    ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, EVENTS_BYTES, LAYOUT_VERSION, MAX_DESTINATIONS, MAX_IN_FLIGHT,
+    ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, EVENTS_BYTES, FLOW_EVENTS_BYTES, LAYOUT_VERSION, MAX_DESTINATIONS,
+    MAX_IN_FLIGHT,
 };
 pub use limits::{MAX_NAMESPACES, global, map};
-pub use policy::{Destination, EnrolState, Enrolment, FailMode, Place, Settings, Verdict};
+pub use policy::{Destination, EnrolState, Enrolment, FailMode, Place, RuleValue, Settings, Verdict};
 pub use reason::Reason;
 
 /// Lets aya copy a type to and from the kernel.
@@ -42,3 +45,4 @@ macro_rules! pod {
     )+ };
 }
 pod!(Addr, NotEnrolled, FlowKey, InFlight, OriginalDst, Destination, Enrolment, Settings);
+pod!(Tally, ServiceState, ClusterState, HostState, Flow, FlowEvent);

@@ -1,5 +1,5 @@
 /// Version of every layout in this crate; names the pin directory of the maps.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Default size of the in-flight map, entries. One per handshake in progress on the node: 65,536 handshakes of
 /// 1 ms are 65 million connections per second. The memory is taken up front (about 8 MB).
@@ -13,6 +13,9 @@ pub const MAX_DESTINATIONS: u32 = 65_536;
 
 /// Size of the events ring buffer, bytes: a power of two and a multiple of the page size.
 pub const EVENTS_BYTES: u32 = 65_536;
+
+/// Size of the ring buffer of flows, bytes: 30,000 connections that end between two looks of the agent.
+pub const FLOW_EVENTS_BYTES: u32 = 4 << 20;
 
 /// Slots of the table that limits announcements (direct-mapped by netns cookie; a power of two).
 pub const ANNOUNCE_SLOTS: u32 = 1_024;
@@ -30,7 +33,7 @@ pub mod map {
     pub const IN_FLIGHT: &str = "IN_FLIGHT";
     /// HASH netns cookie (`u64`) → [`crate::Enrolment`].
     pub const NAMESPACES: &str = "NAMESPACES";
-    /// HASH [`crate::Destination`] → [`crate::Verdict`] as `u32`.
+    /// HASH [`crate::Destination`] → [`crate::RuleValue`] as `u32`.
     pub const DESTINATIONS: &str = "DESTINATIONS";
     /// ARRAY of one [`crate::Settings`].
     pub const SETTINGS: &str = "SETTINGS";
@@ -40,6 +43,18 @@ pub mod map {
     pub const EVENTS: &str = "EVENTS";
     /// ARRAY that limits announcements. Not pinned.
     pub const ANNOUNCED: &str = "ANNOUNCED";
+    /// SK_STORAGE → [`crate::Flow`].
+    pub const FLOWS: &str = "FLOWS";
+    /// ARRAY of `u64`: the blocks of services and clusters ([`crate::balance`]). The agent maps it into its memory.
+    pub const ARENA: &str = "ARENA";
+    /// ARRAY of [`crate::ServiceState`], likewise.
+    pub const SERVICES: &str = "SERVICES";
+    /// ARRAY of [`crate::ClusterState`], likewise.
+    pub const CLUSTERS: &str = "CLUSTERS";
+    /// ARRAY of [`crate::HostState`], likewise.
+    pub const HOSTS: &str = "HOSTS";
+    /// RINGBUF of [`crate::FlowEvent`]. Not pinned.
+    pub const FLOW_EVENTS: &str = "FLOW_EVENTS";
 }
 
 /// Names of the globals that are fixed when the object is loaded.

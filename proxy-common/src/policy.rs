@@ -2,7 +2,7 @@ use core::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::Addr;
 
-/// What happens to a connection to some destination. Value of the destinations map (as `u32`).
+/// What happens to a connection to some destination.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
@@ -12,6 +12,8 @@ pub enum Verdict {
     Capture = 1,
     /// connect(2) fails with ECONNREFUSED.
     Refuse = 2,
+    /// Straight to an endpoint of a service: the kernel path.
+    Balance = 3,
 }
 
 impl Verdict {
@@ -22,8 +24,45 @@ impl Verdict {
             0 => Some(Self::Leave),
             1 => Some(Self::Capture),
             2 => Some(Self::Refuse),
+            3 => Some(Self::Balance),
             _ => None,
         }
+    }
+}
+
+/// Value of the destinations map, one `u32` so that it is replaced as a whole: the verdict, and for
+/// [`Verdict::Balance`] the index of the service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RuleValue {
+    /// What happens.
+    pub verdict: Verdict,
+    /// Index of the service, at most [`Self::MAX_SERVICE`]; 0 with other verdicts.
+    pub service: u32,
+}
+
+impl RuleValue {
+    /// The highest index of a service.
+    pub const MAX_SERVICE: u32 = (1 << 24) - 1;
+
+    /// As it stands in the map.
+    #[inline(always)]
+    pub const fn encode(self) -> u32 {
+        self.verdict as u32 | self.service << 8
+    }
+
+    /// From the map; an unknown verdict is none.
+    #[inline(always)]
+    pub const fn decode(raw: u32) -> Option<Self> {
+        match Verdict::from_raw(raw & 0xff) {
+            Some(verdict) => Some(Self { verdict, service: raw >> 8 }),
+            None => None,
+        }
+    }
+}
+
+impl From<Verdict> for RuleValue {
+    fn from(verdict: Verdict) -> Self {
+        Self { verdict, service: 0 }
     }
 }
 

@@ -1,24 +1,28 @@
-//! connect4 and connect6: leave, refuse or capture.
+//! connect4 and connect6: leave, refuse, capture or balance.
 
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{bpf_sock, bpf_sock_addr},
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval},
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
 use tidegate_common::{
-    Addr, Destination, Enrolment, FailMode, OriginalDst, Place, Reason, Role, Settings, Verdict,
+    Addr, Destination, End, Enrolment, FailMode, Flow, OriginalDst, Phase, Place, Reason, Role, RuleValue,
+    Settings, Verdict,
 };
 
 use crate::{
     announce::announce,
+    balance::balance,
     counters::count,
+    flow::report_refusal,
     liveness::listener_waits,
     maps::{
-        DESTINATIONS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, store, stored,
+        DESTINATIONS, FLOWS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, store,
+        stored,
     },
 };
 
@@ -57,6 +61,7 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
             let client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
             let mut original =
                 OriginalDst { addr, port, role: Role::Client as u16, reserved: 0, client_cookie };
+            discard(&FLOWS, sk);
             if store(&ORIGINAL_DST, sk, &mut original) {
                 rewrite(ctx, family, capture_addr, capture_port);
                 Reason::Captured
@@ -64,8 +69,13 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
                 fail(Reason::StorageFailedPassed, Reason::StorageFailedRefused)
             }
         }
+        Decision::Balance { service } => {
+            discard(&ORIGINAL_DST, sk);
+            to_endpoint(ctx, sk, family, addr, port, service)
+        }
         Decision::Leave(reason) => {
             discard(&ORIGINAL_DST, sk);
+            discard(&FLOWS, sk);
             reason
         }
     };
@@ -78,8 +88,59 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
 enum Decision {
     /// Rewrite to this address and port.
     Capture { addr: Addr, port: u16 },
+    /// Rewrite to an endpoint of this service.
+    Balance { service: u32 },
     /// Not captured: pass or refuse, as the reason's errno says.
     Leave(Reason),
+}
+
+/// The kernel path: rewrites to an endpoint, or says why not.
+#[inline(always)]
+fn to_endpoint(
+    ctx: &SockAddrContext,
+    sk: *mut bpf_sock,
+    family: Family,
+    addr: Addr,
+    port: u16,
+    service: u32,
+) -> Reason {
+    let choice = balance(service, &addr, fail(Reason::NoTablePassed, Reason::NoTableRefused));
+    match choice.outcome {
+        Ok(endpoint) => {
+            let mut flow = Flow {
+                addr,
+                port,
+                phase: Phase::Chosen as u16,
+                user_timeout_ms: 0,
+                service,
+                cluster: choice.cluster,
+                host: endpoint.host,
+                flags: 0,
+                // SAFETY: no preconditions.
+                started_ns: unsafe { bpf_ktime_get_ns() },
+                connected_ns: 0,
+                received_before: 0,
+            };
+            if store(&FLOWS, sk, &mut flow) {
+                rewrite(ctx, family, endpoint.addr, endpoint.port);
+                Reason::Balanced
+            } else {
+                fail(Reason::StorageFailedPassed, Reason::StorageFailedRefused)
+            }
+        }
+        Err(reason) => {
+            discard(&FLOWS, sk);
+            let end = match reason {
+                Reason::NoHost => End::NoHost,
+                Reason::Overflow => End::Overflow,
+                _ => return reason,
+            };
+            // SAFETY: no preconditions.
+            let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+            report_refusal(end, addr, port, service, choice.cluster, netns_cookie);
+            reason
+        }
+    }
 }
 
 #[inline(always)]
@@ -91,7 +152,7 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     if stored(&OWN_SOCKET, sk).is_some() {
         return Leave(Reason::PassedOwnSocket);
     }
-    let (verdict, exact) = rule(addr, port);
+    let (RuleValue { verdict, service }, exact) = rule(addr, port);
     if verdict == Verdict::Leave {
         return Leave(Reason::PassedNoRule);
     }
@@ -110,6 +171,10 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     // namespace that was just forgotten.
     let Some(enrolment) = (unsafe { NAMESPACES.get(netns_cookie) }) else {
         announce(netns_cookie);
+        if verdict == Verdict::Balance && exact {
+            // Some pod, since what is excluded is known. This path needs nothing of it.
+            return Decision::Balance { service };
+        }
         return Leave(fail(Reason::NotEnrolledPassed, Reason::NotEnrolledRefused));
     };
     if !enrolment.is_captured_at(place) {
@@ -127,6 +192,9 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     if verdict == Verdict::Refuse {
         return Leave(Reason::RefusedByRule);
     }
+    if verdict == Verdict::Balance {
+        return Decision::Balance { service };
+    }
     // SAFETY: the verifier knows the socket's type; the field is readable in this hook.
     if unsafe { addr_of!((*sk).bound_dev_if).read_volatile() } != 0 {
         return Leave(fail(Reason::BoundToDevicePassed, Reason::BoundToDeviceRefused));
@@ -139,18 +207,19 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     Decision::Capture { addr: own, port: capture_port }
 }
 
-/// The verdict for a destination, and whether its rule names the address.
+/// The rule for a destination, and whether it names the address.
 #[inline(always)]
-fn rule(addr: Addr, port: u16) -> (Verdict, bool) {
+fn rule(addr: Addr, port: u16) -> (RuleValue, bool) {
+    const NONE: RuleValue = RuleValue { verdict: Verdict::Leave, service: 0 };
     // SAFETY (both): the value is one word, replaced as a whole.
     if let Some(raw) = unsafe { DESTINATIONS.get(Destination::exact(addr, port)) } {
-        return (Verdict::from_raw(*raw).unwrap_or(Verdict::Leave), true);
+        return (RuleValue::decode(*raw).unwrap_or(NONE), true);
     }
     // SAFETY: as above.
     if let Some(raw) = unsafe { DESTINATIONS.get(Destination::any_address(&addr, port)) } {
-        return (Verdict::from_raw(*raw).unwrap_or(Verdict::Leave), false);
+        return (RuleValue::decode(*raw).unwrap_or(NONE), false);
     }
-    (settings().map_or(Verdict::Leave, |s| Verdict::from_raw(s.catch_all).unwrap_or(Verdict::Leave)), false)
+    (settings().and_then(|s| RuleValue::decode(s.catch_all)).unwrap_or(NONE), false)
 }
 
 #[inline(always)]
@@ -255,6 +324,7 @@ fn trace(ctx: &SockAddrContext, addr: Addr, port: u16, reason: Reason) {
     let ip: [u8; 16] = unsafe { core::mem::transmute(addr.words()) };
     match reason {
         Reason::Captured => debug!(ctx, "connect [{:i}]:{} captured", ip, port),
+        Reason::Balanced => debug!(ctx, "connect [{:i}]:{} balanced", ip, port),
         Reason::RefusedByRule => debug!(ctx, "connect [{:i}]:{} refused by rule", ip, port),
         _ => debug!(ctx, "connect [{:i}]:{} not captured, reason {}", ip, port, reason as u32),
     }

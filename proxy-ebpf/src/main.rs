@@ -3,14 +3,19 @@
 //! A captured connection: `connect` rewrites the destination and leaves the original one on the application's
 //! socket → `sockops` carries it over the handshake to the socket that the proxy accepts → userspace reads it from
 //! there by file descriptor. `getpeername` keeps the application from noticing.
+//!
+//! A connection on the kernel path: `connect` has `balance` choose an endpoint, rewrites the destination to it and leaves
+//! a record on the application's socket → `sockops` hears what becomes of it, `flow` counts and reports.
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
 #![allow(internal_features, reason = "one atomic add, see counters.rs")]
 
 mod announce;
+mod balance;
 mod connect;
 mod counters;
+mod flow;
 mod getpeername;
 mod liveness;
 mod maps;

@@ -2,14 +2,15 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    bindings::{BPF_F_MMAPABLE, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage},
     helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
     macros::btf_map,
 };
 use tidegate_common::{
-    ANNOUNCE_SLOTS, Destination, EVENTS_BYTES, Enrolment, FlowKey, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT,
-    MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, Settings,
+    ANNOUNCE_SLOTS, ClusterState, Destination, EVENTS_BYTES, Enrolment, FLOW_EVENTS_BYTES, Flow, FlowEvent,
+    FlowKey, HostState, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst,
+    Reason, ServiceState, Settings,
 };
 
 use crate::announce::Slot;
@@ -31,7 +32,7 @@ pub static IN_FLIGHT: HashMap<FlowKey, InFlight, { MAX_IN_FLIGHT as usize }> = H
 #[btf_map]
 pub static NAMESPACES: HashMap<u64, Enrolment, { MAX_NAMESPACES as usize }> = HashMap::new();
 
-/// Rules by destination; values are [`tidegate_common::Verdict`].
+/// Rules by destination; values are [`tidegate_common::RuleValue`].
 #[btf_map]
 pub static DESTINATIONS: HashMap<Destination, u32, { MAX_DESTINATIONS as usize }> = HashMap::new();
 
@@ -50,6 +51,30 @@ pub static EVENTS: RingBuf<NotEnrolled, { EVENTS_BYTES as usize }> = RingBuf::ne
 /// Which namespaces were announced lately.
 #[btf_map]
 pub static ANNOUNCED: Array<Slot, { ANNOUNCE_SLOTS as usize }> = Array::new();
+
+/// Sockets of applications that are connected straight to an endpoint.
+#[btf_map]
+pub static FLOWS: SkStorage<Flow> = SkStorage::new();
+
+/// Blocks of services and clusters. The agent has these four in its memory: an update is no system call.
+#[btf_map]
+pub static ARENA: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Listeners on the kernel path.
+#[btf_map]
+pub static SERVICES: Array<ServiceState, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Their clusters.
+#[btf_map]
+pub static CLUSTERS: Array<ClusterState, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Hosts of those.
+#[btf_map]
+pub static HOSTS: Array<HostState, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Connections of the kernel path that have ended.
+#[btf_map]
+pub static FLOW_EVENTS: RingBuf<FlowEvent, { FLOW_EVENTS_BYTES as usize }> = RingBuf::new();
 
 /// 1 when the kernel has `bpf_set_retval`. Read-only for the verifier: it drops the branch that isn't taken, so
 /// an older kernel never sees the helper.

@@ -8,18 +8,19 @@ use core::ptr::addr_of;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
     },
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
-use tidegate_common::{Addr, FlowKey, InFlight, Reason, Role};
+use tidegate_common::{Addr, Flow, FlowKey, InFlight, Reason, Role};
 
 use crate::{
     counters::count,
-    maps::{IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
+    flow,
+    maps::{FLOWS, IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
 };
 
 const AF_INET: u32 = 2;
@@ -30,7 +31,16 @@ pub fn on_event(ctx: &SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
+            if let Some(flow) = flow_of(ctx) {
+                flow::established(ctx, flow);
+            }
+        }
         BPF_SOCK_OPS_STATE_CB => {
+            if let Some(flow) = flow_of(ctx) {
+                flow::state_changed(ctx, flow);
+                return 1;
+            }
             // SAFETY: args of the kernel's context; volatile as in `local`.
             if unsafe { addr_of!((*ctx.ops).__bindgen_anon_1.args[1]).read_volatile() } == BPF_TCP_CLOSE {
                 closed(ctx);
@@ -49,7 +59,12 @@ fn connecting(ctx: &SockOpsContext) {
     if sk.is_null() {
         return;
     }
-    let Some(original) = stored(&ORIGINAL_DST, sk) else { return };
+    let Some(original) = stored(&ORIGINAL_DST, sk) else {
+        if let Some(flow) = stored(&FLOWS, sk) {
+            flow::connecting(ctx, flow);
+        }
+        return;
+    };
     if original.role != Role::Client as u16 {
         return;
     }
@@ -125,6 +140,13 @@ fn key(ctx: &SockOpsContext, client: Addr, client_port: u16, capture: Addr, capt
     FlowKey { netns_cookie, client, capture, client_port, capture_port, reserved: 0 }
 }
 
+/// The socket's record of the kernel path.
+#[inline(always)]
+fn flow_of(ctx: &SockOpsContext) -> Option<&'static mut Flow> {
+    let sk = socket(ctx);
+    if sk.is_null() { None } else { stored(&FLOWS, sk) }
+}
+
 /// Null for a request socket.
 #[inline(always)]
 fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
@@ -134,14 +156,14 @@ fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
 
 /// Local port; the kernel gives it in host order.
 #[inline(always)]
-fn local_port(ctx: &SockOpsContext) -> u16 {
+pub fn local_port(ctx: &SockOpsContext) -> u16 {
     // SAFETY: as in `addresses`.
     unsafe { addr_of!((*ctx.ops).local_port).read_volatile() as u16 }
 }
 
 /// Remote port; the kernel gives it as a 32-bit number in network order.
 #[inline(always)]
-fn remote_port(ctx: &SockOpsContext) -> u16 {
+pub fn remote_port(ctx: &SockOpsContext) -> u16 {
     // SAFETY: as in `addresses`.
     u32::from_be(unsafe { addr_of!((*ctx.ops).remote_port).read_volatile() }) as u16
 }
@@ -149,7 +171,7 @@ fn remote_port(ctx: &SockOpsContext) -> u16 {
 /// Local and remote address. IPv4 on an IPv6 socket has both forms; the mapped one is made from the IPv4 fields, so
 /// that both ends of a connection come to the same key whatever kind of socket they have.
 #[inline(always)]
-fn addresses(ctx: &SockOpsContext) -> (Addr, Addr) {
+pub fn addresses(ctx: &SockOpsContext) -> (Addr, Addr) {
     let o: *mut bpf_sock_ops = ctx.ops;
     // SAFETY: fields of the kernel's context. Volatile: the verifier wants one load of each field's own size.
     unsafe {

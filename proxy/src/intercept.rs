@@ -33,6 +33,7 @@ pub mod maps;
 pub mod original_dst;
 pub mod pods;
 pub mod programs;
+pub mod tables;
 
 pub use bpffs::default_pin_dir;
 pub use destinations::Destinations;

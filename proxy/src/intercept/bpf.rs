@@ -1,5 +1,5 @@
-//! The few commands of bpf(2) that aya doesn't offer: link queries and updates by path, and a map lookup without a
-//! lock or an allocation for the workers.
+//! The few commands of bpf(2) that aya doesn't offer: link queries and updates by path, a map lookup without a lock or an
+//! allocation for the workers, and maps in this process's memory.
 
 use std::ffi::CString;
 use std::io;
@@ -7,6 +7,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 use aya::Pod;
 
@@ -172,4 +174,59 @@ pub(super) fn storage_set<V: Pod>(map: BorrowedFd<'_>, socket: BorrowedFd<'_>, v
     };
     // SAFETY: as in `storage_get`; the kernel only reads.
     unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// A value from the start of what the kernel wrote; none when that is shorter.
+pub(super) fn read<V: Pod>(bytes: &[u8]) -> Option<V> {
+    // SAFETY: there are enough bytes, and `V: Pod`: any bytes are a value. They need not be aligned.
+    (bytes.len() >= size_of::<V>()).then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
+/// An array map that was made with BPF_F_MMAPABLE, in this process's memory: words that the programs read, and add to.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    base: NonNull<AtomicU64>,
+    words: usize,
+}
+
+// SAFETY: the memory is reached through atomics only, and stays mapped until the value is dropped.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// Maps so many words of a map whose values are whole words.
+    ///
+    /// Errors: EINVAL or EPERM for another kind of map, or one that is shorter; ENOMEM.
+    pub(super) fn new(map: BorrowedFd<'_>, words: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice; it fails when the map is shorter.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                words * size_of::<u64>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, words })
+    }
+
+    /// The word at this index; none beyond the end.
+    pub(super) fn word(&self, index: usize) -> Option<&AtomicU64> {
+        // SAFETY: within the mapping, which is aligned to pages; the kernel and the programs access the words atomically.
+        (index < self.words).then(|| unsafe { self.base.add(index).as_ref() })
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `new` made; no reference into it outlives `self`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.words * size_of::<u64>()) };
+    }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use tidegate_common::{Destination, Verdict};
+use tidegate_common::{Destination, RuleValue, Verdict};
 
 use crate::config::cluster::{Cluster, Discovery};
 use crate::config::filter_chain::{FilterChain, FilterChainMatch, Terminal};
@@ -28,8 +28,10 @@ pub struct Destinations {
 /// What happens to one destination, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// Capture or refuse.
+    /// Capture, balance or refuse.
     pub verdict: Verdict,
+    /// Index of the service; 0 where it is not balanced in the kernel.
+    pub service: u32,
     /// The listener that says so.
     pub listener: Arc<str>,
 }
@@ -99,14 +101,26 @@ impl Destinations {
     }
 
     /// For the kernel's map.
-    pub fn kernel_rules(&self) -> HashMap<Destination, Verdict> {
-        self.rules.iter().map(|(address, rule)| (Destination::from(*address), rule.verdict)).collect()
+    pub fn kernel_rules(&self) -> HashMap<Destination, RuleValue> {
+        let value = |rule: &Rule| RuleValue { verdict: rule.verdict, service: rule.service };
+        self.rules.iter().map(|(address, rule)| (Destination::from(*address), value(rule))).collect()
+    }
+
+    /// Puts the listeners of the kernel path there: `service` gives their index.
+    #[must_use]
+    pub fn balanced(mut self, service: impl Fn(&str) -> Option<u32>) -> Self {
+        for rule in self.rules.values_mut().filter(|rule| rule.verdict == Verdict::Capture) {
+            if let Some(service) = service(&rule.listener) {
+                (rule.verdict, rule.service) = (Verdict::Balance, service);
+            }
+        }
+        self
     }
 
     fn add(&mut self, address: SocketAddr, verdict: Verdict, listener: &Arc<str>) {
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         if address.port() != 0 {
-            let rule = Rule { verdict, listener: Arc::clone(listener) };
+            let rule = Rule { verdict, service: 0, listener: Arc::clone(listener) };
             self.rules.entry(address).or_insert(rule);
         }
     }
@@ -159,11 +173,12 @@ impl Destinations {
 /// One line for each rule, then one for the rest; for the start-up log.
 impl fmt::Display for Destinations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (address, Rule { verdict, listener }) in &self.rules {
+        for (address, Rule { verdict, listener, .. }) in &self.rules {
             match verdict {
                 Verdict::Refuse => {
                     writeln!(f, "refuses {address} (listener {listener} leads to {BLACK_HOLE})")?;
                 }
+                Verdict::Balance => writeln!(f, "balances {address} in the kernel -> listener {listener}")?,
                 _ => writeln!(f, "captures {address} -> listener {listener}")?,
             }
         }
@@ -550,8 +565,8 @@ mod tests {
         let rules = Destinations::of(&listeners, black_hole(&clusters())).kernel_rules();
         let rule = |address: &str| rules.get(&address.parse::<SocketAddr>().unwrap().into()).copied();
         assert_eq!(rules.len(), 3);
-        assert_eq!(rule("0.0.0.0:80"), Some(Verdict::Capture));
-        assert_eq!(rule("[::]:80"), Some(Verdict::Refuse));
-        assert_eq!(rule("10.0.0.1:1"), Some(Verdict::Capture));
+        assert_eq!(rule("0.0.0.0:80"), Some(Verdict::Capture.into()));
+        assert_eq!(rule("[::]:80"), Some(Verdict::Refuse.into()));
+        assert_eq!(rule("10.0.0.1:1"), Some(Verdict::Capture.into()));
     }
 }

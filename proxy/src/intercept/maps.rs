@@ -9,11 +9,13 @@ use std::sync::Arc;
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage};
 use tidegate_common::{
-    Destination, EVENTS_BYTES, Enrolment, FlowKey, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES,
-    NotEnrolled, OriginalDst, Reason, Settings, map,
+    ClusterState, Destination, EVENTS_BYTES, Enrolment, Flow, FlowKey, HostState, InFlight, MAX_DESTINATIONS,
+    MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, ServiceState, Settings, map,
 };
 
+use super::bpf;
 use super::error::InterceptError;
+use super::tables::{FlowEvents, TableSizes, Tables};
 
 /// Sizes of the maps, entries. A map that a former process pinned with another size is replaced, contents kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +29,8 @@ pub struct MapSizes {
     /// Announcements that wait to be read, bytes: a power of two and a multiple of the page size; 32 bytes each.
     /// Default 65,536.
     pub events: u32,
+    /// Of the kernel path. Default: off.
+    pub tables: TableSizes,
 }
 
 impl Default for MapSizes {
@@ -36,6 +40,7 @@ impl Default for MapSizes {
             namespaces: MAX_NAMESPACES,
             destinations: MAX_DESTINATIONS,
             events: EVENTS_BYTES,
+            tables: TableSizes::OFF,
         }
     }
 }
@@ -51,7 +56,7 @@ struct Shape {
 
 impl MapSizes {
     /// The maps that are pinned. The rest (events, logs) belongs to one process.
-    fn pinned(self) -> [Shape; 7] {
+    fn pinned(self) -> [Shape; 12] {
         let shape =
             |name, key_size, value_size, max_entries| Shape { name, key_size, value_size, max_entries };
         [
@@ -62,11 +67,16 @@ impl MapSizes {
             shape(map::DESTINATIONS, size_of::<Destination>(), 4, self.destinations),
             shape(map::SETTINGS, 4, size_of::<Settings>(), 1),
             shape(map::COUNTERS, 4, 8, Reason::COUNT as u32),
+            shape(map::FLOWS, 4, size_of::<Flow>(), 0),
+            shape(map::SERVICES, 4, size_of::<ServiceState>(), self.tables.services),
+            shape(map::CLUSTERS, 4, size_of::<ClusterState>(), self.tables.clusters),
+            shape(map::HOSTS, 4, size_of::<HostState>(), self.tables.hosts),
+            shape(map::ARENA, 4, 8, self.tables.arena),
         ]
     }
 
     /// Names of the maps that are pinned.
-    pub(super) fn pinned_names(self) -> [&'static str; 7] {
+    pub(super) fn pinned_names(self) -> [&'static str; 12] {
         self.pinned().map(|shape| shape.name)
     }
 
@@ -123,6 +133,9 @@ pub(super) struct Maps {
     pub(super) counters: PerCpuArray<MapData, u64>,
     pub(super) original_dst: Storage<OriginalDst>,
     pub(super) own_socket: Storage<u32>,
+    pub(super) tables: Arc<Tables>,
+    pub(super) flow_events: Option<FlowEvents>,
+    _flows: Storage<Flow>,
     pub(super) sizes: MapSizes,
 }
 
@@ -137,6 +150,9 @@ impl Maps {
             counters: take(ebpf, map::COUNTERS)?,
             original_dst: storage(ebpf, map::ORIGINAL_DST)?,
             own_socket: storage(ebpf, map::OWN_SOCKET)?,
+            tables: Arc::new(Tables::take(ebpf, sizes.tables)?),
+            flow_events: Some(FlowEvents::take(ebpf)?),
+            _flows: storage(ebpf, map::FLOWS)?,
             sizes,
         };
         for (cookie, enrolment) in salvage.namespaces {
@@ -204,7 +220,7 @@ pub(super) fn remove<K: aya::Pod, V: aya::Pod>(
     }
 }
 
-fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, InterceptError>
+pub(super) fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, InterceptError>
 where
     M: TryFrom<Map, Error = MapError>,
 {
@@ -243,7 +259,7 @@ impl Events {
     pub fn pop(&mut self) -> Option<NotEnrolled> {
         loop {
             let item = self.ring.next()?;
-            if let Some(event) = decode(&item) {
+            if let Some(event) = bpf::read(&item) {
                 return Some(event);
             }
         }
@@ -260,16 +276,4 @@ impl AsRawFd for Events {
     fn as_raw_fd(&self) -> RawFd {
         self.ring.as_fd().as_raw_fd()
     }
-}
-
-fn decode(bytes: &[u8]) -> Option<NotEnrolled> {
-    let (netns_cookie, rest) = bytes.split_first_chunk::<8>()?;
-    let (cgroup_id, rest) = rest.split_first_chunk::<8>()?;
-    let (tgid, _) = rest.split_first_chunk::<4>()?;
-    Some(NotEnrolled {
-        netns_cookie: u64::from_ne_bytes(*netns_cookie),
-        cgroup_id: u64::from_ne_bytes(*cgroup_id),
-        tgid: u32::from_ne_bytes(*tgid),
-        reserved: 0,
-    })
 }

@@ -11,7 +11,9 @@ use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
-use tidegate_common::{Destination, Enrolment, FailMode, Place, Reason, Settings, Verdict, global, map};
+use tidegate_common::{
+    Destination, Enrolment, FailMode, Place, Reason, RuleValue, Settings, Verdict, global, map,
+};
 
 use super::bpffs::{PinDir, default_pin_dir, remove_dir_with_files};
 use super::cgroup::{self, Cgroup, check_places, covers, outermost};
@@ -19,6 +21,7 @@ use super::error::InterceptError;
 use super::links::{self, Links, PROGRAMS, detach_all};
 use super::maps::{self, Events, MapSizes, Maps};
 use super::original_dst::{OriginalDstReader, OwnSocketMarker};
+use super::tables::{FlowEvents, Tables};
 
 /// The compiled programs; `cargo xtask build-ebpf` makes it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../proxy-ebpf/prebuilt/tidegate.o");
@@ -186,12 +189,12 @@ impl Interceptor {
     /// removed, so that no destination is without one in between. How many entries changed.
     pub fn set_destinations(
         &mut self,
-        wanted: &HashMap<Destination, Verdict>,
+        wanted: &HashMap<Destination, RuleValue>,
     ) -> Result<usize, InterceptError> {
         let _lock = self.lock_current()?;
         let mut changed = 0;
-        for (destination, verdict) in wanted {
-            let raw = *verdict as u32;
+        for (destination, rule) in wanted {
+            let raw = rule.encode();
             if self.destinations.get(destination) != Some(&raw) {
                 let capacity = self.maps.sizes.destinations;
                 maps::insert(&mut self.maps.destinations, map::DESTINATIONS, capacity, *destination, raw)?;
@@ -273,6 +276,16 @@ impl Interceptor {
     /// Marks an upstream socket of this process as its own, see [`OwnSocketMarker::mark`].
     pub fn mark_own(&self, fd: BorrowedFd<'_>) -> std::io::Result<()> {
         self.own_socket_marker().mark(fd)
+    }
+
+    /// The tables of the kernel path.
+    pub fn tables(&self) -> Arc<Tables> {
+        Arc::clone(&self.maps.tables)
+    }
+
+    /// Connections of the kernel path that have ended. Once; then it belongs to whoever took it.
+    pub fn take_flow_events(&mut self) -> Option<FlowEvents> {
+        self.maps.flow_events.take()
     }
 
     /// Connects from namespaces that are not enrolled. Once; then it belongs to whoever took it.
@@ -393,7 +406,12 @@ fn loader<'a>(sizes: MapSizes, has_set_retval: &'a u8, log_level: &'a u8) -> Ebp
         .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
         .map_max_entries(map::NAMESPACES, sizes.namespaces)
         .map_max_entries(map::DESTINATIONS, sizes.destinations)
-        .map_max_entries(map::EVENTS, sizes.events);
+        .map_max_entries(map::EVENTS, sizes.events)
+        .map_max_entries(map::SERVICES, sizes.tables.services)
+        .map_max_entries(map::CLUSTERS, sizes.tables.clusters)
+        .map_max_entries(map::HOSTS, sizes.tables.hosts)
+        .map_max_entries(map::ARENA, sizes.tables.arena)
+        .map_max_entries(map::FLOW_EVENTS, sizes.tables.events);
     loader
 }
 

@@ -7,12 +7,14 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use socket2::{Domain, SockAddr};
 use tidegate::intercept::programs::Interceptor;
-use tidegate_common::{Destination, Enrolment, Reason, Verdict};
+use tidegate_common::{Destination, Enrolment, Reason, RuleValue, Verdict};
 
 use crate::lab::*;
 
-fn rules(list: &[(&str, Verdict)]) -> HashMap<Destination, Verdict> {
-    list.iter().map(|(addr, verdict)| (addr.parse::<SocketAddr>().unwrap().into(), *verdict)).collect()
+fn rules(list: &[(&str, Verdict)]) -> HashMap<Destination, RuleValue> {
+    list.iter()
+        .map(|(addr, verdict)| (addr.parse::<SocketAddr>().unwrap().into(), (*verdict).into()))
+        .collect()
 }
 
 /// Captures these service addresses.

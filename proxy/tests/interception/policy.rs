@@ -7,15 +7,17 @@ use std::os::fd::AsFd as _;
 use socket2::{Domain, SockAddr, SockFilter, Socket};
 use tidegate::intercept::error::InterceptError;
 use tidegate::intercept::programs::Interceptor;
-use tidegate_common::{Destination, Enrolment, FailMode, Reason, Verdict};
+use tidegate_common::{Destination, Enrolment, FailMode, Reason, RuleValue, Verdict};
 
 use crate::lab::*;
 
 /// What a connect that isn't captured gets in a pod (`prohibit` routes).
 const PASSED: i32 = libc::EACCES;
 
-fn rules(list: &[(&str, Verdict)]) -> HashMap<Destination, Verdict> {
-    list.iter().map(|(addr, verdict)| (addr.parse::<SocketAddr>().unwrap().into(), *verdict)).collect()
+fn rules(list: &[(&str, Verdict)]) -> HashMap<Destination, RuleValue> {
+    list.iter()
+        .map(|(addr, verdict)| (addr.parse::<SocketAddr>().unwrap().into(), (*verdict).into()))
+        .collect()
 }
 
 #[test]

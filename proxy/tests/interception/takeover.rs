@@ -15,7 +15,7 @@ const PASSED: i32 = libc::EACCES;
 
 fn capture_service(interceptor: &mut Interceptor) {
     let key = Destination::from(SERVICE.parse::<SocketAddr>().unwrap());
-    interceptor.set_destinations(&HashMap::from([(key, Verdict::Capture)])).unwrap();
+    interceptor.set_destinations(&HashMap::from([(key, Verdict::Capture.into())])).unwrap();
 }
 
 fn assert_captured(interceptor: &Interceptor, pod: &Pod, listener: &socket2::Socket) {

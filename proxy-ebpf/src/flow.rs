@@ -1,0 +1,311 @@
+//! The kernel path after connect(2): what became of a connection that no proxy stands in.
+//!
+//! Counters are always right; the record of each connection goes through a ring buffer, and a loss is counted.
+
+use core::ptr::addr_of;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING,
+        BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT,
+        bpf_sock_ops,
+    },
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set,
+    },
+    programs::SockOpsContext,
+};
+use tidegate_common::{Addr, End, Flow, FlowEvent, FlowFlag, Phase, Reason, Tally};
+
+use crate::{
+    balance::{cluster_state, host_state, service_state},
+    counters::{add, count, subtract},
+    maps::FLOW_EVENTS,
+    sockops::{addresses, local_port, remote_port},
+};
+
+const IPPROTO_TCP: i32 = 6;
+const TCP_USER_TIMEOUT: i32 = 18;
+
+/// A field of the kernel's context.
+macro_rules! field {
+    ($ctx:expr, $($field:tt)+) => {
+        // SAFETY: the context is the kernel's, valid while the program runs. Volatile: the verifier wants one load of each
+        // field's own size.
+        unsafe { addr_of!((*$ctx.ops).$($field)+).read_volatile() }
+    };
+}
+
+/// Applies the same to the tallies of service, cluster and host.
+#[inline(always)]
+fn each_tally(flow: &Flow, mut change: impl FnMut(*mut Tally)) {
+    if let Some(service) = service_state(flow.service) {
+        // SAFETY: map memory; the pointer is only handed to atomic adds.
+        change(unsafe { &raw mut (*service).tally });
+    }
+    if let Some(cluster) = cluster_state(flow.cluster) {
+        // SAFETY: as above.
+        change(unsafe { &raw mut (*cluster).tally });
+    }
+    if let Some(host) = host_state(flow.host) {
+        // SAFETY: as above.
+        change(unsafe { &raw mut (*host).tally });
+    }
+}
+
+/// The SYN is about to be sent. From here on every end is heard of.
+#[inline(always)]
+pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
+    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // SAFETY: the context is the kernel's.
+    if flow.phase != Phase::Chosen as u16 || unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) } != 0
+    {
+        return;
+    }
+    flow.phase = Phase::Connecting as u16;
+    each_tally(flow, |tally| {
+        // SAFETY: map memory.
+        unsafe {
+            add(&raw mut (*tally).attempts, 1);
+            add(&raw mut (*tally).active, 1);
+        }
+    });
+    let limit = connect_timeout_ms(flow);
+    if limit != 0 {
+        flow.user_timeout_ms = user_timeout(ctx);
+        if flow.user_timeout_ms == 0 || flow.user_timeout_ms > limit {
+            set_user_timeout(ctx, limit);
+        }
+    }
+}
+
+/// The handshake is over.
+#[inline(always)]
+pub fn established(ctx: &SockOpsContext, flow: &mut Flow) {
+    if flow.phase != Phase::Connecting as u16 {
+        return;
+    }
+    flow.phase = Phase::Established as u16;
+    // SAFETY: no preconditions.
+    flow.connected_ns = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: map memory.
+    each_tally(flow, |tally| unsafe { add(&raw mut (*tally).established, 1) });
+    if connect_timeout_ms(flow) != 0 {
+        set_user_timeout(ctx, flow.user_timeout_ms);
+    }
+}
+
+/// The socket goes from one state to another.
+#[inline(always)]
+pub fn state_changed(ctx: &SockOpsContext, flow: &mut Flow) {
+    let old = field!(ctx, __bindgen_anon_1.args[0]);
+    let new = field!(ctx, __bindgen_anon_1.args[1]);
+    match new {
+        BPF_TCP_FIN_WAIT1 => first(flow, FlowFlag::ClientFirst),
+        BPF_TCP_CLOSE_WAIT => {
+            first(flow, FlowFlag::EndpointFirst);
+            flow.flags |= FlowFlag::EndpointFin as u32;
+        }
+        BPF_TCP_CLOSING => flow.flags |= FlowFlag::EndpointFin as u32,
+        BPF_TCP_FIN_WAIT2 => flow.received_before = field!(ctx, bytes_received),
+        BPF_TCP_CLOSE => closed(ctx, flow, old),
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn first(flow: &mut Flow, who: FlowFlag) {
+    if flow.flags & (FlowFlag::ClientFirst as u32 | FlowFlag::EndpointFirst as u32) == 0 {
+        flow.flags |= who as u32;
+    }
+}
+
+#[inline(always)]
+fn closed(ctx: &SockOpsContext, flow: &mut Flow, old: u32) {
+    let was = flow.phase;
+    if was != Phase::Connecting as u16 && was != Phase::Established as u16 {
+        return;
+    }
+    flow.phase = Phase::Ended as u16;
+    // SAFETY: no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let (mut sent, mut received) = (field!(ctx, bytes_acked), field!(ctx, bytes_received));
+    let end = if was == Phase::Connecting as u16 || old == BPF_TCP_SYN_SENT {
+        sent = 0;
+        failure(ctx, flow, now)
+    } else {
+        // The kernel counts SYN and FIN as one byte each.
+        sent = sent.saturating_sub(1);
+        if old == BPF_TCP_FIN_WAIT2 && received > flow.received_before {
+            flow.flags |= FlowFlag::EndpointFin as u32;
+        }
+        if flow.flags & FlowFlag::EndpointFin as u32 != 0 {
+            received = received.saturating_sub(1);
+        }
+        match old {
+            BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING | BPF_TCP_LAST_ACK => {
+                sent = sent.saturating_sub(1);
+                End::Closed
+            }
+            _ => End::Reset,
+        }
+    };
+    account(flow, end, old, sent, received);
+    report(ctx, flow, end, now, sent, received);
+}
+
+/// Why a handshake failed. The programs can't read the socket's error: that takes a program under the GPL. What is
+/// known instead is whether the endpoint answered at all, for how long was waited, and whether the SYN was sent again.
+#[inline(always)]
+fn failure(ctx: &SockOpsContext, flow: &Flow, now: u64) -> End {
+    let limit_ns = u64::from(connect_timeout_ms(flow)) * 1_000_000;
+    if field!(ctx, segs_in) != 0 {
+        End::Refused
+    } else if limit_ns != 0 && now - flow.started_ns >= limit_ns {
+        End::TimedOut
+    } else if field!(ctx, total_retrans) != 0 {
+        End::Unanswered
+    } else {
+        End::Abandoned
+    }
+}
+
+#[inline(always)]
+fn account(flow: &Flow, end: End, old: u32, sent: u64, received: u64) {
+    let by_endpoint = flow.flags & FlowFlag::EndpointFirst as u32 != 0;
+    let by_client = flow.flags & FlowFlag::ClientFirst as u32 != 0;
+    each_tally(flow, |tally| {
+        // SAFETY: map memory.
+        unsafe {
+            subtract(&raw mut (*tally).active);
+            match end {
+                End::TimedOut => {
+                    add(&raw mut (*tally).failed, 1);
+                    add(&raw mut (*tally).timed_out, 1);
+                }
+                End::Refused | End::Unanswered | End::Abandoned => add(&raw mut (*tally).failed, 1),
+                _ => {}
+            }
+            if by_client {
+                add(&raw mut (*tally).closed_by_client, 1);
+            } else if by_endpoint {
+                add(&raw mut (*tally).closed_by_endpoint, 1);
+            }
+            if old != BPF_TCP_SYN_SENT {
+                add(&raw mut (*tally).sent, sent);
+                add(&raw mut (*tally).received, received);
+            }
+        }
+    });
+}
+
+/// The record of a connection that has ended.
+#[inline(always)]
+fn report(ctx: &SockOpsContext, flow: &Flow, end: End, now: u64, sent: u64, received: u64) {
+    let (client, endpoint) = addresses(ctx);
+    write(FlowEvent {
+        end: end as u16,
+        port: flow.port,
+        endpoint_port: remote_port(ctx),
+        client_port: local_port(ctx),
+        service: flow.service,
+        cluster: flow.cluster,
+        host: flow.host,
+        flags: flow.flags,
+        retransmits: field!(ctx, total_retrans),
+        // Held in eighths.
+        srtt_us: field!(ctx, srtt_us) >> 3,
+        addr: flow.addr,
+        endpoint,
+        client,
+        // SAFETY: no preconditions.
+        netns_cookie: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
+        started_ns: flow.started_ns,
+        connected_ns: flow.connected_ns,
+        ended_ns: now,
+        sent,
+        received,
+    });
+}
+
+/// The record of a connect that was refused.
+#[inline(always)]
+pub fn report_refusal(end: End, addr: Addr, port: u16, service: u32, cluster: u32, netns_cookie: u64) {
+    // SAFETY: no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    write(FlowEvent {
+        end: end as u16,
+        port,
+        endpoint_port: 0,
+        client_port: 0,
+        service,
+        cluster,
+        host: 0,
+        flags: 0,
+        retransmits: 0,
+        srtt_us: 0,
+        addr,
+        endpoint: Addr::ZERO,
+        client: Addr::ZERO,
+        netns_cookie,
+        started_ns: now,
+        connected_ns: 0,
+        ended_ns: now,
+        sent: 0,
+        received: 0,
+    });
+}
+
+/// Wakes nobody: the agent looks at the buffer several times a second, and a wake-up costs the application more than
+/// everything else here.
+#[inline(always)]
+fn write(event: FlowEvent) {
+    match FLOW_EVENTS.reserve(0) {
+        Some(mut entry) => {
+            entry.write(event);
+            entry.submit(BPF_RB_NO_WAKEUP.into());
+        }
+        None => count(Reason::FlowEventLost),
+    }
+}
+
+#[inline(always)]
+fn connect_timeout_ms(flow: &Flow) -> u32 {
+    // SAFETY: map memory, an aligned word.
+    cluster_state(flow.cluster)
+        .map_or(0, |cluster| unsafe { addr_of!((*cluster).connect_timeout_ms).read_volatile() })
+}
+
+/// 0 when it was never set, or can't be read.
+#[inline(always)]
+fn user_timeout(ctx: &SockOpsContext) -> u32 {
+    let mut value = 0_u32;
+    // SAFETY: the context is the kernel's; the value is on the stack and as long as said.
+    let failed = unsafe {
+        bpf_getsockopt(
+            ctx.ops.cast(),
+            IPPROTO_TCP,
+            TCP_USER_TIMEOUT,
+            (&raw mut value).cast(),
+            size_of::<u32>() as i32,
+        )
+    } != 0;
+    if failed { 0 } else { value }
+}
+
+#[inline(always)]
+fn set_user_timeout(ctx: &SockOpsContext, mut millis: u32) {
+    // SAFETY: as in `user_timeout`.
+    unsafe {
+        bpf_setsockopt(
+            ctx.ops.cast::<bpf_sock_ops>().cast(),
+            IPPROTO_TCP,
+            TCP_USER_TIMEOUT,
+            (&raw mut millis).cast(),
+            size_of::<u32>() as i32,
+        )
+    };
+}
+
+const _: () = assert!(BPF_TCP_ESTABLISHED == 1 && BPF_TCP_CLOSE == 7);
