@@ -61,4 +61,6 @@ pub mod map {
 pub mod global {
     /// `u8`: 1 when the kernel has `bpf_set_retval` (5.18), so that a refused connect gets its own errno.
     pub const HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
+    /// `u8`: 1 when the kernel path is on. Off, the programs don't contain it.
+    pub const KERNEL_PATH: &str = "KERNEL_PATH";
 }

@@ -21,8 +21,8 @@ use crate::{
     flow::report_refusal,
     liveness::listener_waits,
     maps::{
-        DESTINATIONS, FLOWS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, store,
-        stored,
+        DESTINATIONS, FLOWS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard,
+        discard_flow, kernel_path, store, stored,
     },
 };
 
@@ -61,7 +61,7 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
             let client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
             let mut original =
                 OriginalDst { addr, port, role: Role::Client as u16, reserved: 0, client_cookie };
-            discard(&FLOWS, sk);
+            discard_flow(sk);
             if store(&ORIGINAL_DST, sk, &mut original) {
                 rewrite(ctx, family, capture_addr, capture_port);
                 Reason::Captured
@@ -75,7 +75,7 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
         }
         Decision::Leave(reason) => {
             discard(&ORIGINAL_DST, sk);
-            discard(&FLOWS, sk);
+            discard_flow(sk);
             reason
         }
     };
@@ -129,7 +129,7 @@ fn to_endpoint(
             }
         }
         Err(reason) => {
-            discard(&FLOWS, sk);
+            discard_flow(sk);
             let end = match reason {
                 Reason::NoHost => End::NoHost,
                 Reason::Overflow => End::Overflow,
@@ -171,7 +171,7 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     // namespace that was just forgotten.
     let Some(enrolment) = (unsafe { NAMESPACES.get(netns_cookie) }) else {
         announce(netns_cookie);
-        if verdict == Verdict::Balance && exact {
+        if kernel_path() && verdict == Verdict::Balance && exact {
             // Some pod, since what is excluded is known. This path needs nothing of it.
             return Decision::Balance { service };
         }
@@ -193,7 +193,11 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
         return Leave(Reason::RefusedByRule);
     }
     if verdict == Verdict::Balance {
-        return Decision::Balance { service };
+        if kernel_path() {
+            return Decision::Balance { service };
+        }
+        // A rule of a predecessor that had it on.
+        return Leave(fail(Reason::NoTablePassed, Reason::NoTableRefused));
     }
     // SAFETY: the verifier knows the socket's type; the field is readable in this hook.
     if unsafe { addr_of!((*sk).bound_dev_if).read_volatile() } != 0 {

@@ -5,7 +5,7 @@ use tidegate_common::Role;
 
 use crate::{
     connect::{ALLOW, Family, rewrite},
-    maps::{FLOWS, ORIGINAL_DST, stored},
+    maps::{ORIGINAL_DST, flow, stored},
 };
 
 /// Answers from the socket's storage. A socket that was disconnected (AF_UNSPEC) never gets here: the kernel says
@@ -18,7 +18,7 @@ pub fn on_getpeername(ctx: &SockAddrContext, family: Family) -> i32 {
         if original.role == Role::Client as u16 {
             rewrite(ctx, family, original.addr, original.port);
         }
-    } else if let Some(flow) = stored(&FLOWS, sk) {
+    } else if let Some(flow) = flow(sk) {
         rewrite(ctx, family, flow.addr, flow.port);
     }
     ALLOW

@@ -81,6 +81,30 @@ pub static FLOW_EVENTS: RingBuf<FlowEvent, { FLOW_EVENTS_BYTES as usize }> = Rin
 #[unsafe(no_mangle)]
 pub static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
+/// 1 when the kernel path is on. Off, the verifier drops it, and it costs nothing.
+#[unsafe(no_mangle)]
+pub static KERNEL_PATH: Global<u8> = Global::new(0);
+
+/// Whether connections may go straight to endpoints.
+#[inline(always)]
+pub fn kernel_path() -> bool {
+    KERNEL_PATH.load() != 0
+}
+
+/// The socket's record of the kernel path.
+#[inline(always)]
+pub fn flow(sk: *mut bpf_sock) -> Option<&'static mut Flow> {
+    if kernel_path() { stored(&FLOWS, sk) } else { None }
+}
+
+/// Removes it, if there is one.
+#[inline(always)]
+pub fn discard_flow(sk: *mut bpf_sock) {
+    if kernel_path() {
+        discard(&FLOWS, sk);
+    }
+}
+
 /// The value that `map` holds for the socket.
 #[inline(always)]
 pub fn stored<T>(map: &SkStorage<T>, sk: *mut bpf_sock) -> Option<&mut T> {

@@ -20,7 +20,7 @@ use tidegate_common::{Addr, Flow, FlowKey, InFlight, Reason, Role};
 use crate::{
     counters::count,
     flow,
-    maps::{FLOWS, IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
+    maps::{self, IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
 };
 
 const AF_INET: u32 = 2;
@@ -60,7 +60,7 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let Some(original) = stored(&ORIGINAL_DST, sk) else {
-        if let Some(flow) = stored(&FLOWS, sk) {
+        if let Some(flow) = maps::flow(sk) {
             flow::connecting(ctx, flow);
         }
         return;
@@ -144,7 +144,7 @@ fn key(ctx: &SockOpsContext, client: Addr, client_port: u16, capture: Addr, capt
 #[inline(always)]
 fn flow_of(ctx: &SockOpsContext) -> Option<&'static mut Flow> {
     let sk = socket(ctx);
-    if sk.is_null() { None } else { stored(&FLOWS, sk) }
+    if sk.is_null() { None } else { maps::flow(sk) }
 }
 
 /// Null for a request socket.

@@ -21,7 +21,7 @@ use super::error::InterceptError;
 use super::links::{self, Links, PROGRAMS, detach_all};
 use super::maps::{self, Events, MapSizes, Maps};
 use super::original_dst::{OriginalDstReader, OwnSocketMarker};
-use super::tables::{FlowEvents, Tables};
+use super::tables::{FlowEvents, TableSizes, Tables};
 
 /// The compiled programs; `cargo xtask build-ebpf` makes it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../proxy-ebpf/prebuilt/tidegate.o");
@@ -380,16 +380,20 @@ pub fn cleanup(pin_dir: &Path, force: bool) -> Result<Cleaned, InterceptError> {
 /// attached or pinned.
 pub fn trial() -> Result<(), InterceptError> {
     let smallest = MapSizes { in_flight: 1, namespaces: 1, destinations: 1, ..MapSizes::default() };
-    let mut ebpf = loader(smallest, &has_set_retval(), &0).load(OBJECT).map_err(InterceptError::load)?;
+    let globals = Globals { has_set_retval: has_set_retval(), kernel_path: 1, log_level: 0 };
+    let mut ebpf = loader(smallest, &globals).load(OBJECT).map_err(InterceptError::load)?;
     PROGRAMS.into_iter().try_for_each(|program| links::load(&mut ebpf, program))
 }
 
 fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), InterceptError> {
     let sizes = options.sizes;
     let salvage = sizes.unpin_misfits(&dir.maps())?;
-    let (has_set_retval, log_level) =
-        (has_set_retval(), if options.debug { aya_log::Level::Debug as u8 } else { 0 });
-    let mut loader = loader(sizes, &has_set_retval, &log_level);
+    let globals = Globals {
+        has_set_retval: has_set_retval(),
+        kernel_path: u8::from(sizes.tables != TableSizes::OFF),
+        log_level: if options.debug { aya_log::Level::Debug as u8 } else { 0 },
+    };
+    let mut loader = loader(sizes, &globals);
     for name in sizes.pinned_names() {
         loader.map_pin_path(name, dir.maps().join(name));
     }
@@ -398,11 +402,19 @@ fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), Intercep
     Ok((ebpf, maps))
 }
 
-fn loader<'a>(sizes: MapSizes, has_set_retval: &'a u8, log_level: &'a u8) -> EbpfLoader<'a> {
+/// What is fixed when the object is loaded.
+struct Globals {
+    has_set_retval: u8,
+    kernel_path: u8,
+    log_level: u8,
+}
+
+fn loader(sizes: MapSizes, globals: &Globals) -> EbpfLoader<'_> {
     let mut loader = EbpfLoader::new();
     loader
-        .override_global(global::HAS_SET_RETVAL, has_set_retval, true)
-        .override_global(aya_log::LEVEL, log_level, true)
+        .override_global(global::HAS_SET_RETVAL, &globals.has_set_retval, true)
+        .override_global(global::KERNEL_PATH, &globals.kernel_path, true)
+        .override_global(aya_log::LEVEL, &globals.log_level, true)
         .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
         .map_max_entries(map::NAMESPACES, sizes.namespaces)
         .map_max_entries(map::DESTINATIONS, sizes.destinations)
@@ -426,28 +438,28 @@ mod tests {
 
     use super::*;
 
-    /// Needs root. With debug lines the programs are largest; without bpf_set_retval another branch is live.
+    /// Needs root. With debug lines the programs are largest; without bpf_set_retval, or without the kernel path, other
+    /// branches are live.
     #[test]
     fn the_verifier_takes_the_object_in_every_variant() {
-        for has_set_retval in [0_u8, 1] {
-            for log_level in [0_u8, aya_log::Level::Debug as u8] {
-                let mut ebpf = EbpfLoader::new()
-                    .override_global(global::HAS_SET_RETVAL, &has_set_retval, true)
-                    .override_global(aya_log::LEVEL, &log_level, true)
-                    .load(OBJECT)
-                    .unwrap();
-                let mut loaded = 0;
-                for (name, program) in ebpf.programs_mut() {
-                    let result = match program {
-                        Program::CgroupSockAddr(program) => program.load(),
-                        Program::SockOps(program) => program.load(),
-                        other => panic!("{name}: {other:?}"),
-                    };
-                    result.unwrap_or_else(|error| panic!("{name}: {error:?}"));
-                    loaded += 1;
-                }
-                assert_eq!(loaded, 7);
+        let variants =
+            [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)].map(|(retval, path, log)| {
+                let log_level = if log == 1 { aya_log::Level::Debug as u8 } else { 0 };
+                Globals { has_set_retval: retval, kernel_path: path, log_level }
+            });
+        for globals in variants {
+            let mut ebpf = loader(MapSizes::default(), &globals).load(OBJECT).unwrap();
+            let mut loaded = 0;
+            for (name, program) in ebpf.programs_mut() {
+                let result = match program {
+                    Program::CgroupSockAddr(program) => program.load(),
+                    Program::SockOps(program) => program.load(),
+                    other => panic!("{name}: {other:?}"),
+                };
+                result.unwrap_or_else(|error| panic!("{name}: {error:?}"));
+                loaded += 1;
             }
+            assert_eq!(loaded, 7);
         }
     }
 }

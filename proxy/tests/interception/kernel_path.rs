@@ -80,7 +80,12 @@ impl Path {
             if let Some(event) = self.events.pop() {
                 return event;
             }
-            assert!(Instant::now() < deadline, "no record: {:?} {:?}", counts(&self.interceptor), self.tallies());
+            assert!(
+                Instant::now() < deadline,
+                "no record: {:?} {:?}",
+                counts(&self.interceptor),
+                self.tallies()
+            );
             std::thread::sleep(Duration::from_millis(2));
         }
     }
