@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub mod compile;
 pub mod predicate;
 
 pub use predicate::{ClusterObstacle, Obstacle, Plan, is_candidate, plan};

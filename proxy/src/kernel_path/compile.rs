@@ -1,0 +1,167 @@
+//! From the endpoints of a cluster to the words that the eBPF programs choose from (`tidegate_common::balance`).
+//!
+//! What a worker's `Balancer` draws from at each pick is laid out beforehand: a route for each priority that gets load,
+//! with the list that it goes to (healthy, degraded, or all hosts in panic mode), by locality where localities are
+//! weighted. The property test has both choose for the same state.
+
+use std::sync::Arc;
+
+use tidegate_common::Addr;
+use tidegate_common::balance::{
+    self, ENDPOINT_WORDS, Entry, Head, List, ListKind, MAX_ROUTES, Policy, Route,
+};
+
+use super::ClusterObstacle;
+use crate::addr::EndpointAddr;
+use crate::cluster::endpoint::{Endpoint, Host, HostSet, LocalityHosts, Source};
+use crate::config::cluster::LbPolicy;
+
+/// Weights whose sum does not fit 32 bits are brought down to about this one.
+const SCALED_TOTAL: u64 = 1 << 31;
+
+/// The block of a cluster with these endpoints. `index` gives the index of a host in the map of hosts.
+///
+/// # Errors
+/// What `predicate::plan` finds too: the endpoints may have changed since.
+pub fn compile(
+    policy: LbPolicy,
+    set: &HostSet,
+    index: impl FnMut(&Arc<Host>) -> u32,
+) -> Result<Vec<u64>, ClusterObstacle> {
+    let (policy, choices) = match policy {
+        LbPolicy::RoundRobin | LbPolicy::ClusterProvided => (Policy::RoundRobin, 0),
+        LbPolicy::Random => (Policy::Random, 0),
+        LbPolicy::LeastRequest { choice_count, .. } => match u8::try_from(choice_count) {
+            Ok(choices) if choice_count <= balance::MAX_CHOICES => (Policy::LeastRequest, choices),
+            _ => return Err(ClusterObstacle::ChoiceCount(choice_count)),
+        },
+    };
+    let routes = routes(set);
+    if routes.len() > MAX_ROUTES as usize {
+        return Err(ClusterObstacle::Priorities(set.priorities().len()));
+    }
+    let mut block = Block { words: vec![0; 1 + routes.len()], policy, index };
+    let mut lists: Vec<(usize, Source, u32)> = Vec::new();
+    let mut below = 0;
+    for (at, Load { percent, priority, source }) in routes.iter().copied().enumerate() {
+        // In panic mode healthy and degraded hosts of a priority are the same list.
+        let known = lists.iter().find(|(p, s, _)| (*p, *s) == (priority, source)).map(|(_, _, list)| *list);
+        let list = match known {
+            Some(list) => list,
+            None => block.source(set, priority, source)?,
+        };
+        lists.push((priority, source, list));
+        below += percent;
+        block.words[1 + at] = Route { below, panic: source == Source::All, list }.encode();
+    }
+    let mut words = block.words;
+    let head = Head { policy: policy as u8, choices, routes: routes.len() as u8, words: words.len() as u32 };
+    words[0] = head.encode();
+    Ok(words)
+}
+
+/// A list of hosts that gets load.
+#[derive(Clone, Copy)]
+struct Load {
+    percent: u8,
+    priority: usize,
+    source: Source,
+}
+
+/// In the order in which `Loads::choose` goes through them.
+fn routes(set: &HostSet) -> Vec<Load> {
+    let loads = set.loads();
+    let of = |(list, usable): (&[u8], Source)| {
+        let to = move |(priority, percent): (usize, &u8)| {
+            let source = if loads.panic[priority] { Source::All } else { usable };
+            Load { percent: *percent, priority, source }
+        };
+        list.iter().enumerate().map(to).filter(|load| load.percent > 0).collect::<Vec<_>>()
+    };
+    [(&*loads.healthy, Source::Healthy), (&*loads.degraded, Source::Degraded)]
+        .into_iter()
+        .flat_map(of)
+        .collect()
+}
+
+/// The words so far.
+struct Block<F> {
+    words: Vec<u64>,
+    policy: Policy,
+    index: F,
+}
+
+impl<F: FnMut(&Arc<Host>) -> u32> Block<F> {
+    /// Appends one list of a priority. Returns its offset.
+    fn source(&mut self, set: &HostSet, priority: usize, source: Source) -> Result<u32, ClusterObstacle> {
+        let localities = set.localities(priority, source);
+        if localities.is_empty() {
+            return self.hosts(set.source(priority, source));
+        }
+        let lists =
+            localities.iter().map(|locality| self.hosts(&locality.hosts)).collect::<Result<Vec<_>, _>>()?;
+        let weight = |locality: &LocalityHosts| locality.weight;
+        let (total, bounds) = bounds(localities.iter().map(weight));
+        let entries = bounds.into_iter().zip(lists).map(|(bound, offset)| Entry { bound, offset });
+        Ok(self.list(ListKind::Localities, total, entries.collect()))
+    }
+
+    /// Appends a list of hosts, and the hosts themselves.
+    fn hosts(&mut self, hosts: &[Arc<Endpoint>]) -> Result<u32, ClusterObstacle> {
+        if hosts.len() > balance::MAX_ENTRIES as usize {
+            return Err(ClusterObstacle::TooManyEndpoints(hosts.len()));
+        }
+        let weighs = hosts.windows(2).any(|pair| pair[0].weight != pair[1].weight);
+        let (kind, (total, bounds)) = match self.policy {
+            Policy::RoundRobin if weighs => {
+                (ListKind::Weighted, bounds(hosts.iter().map(|endpoint| endpoint.weight)))
+            }
+            Policy::LeastRequest if weighs => return Err(ClusterObstacle::LeastRequestWeights),
+            Policy::RoundRobin | Policy::LeastRequest | Policy::Random => {
+                (ListKind::Even, (0, vec![0; hosts.len()]))
+            }
+        };
+        let first = self.offset();
+        for endpoint in hosts {
+            let EndpointAddr::Ip(address) = endpoint.address() else { return Err(ClusterObstacle::Pipe) };
+            let addr = Addr::from(address.ip());
+            let host = (self.index)(&endpoint.host);
+            self.words.extend(balance::Endpoint { addr, port: address.port(), host }.encode());
+        }
+        let offsets = (0..).map(|at: u32| first + at * ENDPOINT_WORDS);
+        let entries = bounds.into_iter().zip(offsets).map(|(bound, offset)| Entry { bound, offset });
+        Ok(self.list(kind, total, entries.collect()))
+    }
+
+    fn list(&mut self, kind: ListKind, total: u32, entries: Vec<Entry>) -> u32 {
+        let offset = self.offset();
+        self.words.push(List { kind: kind as u8, len: entries.len() as u32, total }.encode());
+        self.words.extend(entries.into_iter().map(Entry::encode));
+        offset
+    }
+
+    fn offset(&self) -> u32 {
+        self.words.len() as u32
+    }
+}
+
+/// The sum of these weights (at least 1 each), and how far each of them reaches.
+fn bounds(weights: impl Iterator<Item = u32> + Clone) -> (u32, Vec<u32>) {
+    let total: u64 = weights.clone().map(u64::from).sum();
+    let scaled = |weight: u32| match u32::try_from(total) {
+        Ok(_) => weight,
+        // Nobody's share gets lost.
+        Err(_) => ((u128::from(weight) * u128::from(SCALED_TOTAL) / u128::from(total)) as u32).max(1),
+    };
+    let mut bound = 0;
+    let bounds: Vec<u32> = weights
+        .map(|weight| {
+            bound += scaled(weight);
+            bound
+        })
+        .collect();
+    (bound, bounds)
+}
+
+#[cfg(test)]
+mod tests;
