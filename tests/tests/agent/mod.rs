@@ -95,7 +95,8 @@ impl Agent {
 
     pub fn apply(&self, captured: &[&str]) -> Result<()> {
         let rule = |address: &&str| {
-            (address.parse().unwrap(), Rule { verdict: Verdict::Capture, listener: "service".into() })
+            let rule = Rule { verdict: Verdict::Capture, service: 0, listener: "service".into() };
+            (address.parse().unwrap(), rule)
         };
         let rules = captured.iter().map(rule).collect();
         Ok(self.interception.apply(&Destinations { rules, everything_else: EverythingElse::Passes })?)
