@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use tidegate::access_log::{FlushSettings, Registry};
+use tidegate::cluster::Cluster;
 use tidegate::config::bootstrap::{Bootstrap, FailMode};
 use tidegate::config::cluster::{Discovery, LbPolicy};
 use tidegate::config::config_source::{ApiSource, ConfigSource, Protocol, Source};
@@ -13,6 +16,10 @@ use tidegate::config::proto::Source as Text;
 use tidegate::config::tcp_proxy::ClusterChoice;
 use tidegate::config::tls::{DataSource, Provided, UpstreamTls, Use};
 use tidegate::config::{Loaded, Sources, load, static_options};
+use tidegate::kernel_path::{Obstacle, plan};
+use tidegate::listener::Listener;
+use tidegate::snapshot::Snapshot;
+use tidegate::stats::Stats;
 
 fn directory() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../config")
@@ -77,6 +84,7 @@ fn every_file_has_a_test() {
     let known = [
         "health.yaml",
         "istio-outbound.yaml",
+        "kernel-path.yaml",
         "rr-static.yaml",
         "seed-listener-http.yaml",
         "seed-outbound.yaml",
@@ -239,6 +247,28 @@ fn health() {
     let endpoints = &cluster.load_assignment.localities[0].endpoints;
     let port = endpoints.iter().map(|it| it.health_check.as_ref().map(|it| it.port)).collect::<Vec<_>>();
     assert_eq!(port, [None, Some(16380)]);
+}
+
+#[test]
+fn kernel_path() {
+    let Loaded { bootstrap, warnings, .. } = file("kernel-path.yaml");
+    assert_eq!(warnings, []);
+    let default = bootstrap.interception.unwrap().data_path;
+    let stats = Stats::new(1);
+    let logs = Registry::start(&stats, FlushSettings::default()).unwrap();
+    let snapshot = Snapshot::build(
+        bootstrap
+            .listeners
+            .iter()
+            .map(|it| Arc::new(Listener::build(it, &stats, &logs, None).unwrap()))
+            .collect(),
+        bootstrap.clusters.iter().map(|it| Cluster::build(Arc::clone(it), &stats, None)).collect(),
+    );
+    let of = |name: &str| {
+        plan(snapshot.listener(name).unwrap(), &snapshot, default).map(|plan| plan.clusters.len())
+    };
+    assert_eq!((of("foo"), of("bar")), (Ok(1), Ok(1)));
+    assert_eq!(of("baz"), Err(vec![Obstacle::ConnectAttempts(2)]));
 }
 
 #[test]
