@@ -19,6 +19,8 @@ pub struct Tally {
     pub failed: u64,
     /// Of those, the ones that nothing was heard of in time.
     pub timed_out: u64,
+    /// Of the failed ones, those that the application gave up before anybody could answer.
+    pub abandoned: u64,
     /// Connections that were established and that the application ended first.
     pub closed_by_client: u64,
     /// Connections that were established and that the endpoint ended first.
@@ -35,7 +37,7 @@ pub struct Tally {
     pub panics: u64,
 }
 
-const _: () = assert!(size_of::<Tally>() == 96 && align_of::<Tally>() == 8);
+const _: () = assert!(size_of::<Tally>() == 104 && align_of::<Tally>() == 8);
 
 /// Entry of the services map: a listener on the kernel path.
 #[repr(C)]
@@ -50,7 +52,7 @@ pub struct ServiceState {
     pub tally: Tally,
 }
 
-const _: () = assert!(size_of::<ServiceState>() == 112);
+const _: () = assert!(size_of::<ServiceState>() == 120);
 
 /// Entry of the clusters map.
 #[repr(C)]
@@ -70,7 +72,7 @@ pub struct ClusterState {
     pub tally: Tally,
 }
 
-const _: () = assert!(size_of::<ClusterState>() == 128);
+const _: () = assert!(size_of::<ClusterState>() == 136);
 
 /// Entry of the hosts map.
 #[repr(C)]
@@ -88,7 +90,7 @@ pub struct HostState {
     pub tally: Tally,
 }
 
-const _: () = assert!(size_of::<HostState>() == 120 && align_of::<HostState>() == 8);
+const _: () = assert!(size_of::<HostState>() == 128 && align_of::<HostState>() == 8);
 
 /// A socket of an application that is connected straight to an endpoint. SK_STORAGE value; it dies with the socket.
 #[repr(C)]

@@ -76,6 +76,15 @@ pub fn balance(service: u32, addr: &Addr, refusal: Reason) -> Choice {
         return choice;
     }
     choice.cluster = index;
+    if active >= max as u64 {
+        // SAFETY: as above.
+        unsafe {
+            add(&raw mut (*cluster).tally.overflow, 1);
+            add(&raw mut (*service).tally.overflow, 1);
+        }
+        choice.outcome = Err(Reason::Overflow);
+        return choice;
+    }
     // Two picks at one moment may have the same turn, as two workers of a proxy may.
     // SAFETY: as above.
     add(unsafe { &raw mut (*cluster).turn }, 1);
@@ -98,14 +107,7 @@ pub fn balance(service: u32, addr: &Addr, refusal: Reason) -> Choice {
                 // SAFETY: as above.
                 add(unsafe { &raw mut (*cluster).tally.panics }, 1);
             }
-            if active >= max as u64 {
-                // SAFETY: as above.
-                unsafe {
-                    add(&raw mut (*cluster).tally.overflow, 1);
-                    add(&raw mut (*service).tally.overflow, 1);
-                }
-                choice.outcome = Err(Reason::Overflow);
-            } else if pick.endpoint.addr.is_v4() == addr.is_v4() {
+            if pick.endpoint.addr.is_v4() == addr.is_v4() {
                 choice.outcome = Ok(pick.endpoint);
             }
         }

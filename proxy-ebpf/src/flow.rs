@@ -67,8 +67,9 @@ pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
     each_tally(flow, |tally| {
         // SAFETY: map memory.
         unsafe {
-            add(&raw mut (*tally).attempts, 1);
+            // In this order: whoever reads them in the other one never sees an attempt without its connection.
             add(&raw mut (*tally).active, 1);
+            add(&raw mut (*tally).attempts, 1);
         }
     });
     let limit = connect_timeout_ms(flow);
@@ -178,13 +179,16 @@ fn account(flow: &Flow, end: End, old: u32, sent: u64, received: u64) {
     each_tally(flow, |tally| {
         // SAFETY: map memory.
         unsafe {
-            subtract(&raw mut (*tally).active);
             match end {
                 End::TimedOut => {
                     add(&raw mut (*tally).failed, 1);
                     add(&raw mut (*tally).timed_out, 1);
                 }
-                End::Refused | End::Unanswered | End::Abandoned => add(&raw mut (*tally).failed, 1),
+                End::Abandoned => {
+                    add(&raw mut (*tally).failed, 1);
+                    add(&raw mut (*tally).abandoned, 1);
+                }
+                End::Refused | End::Unanswered => add(&raw mut (*tally).failed, 1),
                 _ => {}
             }
             if by_client {
@@ -196,6 +200,8 @@ fn account(flow: &Flow, end: End, old: u32, sent: u64, received: u64) {
                 add(&raw mut (*tally).sent, sent);
                 add(&raw mut (*tally).received, received);
             }
+            // Last: who sees that it is over sees how.
+            subtract(&raw mut (*tally).active);
         }
     });
 }

@@ -13,6 +13,7 @@ use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::Socket;
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 
 use crate::access_log::{self, FlushSettings};
 use crate::args::{Args, Command, Mode, ServeArgs};
@@ -21,7 +22,6 @@ use crate::config::bootstrap::{Bootstrap, Node};
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::Interception;
 use crate::intercept::audit::{Audit, Health};
-use crate::kernel_path;
 use crate::log::Log;
 use crate::signal::{Request, Signals};
 use crate::snapshot::{Publisher, Snapshot};
@@ -42,6 +42,7 @@ mod announce;
 mod changes;
 mod config_dump;
 mod interception;
+mod kernel_path;
 
 use admin_state::{Running, ServerState};
 
@@ -143,11 +144,13 @@ struct Proxy {
     workers: Vec<Handle>,
     engine: Engine,
     interception: Option<Interception>,
+    /// Only where it is wanted.
+    kernel_path: Option<kernel_path::KernelPath>,
     store: Store,
     /// What the store has accepted and refused, for the admin server.
     tables: Tables,
     /// Which way connections to each listener take, for the admin server.
-    data_paths: kernel_path::Board,
+    data_paths: crate::kernel_path::Board,
     /// Listening sockets of bound listeners that workers have: worker and number.
     bound: HashMap<Arc<str>, Vec<(usize, SocketId)>>,
     /// Listening sockets that wait for the end of start-up.
@@ -231,9 +234,10 @@ impl Proxy {
             workers,
             engine,
             interception: None,
+            kernel_path: None,
             store,
             tables,
-            data_paths: kernel_path::Board::default(),
+            data_paths: crate::kernel_path::Board::default(),
             bound: HashMap::new(),
             waiting: Vec::new(),
             accepting: false,
@@ -303,6 +307,8 @@ impl Proxy {
         let mut audit = Audit::default();
         let mut second = tokio::time::interval(Duration::from_secs(1));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        let mut look = tokio::time::interval(kernel_path::LOOK_INTERVAL);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 request = signals.next() => match request {
@@ -311,11 +317,14 @@ impl Proxy {
                 },
                 stopping = state.stop_requested() => return stopping,
                 happened = self.store.next() => self.take(happened, state),
+                clusters = kernel_path::changed(&mut self.kernel_path) => self.clusters_changed(&clusters),
+                _ = look.tick(), if self.kernel_path.is_some() => self.look_at_kernel_path(),
                 _ = sweep.tick() => {
                     self.shared.publisher.sweep();
                     self.snapshot().clusters().for_each(|cluster| cluster.sweep());
                 }
                 _ = second.tick() => {
+                    self.count_kernel_path();
                     state.tick();
                     self.store.save();
                     let not_served = self.shared.not_served.load(Ordering::Relaxed);
@@ -344,11 +353,7 @@ impl Proxy {
     /// Stops accepting, then waits for the connections that are open: until they have ended, time is up, or a
     /// second signal comes. What is left then is ended.
     async fn drain(&mut self, stopping: Stopping, signals: &mut Signals) {
-        if let Some(interception) = self.interception.take()
-            && let Err(error) = interception.stop()
-        {
-            tracing::error!(%error, "the interception can't be removed; `tidegate cleanup` will");
-        }
+        self.end_interception();
         self.tell(|| worker::Command::CloseAll);
         let patience = if stopping == Stopping::Now { Duration::ZERO } else { self.args.drain_time() };
         tracing::info!("draining for up to {} s", patience.as_secs());

@@ -59,6 +59,8 @@ pub struct Cluster {
     announced: AtomicBool,
     /// Who ends connections to endpoints that are gone. Empty if nobody has to.
     losses: OnceLock<UnboundedSender<Lost>>,
+    /// Who wants to know of every new host set. Empty if nobody does.
+    watcher: OnceLock<UnboundedSender<Arc<str>>>,
     /// Only with active health checks.
     health_check: Option<Box<Checks>>,
     /// Only with outlier detection.
@@ -118,6 +120,7 @@ impl Cluster {
             credentials,
             announced: AtomicBool::new(false),
             losses: OnceLock::new(),
+            watcher: OnceLock::new(),
             overprovisioning_factor: AtomicU32::new(config.load_assignment.overprovisioning_factor),
             config,
         });
@@ -271,9 +274,19 @@ impl Cluster {
         let set = Arc::new(set);
         let old = self.hosts.swap(Arc::clone(&set));
         self.note_losses(&old, &set);
+        if let Some(watcher) = self.watcher.get() {
+            // Whoever wanted to know is gone at the end of the process.
+            let _ = watcher.send(Arc::clone(self.name()));
+        }
         if self.announced.load(Relaxed) {
             self.show(membership);
         }
+    }
+
+    /// Its name is sent there whenever other endpoints are in force, or others of them are healthy. The first who asks is
+    /// the one who is told.
+    pub fn tell_changes(&self, to: &UnboundedSender<Arc<str>>) {
+        self.watcher.get_or_init(|| to.clone());
     }
 
     /// It is in force: from here on its endpoints are what the stats of its name tell.

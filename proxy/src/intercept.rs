@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tidegate_common::{Enrolment, Reason, Verdict};
+use tidegate_common::{Destination, Enrolment, Reason, RuleValue, Verdict};
 
 use crate::config::bootstrap;
 use crate::sys::{cgroup as cgroups, mounts};
@@ -55,6 +55,8 @@ pub struct Settings {
     pub wanted: bootstrap::Interception,
     /// How many workers there are: each pod gets as many capture sockets.
     pub workers: usize,
+    /// Connections may go straight to endpoints, as [`tables::Tables`] say.
+    pub kernel_path: bool,
     /// Compile the programs' debug lines in ([`Interception::take_log`]).
     pub debug: bool,
 }
@@ -105,6 +107,9 @@ impl Interception {
             options.pin_dir.clone_from(pin_dir);
         }
         let sizes = &mut options.sizes;
+        if settings.kernel_path {
+            sizes.tables = tables::TableSizes::ON;
+        }
         sizes.in_flight = wanted.in_flight_capacity.unwrap_or(sizes.in_flight);
         sizes.destinations = wanted.destination_capacity.unwrap_or(sizes.destinations);
         sizes.namespaces = wanted.namespace_capacity.unwrap_or(sizes.namespaces);
@@ -131,6 +136,16 @@ impl Interception {
         let mut interceptor = self.interceptor();
         interceptor.set_destinations(&destinations.kernel_rules())?;
         interceptor.set_default_verdict(destinations.everything_else.verdict())
+    }
+
+    /// The tables of the kernel path.
+    pub fn tables(&self) -> Arc<tables::Tables> {
+        self.interceptor().tables()
+    }
+
+    /// Connections of the kernel path that have ended. Once; then it belongs to whoever took it.
+    pub fn take_flow_events(&self) -> Option<tables::FlowEvents> {
+        self.interceptor().take_flow_events()
     }
 
     /// How workers keep their own upstream sockets from being captured.
@@ -189,13 +204,23 @@ impl Interception {
         }
     }
 
+    /// Ends the interception, except that connections go on to be balanced in the kernel as the tables say now: until
+    /// another process takes over, or `tidegate cleanup`. Captured connections are served to their end by the workers.
+    pub fn keep_kernel_path(self, destinations: &Destinations) {
+        let mut balanced = destinations.kernel_rules();
+        balanced.retain(|_, rule| rule.verdict == Verdict::Balance);
+        self.reduce_rules(&balanced);
+    }
+
     /// Removes the rules, then waits for the handshakes that they have begun.
     fn capture_nothing(&self) {
+        self.reduce_rules(&HashMap::new());
+    }
+
+    fn reduce_rules(&self, rest: &HashMap<Destination, RuleValue>) {
         let cleared = {
             let mut interceptor = self.interceptor();
-            interceptor
-                .set_default_verdict(Verdict::Leave)
-                .and_then(|()| interceptor.set_destinations(&HashMap::new()))
+            interceptor.set_default_verdict(Verdict::Leave).and_then(|()| interceptor.set_destinations(rest))
         };
         match cleared {
             Err(InterceptError::Superseded(_)) => return,

@@ -8,9 +8,16 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+mod arena;
 pub mod compile;
+pub mod journal;
+pub mod manager;
+mod mirror;
 pub mod predicate;
+mod slots;
 
+pub use journal::{Ids, Journal};
+pub use manager::Manager;
 pub use predicate::{ClusterObstacle, Obstacle, Plan, is_candidate, plan};
 
 /// Which way the connections of a listener take.

@@ -51,8 +51,8 @@ pub struct Shared {
     pub log_flush_interval: Duration,
     /// How bytes are moved.
     pub pump_mode: pump::Mode,
-    connection_ids: AtomicU64,
-    upstream_connection_ids: AtomicU64,
+    pub(crate) connection_ids: AtomicU64,
+    pub(crate) upstream_connection_ids: AtomicU64,
 }
 
 impl Shared {

@@ -70,6 +70,7 @@ impl Proxy {
         let Changes { clusters, clusters_gone, listeners, close, listen, released, draining, lost } = changes;
         if clusters || listeners {
             self.shared.publisher.publish(self.store.snapshot(&released));
+            self.update_kernel_path();
         }
         for listener in close {
             self.close(&listener, state);
@@ -80,11 +81,8 @@ impl Proxy {
         let refuses =
             self.snapshot().cluster(BLACK_HOLE).is_some_and(|cluster| is_black_hole(cluster.config()));
         let refused_before = std::mem::replace(&mut self.black_hole, refuses);
-        if (listeners || refuses != refused_before)
-            && let Some(interception) = &self.interception
-            && let Err(error) = interception.apply(&self.destinations())
-        {
-            tracing::error!(%error, "the kernel's rules can't follow the configuration");
+        if listeners || refuses != refused_before || (clusters && self.kernel_path.is_some()) {
+            self.apply_rules();
         }
         if !released.is_empty() {
             self.shared.publisher.publish(self.store.snapshot(&[]));
@@ -97,6 +95,15 @@ impl Proxy {
         }
         for lost in lost {
             self.end_hosts(lost);
+        }
+    }
+
+    /// The kernel's rules follow the configuration.
+    pub(super) fn apply_rules(&mut self) {
+        let Some(interception) = &self.interception else { return };
+        match interception.apply(&self.destinations()) {
+            Ok(()) => self.settle_kernel_path(),
+            Err(error) => tracing::error!(%error, "the kernel's rules can't follow the configuration"),
         }
     }
 

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
+use super::kernel_path::{self, KernelPath};
 use super::{Proxy, announce};
 use crate::args::{FailModeArg, ServeArgs};
-use crate::config::bootstrap::{FailMode, Interception as Wanted};
+use crate::config::bootstrap::{FailMode, Interception as Wanted, OnExit};
 use crate::intercept::cgroup;
 use crate::intercept::destinations::BLACK_HOLE;
 use crate::intercept::{self, Destinations, EbpfLog, InterceptError, Interception, OnPod, PodEvent};
@@ -28,7 +29,12 @@ impl Proxy {
         let paths = StatePaths::from(self.args.state.clone());
         let named = !wanted.cgroups.is_empty() || !wanted.host_cgroups.is_empty();
         let asked_for = self.args.require_interception || named;
-        let settings = intercept::Settings { wanted, workers: self.workers.len(), debug: self.args.ebpf_log };
+        let settings = intercept::Settings {
+            wanted,
+            workers: self.workers.len(),
+            kernel_path: kernel_path::is_wanted(&self.loaded),
+            debug: self.args.ebpf_log,
+        };
         let started = Starting::claim(&paths.state_dir)
             .map_err(anyhow::Error::from)
             .and_then(|starting| Ok((starting, Interception::start(&settings, self.on_pod())?)));
@@ -39,8 +45,12 @@ impl Proxy {
                 if let Some(log) = interception.take_log() {
                     tokio::task::spawn_local(print_ebpf_log(log));
                 }
-                interception.apply(&self.destinations())?;
+                if settings.kernel_path {
+                    self.kernel_path = KernelPath::start(self, &interception);
+                }
                 self.interception = Some(interception);
+                self.update_kernel_path();
+                self.apply_first_rules()?;
                 self.record = Some(starting.finish()?);
                 if cgroup::own_is_root() {
                     tracing::warn!(
@@ -70,6 +80,29 @@ impl Proxy {
         Ok(())
     }
 
+    fn apply_first_rules(&mut self) -> Result<(), InterceptError> {
+        if let Some(interception) = &self.interception {
+            interception.apply(&self.destinations())?;
+        }
+        self.settle_kernel_path();
+        Ok(())
+    }
+
+    /// Ends it, or leaves the kernel path where it is.
+    pub(super) fn end_interception(&mut self) {
+        self.look_at_kernel_path();
+        self.count_kernel_path();
+        let destinations = self.destinations();
+        let kept = self.kernel_path.take().is_some() && self.on_exit() == OnExit::Keep;
+        let Some(interception) = self.interception.take() else { return };
+        if kept {
+            interception.keep_kernel_path(&destinations);
+            tracing::info!("the kernel path goes on without this process (on_exit: KEEP)");
+        } else if let Err(error) = interception.stop() {
+            tracing::error!(%error, "the interception can't be removed; `tidegate cleanup` will");
+        }
+    }
+
     /// Begins to intercept as soon as there is a kubepods cgroup.
     pub(super) fn look_for_kubepods(&mut self) {
         if !self.awaits_kubepods || !intercept::has_kubepods() {
@@ -85,7 +118,9 @@ impl Proxy {
     pub(super) fn destinations(&self) -> Destinations {
         let listeners: Vec<_> =
             self.store.listeners().iter().map(|listener| Arc::clone(&listener.config)).collect();
-        Destinations::of(&listeners, self.snapshot().cluster(BLACK_HOLE).map(|cluster| &**cluster.config()))
+        let black_hole = self.snapshot().cluster(BLACK_HOLE).map(|cluster| Arc::clone(cluster.config()));
+        Destinations::of(&listeners, black_hole.as_deref())
+            .balanced(|listener| self.kernel_path.as_ref().and_then(|path| path.service(listener)))
     }
 
     /// Gives the capture sockets of pods to the workers. Runs on the pods thread.

@@ -156,6 +156,17 @@ impl Host {
         ActiveConnection { host: Arc::clone(self), established: false }
     }
 
+    /// Adds connections that were made without a proxy: attempts, those that were established, those that failed, and by
+    /// how much the numbers of open and of established ones have changed.
+    pub(crate) fn add(&self, attempts: u64, established: u64, failed: u64, active: i64, open: i64) {
+        self.cx_total.fetch_add(attempts, Relaxed);
+        self.rq_total.fetch_add(established, Relaxed);
+        self.cx_connect_fail.fetch_add(failed, Relaxed);
+        // Two's complement: adding a negative number subtracts.
+        self.cx_active.fetch_add(active.cast_unsigned(), Relaxed);
+        self.rq_active.fetch_add(open.cast_unsigned(), Relaxed);
+    }
+
     pub(super) fn note_connect_fail(&self) {
         self.cx_connect_fail.fetch_add(1, Relaxed);
     }

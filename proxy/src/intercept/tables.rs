@@ -167,10 +167,19 @@ impl Tables {
         }
     }
 
-    /// Connections of a host that are open.
-    pub fn host_active(&self, index: u32) -> u64 {
-        let tally = index as usize * HOST_WORDS + offset_of!(HostState, tally) / 8;
-        get(&self.hosts, tally + offset_of!(Tally, active) / 8)
+    /// Gives an entry back: everything in it is zero. Nobody may be able to find it, and nothing may be active.
+    pub fn clear_service(&self, index: u32) {
+        clear(&self.services, index, SERVICE_WORDS);
+    }
+
+    /// The same for a cluster.
+    pub fn clear_cluster(&self, index: u32) {
+        clear(&self.clusters, index, CLUSTER_WORDS);
+    }
+
+    /// The same for a host.
+    pub fn clear_host(&self, index: u32) {
+        clear(&self.hosts, index, HOST_WORDS);
     }
 }
 
@@ -193,6 +202,11 @@ fn set(table: &Mapped, at: usize, value: u64) {
     }
 }
 
+fn clear(table: &Mapped, index: u32, words: usize) {
+    let at = index as usize * words;
+    (at..at + words).for_each(|at| set(table, at, 0));
+}
+
 /// After everything that was written before.
 fn publish(table: &Mapped, at: usize, block: u32) {
     if let Some(word) = table.word(at) {
@@ -208,6 +222,7 @@ fn tally(table: &Mapped, at: usize) -> Tally {
         established: field(offset_of!(Tally, established)),
         failed: field(offset_of!(Tally, failed)),
         timed_out: field(offset_of!(Tally, timed_out)),
+        abandoned: field(offset_of!(Tally, abandoned)),
         closed_by_client: field(offset_of!(Tally, closed_by_client)),
         closed_by_endpoint: field(offset_of!(Tally, closed_by_endpoint)),
         sent: field(offset_of!(Tally, sent)),

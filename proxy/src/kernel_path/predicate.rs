@@ -4,6 +4,7 @@
 //! nothing between there and the endpoint needs a proxy. Every obstacle is *hard*, but for a few that only cost what a
 //! cluster with `mode: KERNEL` says it can do without ([`Obstacle::is_soft`]).
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -216,8 +217,13 @@ fn all_targets(listener: &Listener) -> Vec<(Arc<str>, u32)> {
     listener.chains().iter().flat_map(of_chain).collect()
 }
 
+/// Names of the clusters that a listener may lead to.
+pub(super) fn clusters_of(listener: &Listener) -> BTreeSet<Arc<str>> {
+    all_targets(listener).into_iter().map(|(name, _)| name).collect()
+}
+
 /// As the wire has it: IPv4 is never `::ffff:a.b.c.d`.
-fn canonical(address: SocketAddr) -> SocketAddr {
+pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 

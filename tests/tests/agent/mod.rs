@@ -86,7 +86,7 @@ impl Agent {
                 assert!(before.is_some(), "gone without having been enrolled");
             }
         };
-        let settings = Settings { wanted, workers: WORKERS, debug: false };
+        let settings = Settings { wanted, workers: WORKERS, kernel_path: false, debug: false };
         let interception = Interception::start(&settings, Box::new(on_pod))?;
         let agent = Self { interception, captures };
         agent.apply(&[SERVICE, SERVICE_V6])?;

@@ -20,6 +20,13 @@ pub enum Obstacle {
     BlackHole,
     /// The eBPF programs don't run the kernel path, for this reason.
     Unavailable(Arc<str>),
+    /// There is no room in one of the kernel's tables.
+    TableFull {
+        /// Which.
+        table: &'static str,
+        /// How much there is.
+        entries: u32,
+    },
     /// Nothing can be captured at this address.
     NoPort(SocketAddr),
     /// A filter that reads what the client sends: of the listener, or of the one that captured connections arrive on.
@@ -116,6 +123,9 @@ impl fmt::Display for Obstacle {
             Self::NotWanted => f.write_str("data_path is PROXY"),
             Self::BlackHole => f.write_str("all its connections are refused in the kernel already"),
             Self::Unavailable(reason) => write!(f, "the kernel path is not available: {reason}"),
+            Self::TableFull { table, entries } => {
+                write!(f, "the kernel table '{table}' is full ({entries} entries)")
+            }
             Self::NoPort(address) => write!(f, "address {address} has no port"),
             Self::ListenerFilter { filter, listener } => {
                 write!(f, "listener filter {filter} of listener '{listener}' reads what clients send")

@@ -1,0 +1,194 @@
+//! Access logs and durations of connections that no proxy stood in, from the records that the programs leave.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::time::{ClockId, clock_gettime};
+use tidegate_common::{Addr, End, FlowEvent};
+
+use super::manager::{Manager, Service, Target};
+use crate::access_log::flush_worker;
+use crate::addr::OriginalDst;
+use crate::connection::record::{LogType, Record, Upstream};
+use crate::intercept::tables::FlowEvents;
+use crate::response_flag::ResponseFlag;
+
+/// At most so many records are read at one time, so that signals are heard.
+const AT_ONCE: usize = 10_000;
+
+/// Reads the records, and writes them down.
+#[derive(Debug)]
+pub struct Journal {
+    events: FlowEvents,
+    /// Records of listeners or clusters that are not known any more.
+    pub orphans: u64,
+}
+
+/// Where `%CONNECTION_ID%`s come from.
+#[derive(Clone, Copy, Debug)]
+pub struct Ids<'a> {
+    /// Of downstream connections.
+    pub connections: &'a AtomicU64,
+    /// Of upstream connections.
+    pub upstream_connections: &'a AtomicU64,
+}
+
+/// One moment on all clocks.
+struct Clock {
+    monotonic_ns: u64,
+    instant: Instant,
+    wall: SystemTime,
+}
+
+impl Clock {
+    fn read() -> Option<Self> {
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).ok()?;
+        let monotonic_ns = u64::try_from(Duration::from(now).as_nanos()).ok()?;
+        Some(Self { monotonic_ns, instant: Instant::now(), wall: SystemTime::now() })
+    }
+
+    /// How long ago that was.
+    fn ago(&self, ns: u64) -> Duration {
+        Duration::from_nanos(self.monotonic_ns.saturating_sub(ns))
+    }
+}
+
+impl Journal {
+    /// Of these records.
+    pub fn new(events: FlowEvents) -> Self {
+        Self { events, orphans: 0 }
+    }
+
+    /// Writes down what has ended since the last call. Whether there may be more.
+    pub fn drain(&mut self, manager: &Manager, ids: Ids<'_>) -> bool {
+        let Some(first) = self.events.pop() else { return false };
+        let Some(clock) = Clock::read() else { return false };
+        let index = Index::of(manager);
+        let mut next = Some(first);
+        let mut count = 0;
+        while let Some(event) = next {
+            count += 1;
+            if index.write(&event, &clock, ids).is_none() {
+                self.orphans += 1;
+            }
+            next = if count < AT_ONCE { self.events.pop() } else { None };
+        }
+        flush_worker();
+        count == AT_ONCE
+    }
+}
+
+/// Whose records they are.
+struct Index<'a> {
+    services: std::collections::HashMap<u32, &'a Service>,
+    targets: std::collections::HashMap<u32, &'a Target>,
+}
+
+impl<'a> Index<'a> {
+    fn of(manager: &'a Manager) -> Self {
+        Self {
+            services: manager.services().map(|(_, service)| (service.index, service)).collect(),
+            targets: manager.targets().map(|(_, target)| (target.index, target)).collect(),
+        }
+    }
+
+    /// None: nobody's.
+    fn write(&self, event: &FlowEvent, clock: &Clock, ids: Ids<'_>) -> Option<()> {
+        let service = self.services.get(&event.service)?;
+        let target = self.targets.get(&event.cluster)?;
+        let end = End::from_raw(event.end)?;
+        let record = record(event, end, service, target, clock, ids);
+        let plan = &service.plan;
+        let lasted = millis(event.ended_ns, event.started_ns);
+        plan.listener.stats.downstream_cx_length_ms().record(lasted);
+        if event.host != 0 {
+            target.cluster.stats().upstream_cx_length_ms().record(lasted);
+        }
+        if event.connected_ns != 0 {
+            let connect = millis(event.connected_ns, event.started_ns);
+            target.cluster.stats().upstream_cx_connect_ms().record(connect);
+        }
+        plan.proxy.access_log.write(&record, LogType::TcpConnectionEnd);
+        plan.listener.access_log.write(&record, LogType::NotSet);
+        Some(())
+    }
+}
+
+fn millis(later: u64, earlier: u64) -> u64 {
+    later.saturating_sub(earlier) / 1_000_000
+}
+
+fn record(
+    event: &FlowEvent,
+    end: End,
+    service: &Service,
+    target: &Target,
+    clock: &Clock,
+    ids: Ids<'_>,
+) -> Record {
+    let plan = &service.plan;
+    let destination = SocketAddr::new(event.addr.to_ip(), event.port);
+    let client = address(event.client, event.client_port, destination);
+    let id = ids.connections.fetch_add(1, Ordering::Relaxed);
+    let listener = Arc::clone(&plan.listener.config.name);
+    let mut record = Record::new(id, client, destination, Some(OriginalDst(destination)), listener);
+    let since = clock.ago(event.started_ns);
+    record.start = clock.instant.checked_sub(since).unwrap_or(clock.instant);
+    record.start_time = clock.wall.checked_sub(since).unwrap_or(clock.wall);
+    record.duration = Some(Duration::from_nanos(event.ended_ns.saturating_sub(event.started_ns)));
+    record.filter_chain = Arc::clone(&plan.chain.config.name);
+    record.cluster = Some(Arc::clone(target.cluster.name()));
+    if let Some(alt) = &target.cluster.config().alt_stat_name {
+        record.details_mut().cluster_alt_stat_name = Some(Arc::clone(alt));
+    }
+    record.upstream_close_type = Some(crate::connection::record::CloseType::Normal);
+    if event.host != 0 {
+        let upstream = SocketAddr::new(event.endpoint.to_ip(), event.endpoint_port);
+        let connected = event.connected_ns != 0;
+        record.attempts = 1;
+        record.connect_begin = Some(Duration::ZERO);
+        record.connect_end =
+            connected.then(|| Duration::from_nanos(event.connected_ns.saturating_sub(event.started_ns)));
+        record.upstream = Some(Upstream {
+            address: upstream,
+            hostname: target
+                .hosts
+                .get(&upstream)
+                .map(|entry| Arc::clone(&entry.hostname))
+                .unwrap_or_default(),
+            local_address: connected.then_some(client),
+            connection_id: connected.then(|| ids.upstream_connections.fetch_add(1, Ordering::Relaxed)),
+        });
+    }
+    flag(&mut record, end);
+    record.bytes_received = event.sent;
+    record.upstream_bytes_sent = event.sent;
+    record.bytes_sent = event.received;
+    record.upstream_bytes_received = event.received;
+    record
+}
+
+/// As a tcp_proxy with one connect attempt.
+fn flag(record: &mut Record, end: End) {
+    match end {
+        End::NoHost => record.flags.set(ResponseFlag::NoHealthyUpstream),
+        End::Overflow => record.flags.set(ResponseFlag::UpstreamOverflow),
+        End::Refused | End::TimedOut | End::Unanswered => {
+            record.flags.set(ResponseFlag::UpstreamConnectionFailure);
+            record.flags.set(ResponseFlag::UpstreamRetryLimitExceeded);
+        }
+        End::Abandoned | End::Closed | End::Reset => {}
+    }
+}
+
+/// Of a connect that was refused, the programs don't know the address yet: unspecified, of the service's family.
+fn address(addr: Addr, port: u16, service: SocketAddr) -> SocketAddr {
+    let ip = match (addr.is_zero(), service) {
+        (false, _) => addr.to_ip(),
+        (true, SocketAddr::V4(_)) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        (true, SocketAddr::V6(_)) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    SocketAddr::new(ip, port)
+}

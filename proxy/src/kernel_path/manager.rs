@@ -1,0 +1,484 @@
+//! Fills the tables of the kernel path, and brings stats up to date with what the programs count. Owned by the main
+//! thread.
+//!
+//! Entries of listeners, clusters and hosts that are gone stay until the last of their connections has ended, so that
+//! nothing is counted for somebody else.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tidegate_common::balance::{Entry, Head, ServiceHead};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use super::arena::{Arena, Block};
+use super::compile::compile;
+use super::mirror::Seen;
+use super::predicate::{canonical, clusters_of, is_candidate, plan};
+use super::slots::Slots;
+use super::{Board, Obstacle, Plan, State};
+use crate::addr::EndpointAddr;
+use crate::cluster::Cluster;
+use crate::cluster::endpoint::HostSet;
+use crate::cluster::host::Host;
+use crate::config::cluster::DataPath;
+use crate::intercept::tables::Tables;
+use crate::snapshot::Snapshot;
+
+/// An entry that is gone is kept so long at the least: records of its last connections may wait to be read.
+const KEEP: Duration = Duration::from_secs(2);
+
+/// The tables, and whose entries are whose.
+#[derive(Debug)]
+pub struct Manager {
+    tables: Arc<Tables>,
+    board: Board,
+    default: DataPath,
+    arena: Arena,
+    free_services: Slots<u64>,
+    free_clusters: Slots<u64>,
+    free_hosts: Slots<HostKey>,
+    services: HashMap<Arc<str>, Service>,
+    targets: HashMap<Arc<str>, Target>,
+    /// Listeners by the clusters that they lead to, also those that go through the proxy.
+    users: HashMap<Arc<str>, Vec<Arc<str>>>,
+    /// Since when the rules are ours, so that what a predecessor left and nobody asked for can go.
+    settled: Option<Instant>,
+    changed: UnboundedSender<Arc<str>>,
+}
+
+/// A host of a cluster: index of the cluster, address and port.
+type HostKey = (u32, SocketAddr);
+
+/// A listener on the kernel path.
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) index: u32,
+    pub(super) plan: Plan,
+    words: Vec<u64>,
+    block: Block,
+    seen: Seen,
+    /// Since when it is gone.
+    gone: Option<Instant>,
+}
+
+/// A cluster of such listeners.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) index: u32,
+    pub(super) cluster: Arc<Cluster>,
+    /// Of the host set that is compiled.
+    version: u64,
+    block: Block,
+    pub(super) hosts: HashMap<SocketAddr, HostEntry>,
+    seen: Seen,
+    gone: Option<Instant>,
+}
+
+/// A host of such a cluster.
+#[derive(Debug)]
+pub(super) struct HostEntry {
+    index: u32,
+    /// Of the endpoint.
+    pub(super) hostname: Arc<str>,
+    host: Arc<Host>,
+    seen: Seen,
+    gone: Option<Instant>,
+}
+
+impl Manager {
+    /// Over tables that may hold what a predecessor left. `default` is for clusters that have no `data_path`. What comes
+    /// out of the receiver goes into [`Manager::clusters_changed`].
+    pub fn new(tables: Arc<Tables>, board: Board, default: DataPath) -> (Self, UnboundedReceiver<Arc<str>>) {
+        let sizes = tables.sizes();
+        let services = (1..sizes.services).map(|index| (tables.service(index).block as u32, true));
+        let clusters = (1..sizes.clusters).map(|index| (tables.cluster(index).block as u32, false));
+        let in_use = services.chain(clusters).filter(|(start, _)| *start != 0).map(|(start, is_service)| {
+            let head = tables.block_word(start).unwrap_or_default();
+            let len =
+                if is_service { 1 + ServiceHead::decode(head).clusters } else { Head::decode(head).words };
+            Block { start, len }
+        });
+        let arena = Arena::new(sizes.arena, in_use.collect::<Vec<_>>());
+        let named = |key: u64| (key != 0).then_some(key);
+        let host_key = |index| {
+            let host = tables.host(index);
+            (host.cluster != 0).then(|| (host.cluster, SocketAddr::new(host.addr.to_ip(), host.port)))
+        };
+        let (changed, changes) = unbounded_channel();
+        let this = Self {
+            arena,
+            free_services: Slots::new(sizes.services, |index| named(tables.service(index).key)),
+            free_clusters: Slots::new(sizes.clusters, |index| named(tables.cluster(index).key)),
+            free_hosts: Slots::new(sizes.hosts, host_key),
+            services: HashMap::new(),
+            targets: HashMap::new(),
+            users: HashMap::new(),
+            settled: None,
+            changed,
+            tables,
+            board,
+            default,
+        };
+        (this, changes)
+    }
+
+    /// The configuration is this from now on. The kernel's rules have to follow ([`Manager::service`]).
+    pub fn apply(&mut self, snapshot: &Snapshot) {
+        self.users.clear();
+        let candidates = || snapshot.listeners().filter(|listener| is_candidate(&listener.config));
+        for listener in candidates() {
+            for cluster in clusters_of(listener) {
+                self.users.entry(cluster).or_default().push(Arc::clone(&listener.config.name));
+            }
+        }
+        for cluster in self.users.keys().filter_map(|name| snapshot.cluster(name)) {
+            cluster.tell_changes(&self.changed);
+        }
+        let names: Vec<_> = candidates().map(|listener| Arc::clone(&listener.config.name)).collect();
+        for name in &names {
+            self.decide(name, snapshot);
+        }
+        let there: HashSet<&str> = names.iter().map(|name| &**name).collect();
+        self.board.retain(|listener| there.contains(listener));
+        let now = Instant::now();
+        for (_, service) in self.services.iter_mut().filter(|(name, _)| !there.contains(&***name)) {
+            service.gone.get_or_insert(now);
+        }
+        self.let_go(now);
+    }
+
+    /// These clusters have other endpoints, or others of them are healthy. Whether the kernel's rules have to follow.
+    pub fn clusters_changed(&mut self, clusters: &BTreeSet<Arc<str>>, snapshot: &Snapshot) -> bool {
+        let listeners: BTreeSet<Arc<str>> =
+            clusters.iter().filter_map(|cluster| self.users.get(cluster)).flatten().cloned().collect();
+        let mut changed = false;
+        for listener in &listeners {
+            let before = self.service(listener);
+            self.decide(listener, snapshot);
+            changed |= self.service(listener) != before;
+        }
+        self.let_go(Instant::now());
+        changed
+    }
+
+    /// The index of a listener that is on the kernel path.
+    pub fn service(&self, listener: &str) -> Option<u32> {
+        self.services.get(listener).filter(|service| service.gone.is_none()).map(|service| service.index)
+    }
+
+    /// Listeners on the kernel path, and those that were until lately.
+    pub(super) fn services(&self) -> impl Iterator<Item = (&Arc<str>, &Service)> {
+        self.services.iter()
+    }
+
+    /// Their clusters.
+    pub(super) fn targets(&self) -> impl Iterator<Item = (&Arc<str>, &Target)> {
+        self.targets.iter()
+    }
+
+    /// Puts a listener on the path that it can take.
+    fn decide(&mut self, name: &Arc<str>, snapshot: &Snapshot) {
+        let now = Instant::now();
+        let Some(listener) = snapshot.listener(name) else { return };
+        let decided = plan(listener, snapshot, self.default).and_then(|plan| self.serve(name, plan, now));
+        let state = match decided {
+            Ok(()) => State::Kernel,
+            Err(obstacles) => {
+                if let Some(service) = self.services.get_mut(name) {
+                    service.gone.get_or_insert(now);
+                }
+                State::Proxy(obstacles)
+            }
+        };
+        self.board.set(name, state);
+    }
+
+    /// Compiles a listener and its clusters.
+    fn serve(&mut self, name: &Arc<str>, plan: Plan, now: Instant) -> Result<(), Vec<Obstacle>> {
+        let mut words = vec![0];
+        let mut bound = 0_u32;
+        // Weights of a tcp_proxy fit 32 bits together, as in Envoy.
+        for (cluster, weight) in &plan.clusters {
+            let offset = self.compile(cluster, now).map_err(|obstacle| vec![obstacle])?;
+            bound = bound.saturating_add(*weight);
+            words.push(Entry { bound, offset }.encode());
+        }
+        words[0] = ServiceHead { clusters: plan.clusters.len() as u32, total: bound }.encode();
+        if let Some(service) = self.services.get_mut(name)
+            && service.words == words
+        {
+            (service.plan, service.gone) = (plan, None);
+            return Ok(());
+        }
+        let key = key_of(name);
+        let block = self.write(&words, now).map_err(|obstacle| vec![obstacle])?;
+        if let Some(service) = self.services.get_mut(name) {
+            self.tables.set_service(service.index, key, block.start);
+            self.arena.retire(std::mem::replace(&mut service.block, block), now);
+            (service.plan, service.words, service.gone) = (plan, words, None);
+            return Ok(());
+        }
+        let Some(index) = self.free_services.take(&key) else {
+            self.arena.give_back(block);
+            return Err(vec![Obstacle::TableFull {
+                table: "services",
+                entries: self.tables.sizes().services,
+            }]);
+        };
+        self.tables.set_service(index, key, block.start);
+        let service = Service { index, plan, words, block, seen: Seen::default(), gone: None };
+        self.services.insert(Arc::clone(name), service);
+        Ok(())
+    }
+
+    /// Compiles a cluster, unless it is what was compiled. Returns its index.
+    fn compile(&mut self, cluster: &Arc<Cluster>, now: Instant) -> Result<u32, Obstacle> {
+        let name = cluster.name();
+        let hosts = cluster.hosts();
+        if let Some(target) = self.targets.get_mut(name) {
+            let same = Arc::ptr_eq(&target.cluster, cluster) && target.version == hosts.version();
+            target.gone = None;
+            if same {
+                return Ok(target.index);
+            }
+        }
+        let key = key_of(name);
+        let (index, mut entries) = match self.targets.get_mut(name) {
+            Some(target) => (target.index, std::mem::take(&mut target.hosts)),
+            None => {
+                let entries = self.tables.sizes().clusters;
+                let full = Obstacle::TableFull { table: "clusters", entries };
+                (self.free_clusters.take(&key).ok_or(full)?, HashMap::new())
+            }
+        };
+        for entry in entries.values_mut() {
+            entry.gone.get_or_insert(now);
+        }
+        let compiled = self.compile_hosts(cluster, &hosts, index, &mut entries);
+        let written = compiled.and_then(|words| self.write(&words, now));
+        let target = self.targets.get_mut(name);
+        let block = match (written, &target) {
+            (Ok(block), _) => block,
+            (Err(obstacle), Some(_)) => {
+                // What is in force stays, and is gone if nobody else needs it.
+                if let Some(target) = target {
+                    target.hosts = entries;
+                }
+                return Err(obstacle);
+            }
+            (Err(obstacle), None) => {
+                self.free_clusters.give_back(index);
+                for entry in entries.into_values() {
+                    self.tables.clear_host(entry.index);
+                    self.free_hosts.give_back(entry.index);
+                }
+                return Err(obstacle);
+            }
+        };
+        let config = cluster.config();
+        let timeout = u32::try_from(config.connect_timeout.as_millis()).unwrap_or(u32::MAX).max(1);
+        self.tables.set_cluster(index, key, block.start, config.circuit_breakers.max_connections, timeout);
+        let version = hosts.version();
+        match target {
+            Some(target) => {
+                self.arena.retire(std::mem::replace(&mut target.block, block), now);
+                (target.cluster, target.version, target.hosts) = (Arc::clone(cluster), version, entries);
+            }
+            None => {
+                let target = Target {
+                    index,
+                    cluster: Arc::clone(cluster),
+                    version,
+                    block,
+                    hosts: entries,
+                    seen: Seen::default(),
+                    gone: None,
+                };
+                self.targets.insert(Arc::clone(name), target);
+            }
+        }
+        Ok(index)
+    }
+
+    /// The words of a cluster. Hosts that are new get an entry.
+    fn compile_hosts(
+        &mut self,
+        cluster: &Arc<Cluster>,
+        hosts: &HostSet,
+        cluster_index: u32,
+        entries: &mut HashMap<SocketAddr, HostEntry>,
+    ) -> Result<Vec<u64>, Obstacle> {
+        let mut full = false;
+        let words = compile(cluster.config().lb_policy, hosts, |host| {
+            let EndpointAddr::Ip(address) = host.address() else { return 0 };
+            let address = canonical(*address);
+            if let Some(entry) = entries.get_mut(&address) {
+                (entry.gone, entry.host) = (None, Arc::clone(host));
+                return entry.index;
+            }
+            let Some(index) = self.free_hosts.take(&(cluster_index, address)) else {
+                full = true;
+                return 0;
+            };
+            self.tables.set_host(index, address.ip().into(), address.port(), cluster_index);
+            let entry = HostEntry {
+                index,
+                hostname: Arc::default(),
+                host: Arc::clone(host),
+                seen: Seen::default(),
+                gone: None,
+            };
+            entries.insert(address, entry);
+            index
+        });
+        for endpoint in hosts.endpoints() {
+            if let EndpointAddr::Ip(address) = endpoint.address()
+                && let Some(entry) = entries.get_mut(&canonical(*address))
+                && entry.hostname != endpoint.hostname
+            {
+                entry.hostname = Arc::clone(&endpoint.hostname);
+            }
+        }
+        if full {
+            return Err(Obstacle::TableFull { table: "hosts", entries: self.tables.sizes().hosts });
+        }
+        words.map_err(|obstacle| Obstacle::Cluster { cluster: Arc::clone(cluster.name()), obstacle })
+    }
+
+    fn write(&mut self, words: &[u64], now: Instant) -> Result<Block, Obstacle> {
+        let len = words.len() as u32;
+        let full = || Obstacle::TableFull { table: "arena", entries: self.tables.sizes().arena };
+        let block = self.arena.allocate(len, now).ok_or_else(full)?;
+        self.tables.write_block(block.start, words);
+        Ok(block)
+    }
+
+    /// Clusters that no listener leads to any more are gone.
+    fn let_go(&mut self, now: Instant) {
+        let used: HashSet<Arc<str>> = self
+            .services
+            .values()
+            .filter(|service| service.gone.is_none())
+            .flat_map(|service| service.plan.clusters.iter().map(|(cluster, _)| Arc::clone(cluster.name())))
+            .collect();
+        for (_, target) in self.targets.iter_mut().filter(|(name, _)| !used.contains(*name)) {
+            target.gone.get_or_insert(now);
+        }
+    }
+
+    /// The kernel's rules have followed for the first time: what a predecessor left, and nobody asked for, can go.
+    pub fn settle(&mut self) {
+        self.settled.get_or_insert_with(Instant::now);
+    }
+
+    /// Brings stats up to date.
+    pub fn observe(&mut self) {
+        let tables = &self.tables;
+        for service in self.services.values_mut() {
+            service.seen.news(tables.service(service.index).tally).of_service(&service.plan);
+        }
+        for target in self.targets.values_mut() {
+            target.seen.news(tables.cluster(target.index).tally).of_cluster(&target.cluster);
+            for entry in target.hosts.values_mut() {
+                entry.seen.news(tables.host(entry.index).tally).of_host(&entry.host, &target.cluster);
+            }
+        }
+    }
+
+    /// The same for what outlier detection waits for.
+    pub fn observe_outliers(&mut self) {
+        let tables = &self.tables;
+        for target in self.targets.values_mut().filter(|target| target.cluster.outlier().is_some()) {
+            for entry in target.hosts.values_mut() {
+                entry.seen.news(tables.host(entry.index).tally).of_host(&entry.host, &target.cluster);
+            }
+        }
+    }
+
+    /// Gives back entries whose last connection has ended.
+    pub fn sweep(&mut self) {
+        let now = Instant::now();
+        let old = |gone: Option<Instant>| gone.is_some_and(|since| now.duration_since(since) >= KEEP);
+        let Self { tables, arena, free_services, free_clusters, free_hosts, .. } = self;
+        self.services.retain(|_, service| {
+            let over = old(service.gone) && tables.service(service.index).tally.active == 0;
+            if over {
+                tables.clear_service(service.index);
+                free_services.give_back(service.index);
+                arena.retire(service.block, now);
+            }
+            !over
+        });
+        self.targets.retain(|_, target| {
+            let cluster_is_over = old(target.gone);
+            target.hosts.retain(|_, entry| {
+                let over = (cluster_is_over || old(entry.gone)) && tables.host(entry.index).tally.active == 0;
+                if over {
+                    tables.clear_host(entry.index);
+                    free_hosts.give_back(entry.index);
+                }
+                !over
+            });
+            let over =
+                cluster_is_over && target.hosts.is_empty() && tables.cluster(target.index).tally.active == 0;
+            if over {
+                tables.clear_cluster(target.index);
+                free_clusters.give_back(target.index);
+                arena.retire(target.block, now);
+            }
+            !over
+        });
+        if old(self.settled) {
+            self.reclaim();
+        }
+    }
+
+    /// What a predecessor left.
+    fn reclaim(&mut self) {
+        let tables = &self.tables;
+        let now = Instant::now();
+        let arena = &mut self.arena;
+        self.free_services.reclaim(|index| {
+            let state = tables.service(index);
+            let over = state.tally.active == 0;
+            if over {
+                let len = tables
+                    .block_word(state.block as u32)
+                    .map_or(0, |it| 1 + ServiceHead::decode(it).clusters);
+                tables.clear_service(index);
+                retire_left(arena, state.block as u32, len, now);
+            }
+            over
+        });
+        self.free_clusters.reclaim(|index| {
+            let state = tables.cluster(index);
+            let over = state.tally.active == 0;
+            if over {
+                let len = tables.block_word(state.block as u32).map_or(0, |it| Head::decode(it).words);
+                tables.clear_cluster(index);
+                retire_left(arena, state.block as u32, len, now);
+            }
+            over
+        });
+        self.free_hosts.reclaim(|index| {
+            let over = tables.host(index).tally.active == 0;
+            if over {
+                tables.clear_host(index);
+            }
+            over
+        });
+    }
+}
+
+fn retire_left(arena: &mut Arena, start: u32, len: u32, now: Instant) {
+    if start != 0 && len != 0 {
+        arena.retire(Block { start, len }, now);
+    }
+}
+
+/// Tells a successor whose entry it is; never 0.
+fn key_of(name: &str) -> u64 {
+    xxhash_rust::xxh64::xxh64(name.as_bytes(), 0).max(1)
+}
