@@ -35,6 +35,9 @@ pub struct Ids<'a> {
     pub upstream_connections: &'a AtomicU64,
 }
 
+/// `%UPSTREAM_TRANSPORT_FAILURE_REASON%` of an endpoint that refuses.
+const REFUSED: &str = "delayed_connect_error:_Connection_refused";
+
 /// One moment on all clocks.
 struct Clock {
     monotonic_ns: u64,
@@ -178,6 +181,9 @@ fn flag(record: &mut Record, end: End) {
         End::Refused | End::TimedOut | End::Unanswered => {
             record.flags.set(ResponseFlag::UpstreamConnectionFailure);
             record.flags.set(ResponseFlag::UpstreamRetryLimitExceeded);
+            if end == End::Refused {
+                record.details_mut().upstream_transport_failure = Some(REFUSED.into());
+            }
         }
         End::Abandoned | End::Closed | End::Reset => {}
     }
