@@ -108,7 +108,16 @@ impl Interception {
         }
         let sizes = &mut options.sizes;
         if settings.kernel_path {
-            sizes.tables = tables::TableSizes::ON;
+            let (wanted, default) = (wanted.kernel_path, tables::TableSizes::ON);
+            // Entry 0 of each table is not used.
+            let entries = |wanted: Option<u32>, default: u32| wanted.map_or(default, |entries| entries + 1);
+            sizes.tables = tables::TableSizes {
+                services: entries(wanted.services, default.services),
+                clusters: entries(wanted.clusters, default.clusters),
+                hosts: entries(wanted.hosts, default.hosts),
+                arena: wanted.balancing_words.unwrap_or(default.arena),
+                ..default
+            };
         }
         sizes.in_flight = wanted.in_flight_capacity.unwrap_or(sizes.in_flight);
         sizes.destinations = wanted.destination_capacity.unwrap_or(sizes.destinations);

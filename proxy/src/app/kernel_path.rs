@@ -12,6 +12,7 @@ use crate::config::bootstrap::OnExit;
 use crate::config::cluster::DataPath;
 use crate::intercept::Interception;
 use crate::kernel_path::{Ids, Journal, Manager, Obstacle, State, is_candidate, plan};
+use crate::snapshot::Snapshot;
 
 /// How often records of connections that have ended are read, and how long it takes until outlier detection hears of a
 /// failure.
@@ -73,9 +74,12 @@ impl Proxy {
     /// The tables follow the configuration. The kernel's rules are to follow them.
     pub(super) fn update_kernel_path(&mut self) {
         let snapshot = self.snapshot();
-        match &mut self.kernel_path {
-            Some(path) => path.manager.apply(&snapshot),
-            None => self.show_unavailable(),
+        if let Some(path) = &mut self.kernel_path {
+            path.manager.apply(&snapshot);
+        } else if self.is_asked_for(&snapshot) {
+            self.show_unavailable();
+        } else {
+            self.data_paths.retain(|_| false);
         }
     }
 
@@ -84,6 +88,12 @@ impl Proxy {
         if let Some(path) = &mut self.kernel_path {
             path.manager.settle();
         }
+    }
+
+    fn is_asked_for(&self, snapshot: &Snapshot) -> bool {
+        let wants = |data_path: DataPath| data_path != DataPath::Proxy;
+        wants(self.default_data_path())
+            || snapshot.clusters().any(|cluster| cluster.config().data_path.is_some_and(wants))
     }
 
     /// Says of every listener that was to take the kernel path why it doesn't.

@@ -92,10 +92,25 @@ pub struct Interception {
     pub destination_capacity: Option<u32>,
     /// Capacity of the map of enrolled network namespaces. Default 4,096.
     pub namespace_capacity: Option<u32>,
+    /// Capacities of the tables of the kernel path.
+    pub kernel_path: KernelPathCapacity,
     /// Which way connections take to clusters that say nothing themselves. Default PROXY.
     pub data_path: DataPath,
     /// What becomes of the kernel path when the process stops. Default RELEASE.
     pub on_exit: OnExit,
+}
+
+/// Capacities of the tables of the kernel path; none: the default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KernelPathCapacity {
+    /// Listeners. Default 4,096.
+    pub services: Option<u32>,
+    /// Their clusters. Default 4,096.
+    pub clusters: Option<u32>,
+    /// Hosts of those. Default 32,768.
+    pub hosts: Option<u32>,
+    /// Words of 8 bytes for what describes the clusters. Default 262,144.
+    pub balancing_words: Option<u32>,
 }
 
 /// What becomes of the kernel path when the process stops.

@@ -51,6 +51,14 @@ pub mod interception {
         pub destinations: ::core::option::Option<u32>,
         #[prost(message, optional, tag = "2")]
         pub namespaces: ::core::option::Option<u32>,
+        #[prost(message, optional, tag = "3")]
+        pub services: ::core::option::Option<u32>,
+        #[prost(message, optional, tag = "4")]
+        pub clusters: ::core::option::Option<u32>,
+        #[prost(message, optional, tag = "5")]
+        pub hosts: ::core::option::Option<u32>,
+        #[prost(message, optional, tag = "6")]
+        pub balancing_words: ::core::option::Option<u32>,
     }
     impl ::prost::Name for MapSizes {
         const NAME: &'static str = "MapSizes";

@@ -23,7 +23,7 @@ use super::servers::server_clusters;
 use super::tls::check_secret_servers;
 use super::{Report, each, enumeration, inactive, optional_duration, port};
 use crate::config::bootstrap::{
-    Admin, Bootstrap, DynamicResources, Exclusions, FailMode, Interception, Node, OnExit,
+    Admin, Bootstrap, DynamicResources, Exclusions, FailMode, Interception, KernelPathCapacity, Node, OnExit,
 };
 use crate::config::cluster::Cluster;
 use crate::config::listener::Listener;
@@ -342,7 +342,14 @@ fn interception(
         data_path,
         on_exit,
     } = interception;
-    let extension_api::interception::MapSizes { destinations, namespaces } = map_sizes.unwrap_or_default();
+    let extension_api::interception::MapSizes {
+        destinations,
+        namespaces,
+        services,
+        clusters,
+        hosts,
+        balancing_words,
+    } = map_sizes.unwrap_or_default();
     let exclude = exclude.map(|exclude| {
         let extension_api::interception::Exclusions { cidrs, ports } = exclude;
         let path = path.field("exclude");
@@ -375,6 +382,7 @@ fn interception(
         in_flight_capacity,
         destination_capacity: destinations,
         namespace_capacity: namespaces,
+        kernel_path: KernelPathCapacity { services, clusters, hosts, balancing_words },
         data_path: data_path.unwrap_or_default(),
         on_exit,
     }
