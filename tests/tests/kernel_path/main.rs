@@ -1,6 +1,8 @@
 //! The kernel path by the whole proxy: the client's own socket at an endpoint, and what the log, the stats and the admin
 //! server say of it.
 
+mod life;
+
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
