@@ -3,10 +3,11 @@
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
@@ -19,13 +20,12 @@ use crate::drain::{Ending, Open};
 use crate::intercept::Capture;
 use crate::listener::filter::{self, Inspected};
 use crate::listener::filter_chain::MatchInput;
-use crate::listener::{Admitted, Chain, Listener, Service, TcpProxy};
+use crate::listener::{Chain, HttpAsTcp, Listener, Service, TcpProxy};
 use crate::pump::{self, Cause, Outcome, Side};
 use crate::response_flag::ResponseFlag;
 use crate::snapshot::Snapshot;
-use crate::stats::GaugeGuard;
 use crate::sys;
-use crate::uring::{self, PendingHangUp, Source, time};
+use crate::uring::{self, PendingHangUp, Source, spawn, time};
 use crate::worker::Worker;
 
 pub mod destination;
@@ -35,7 +35,7 @@ pub mod record;
 
 use dial::Dial;
 use meter::Meter;
-use record::{CloseType, LogType, Record, Retransmitted};
+use record::{CloseType, Kept, LogType, Record, Retransmitted};
 
 /// How long an upstream is connected to before somebody looks whether the downstream is still there.
 const WATCH_AFTER: Duration = Duration::from_millis(5);
@@ -56,28 +56,46 @@ pub struct Accepted {
     pub snapshot: Arc<Snapshot>,
 }
 
-/// Serves one connection to its end. None: nobody serves it, and it was ended.
+/// Serves one connection until its upstream stands; a task of its own serves it from there to its end. None: nobody
+/// serves it, and it was ended.
 ///
-/// What it returns is most of what an idle connection takes, so nothing is moved from one future into another, and
-/// what is needed only before the upstream stands is boxed.
+/// They are two tasks because most connections are idle most of the time: what they took to set up is freed.
 pub fn serve(worker: Rc<Worker>, accepted: Accepted) -> Option<impl Future<Output = ()> + 'static> {
     let owner = accepted.capture.as_ref().map_or(0, |capture| capture.pod.netns().cookie());
     let open = worker.connections.open(owner);
     let (mut connection, snapshot) = Connection::begin(worker, accepted)?;
-    let mut snapshot = Some(snapshot);
     Some(async move {
-        let Some(snapshot) = snapshot.take() else { return };
-        match Box::pin(connection.establish(snapshot, &open)).await {
-            Ok(mut established) => connection.relay(&mut established, &open).await,
+        match connection.establish(snapshot, &open).await {
+            Ok(established) => {
+                if let Some(parked) = connection.park(established) {
+                    open.prepare_next();
+                    spawn(relay(parked, open));
+                }
+            }
             // It was never served: as in Envoy, no log has it.
-            Err(EndedEarly::Overflow) => return,
-            Err(ended) => connection.note_early(&ended),
+            Err(EndedEarly::Overflow) => {}
+            Err(ended) => {
+                connection.note_early(&ended);
+                connection.finish();
+            }
         }
-        connection.finish();
     })
 }
 
-/// A connection in service. Owned by its task.
+/// Serves a connection whose upstream stands, to its end.
+///
+/// What it returns is most of what an idle connection takes: nothing is moved within it, and what can be had from
+/// elsewhere is not in it.
+#[expect(clippy::manual_async_fn, reason = "an async fn keeps its parameters twice")]
+fn relay(mut connection: Parked, open: Open) -> impl Future<Output = ()> + 'static {
+    async move {
+        let rare = connection.rare.take();
+        let outcome = connection.pump(rare, &open).await;
+        connection.end(outcome, &open);
+    }
+}
+
+/// A connection while it is set up, and when it ends. Owned by its task.
 struct Connection {
     worker: Rc<Worker>,
     downstream: Socket,
@@ -94,12 +112,98 @@ struct Connection {
     record: Record,
 }
 
-/// What counts a connection while its listener serves it. All of it is given back when this is dropped.
+/// Counts a connection while its listener serves it. All of it is given back when this is dropped.
 struct Admission {
-    _place: Admitted,
-    _active: GaugeGuard,
-    _process: GaugeGuard,
-    http: Option<GaugeGuard>,
+    worker: Rc<Worker>,
+    listener: Arc<Listener>,
+    /// Once it has a service. Of an HTTP listener, that counts it too.
+    chain: Option<Arc<Chain>>,
+}
+
+impl Admission {
+    /// None: the listener has reached its limit.
+    fn new(worker: &Rc<Worker>, listener: &Arc<Listener>) -> Option<Self> {
+        if !listener.admit() {
+            return None;
+        }
+        listener.stats.downstream_cx_active().inc();
+        worker.shared.stats.server().total_connections().inc();
+        Some(Self { worker: Rc::clone(worker), listener: Arc::clone(listener), chain: None })
+    }
+
+    fn serve(&mut self, chain: &Arc<Chain>) {
+        if let Service::Http(http) = &chain.service {
+            http.stats.downstream_cx_active().inc();
+        }
+        self.chain = Some(Arc::clone(chain));
+    }
+
+    fn http(&self) -> Option<&HttpAsTcp> {
+        match &self.chain.as_ref()?.service {
+            Service::Http(http) => Some(http),
+            Service::Tcp(_) | Service::Nothing => None,
+        }
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if let Some(http) = self.http() {
+            http.stats.downstream_cx_active().dec();
+        }
+        self.worker.shared.stats.server().total_connections().dec();
+        self.listener.stats.downstream_cx_active().dec();
+        self.listener.release();
+    }
+}
+
+/// A connection whose both ends stand, and as little else as there can be: this is what idle ones take.
+struct Parked {
+    downstream: Socket,
+    upstream: Socket,
+    guard: UpstreamGuard,
+    capture: Option<Arc<Capture>>,
+    admission: Admission,
+    proxy: Arc<TcpProxy>,
+    kept: Kept,
+    rare: Option<Box<Rare>>,
+}
+
+/// Bytes are moving.
+struct Relaying<'a> {
+    connection: &'a Parked,
+    open: &'a Open,
+    running: pump::Running<'a>,
+    /// When the next entry of a connection that goes on is written to the log, if one is.
+    tick: Option<Box<time::Interval>>,
+}
+
+impl Future for Relaying<'_> {
+    type Output = Outcome;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let Self { connection, open, running, tick } = &mut *self;
+        let polled = Pin::new(running).poll(cx);
+        let meter = open.meter(|| connection.meter());
+        meter.note_flush();
+        if polled.is_pending()
+            && let Some(tick) = tick
+        {
+            while pin!(tick.tick()).poll(cx).is_ready() {
+                let mut record = connection.record();
+                record.count(&meter.counters);
+                connection.proxy.access_log.write(&record, LogType::TcpPeriodic);
+            }
+        }
+        polled
+    }
+}
+
+/// What few connections begin with.
+struct Rare {
+    /// See [`Established`].
+    hang_up: Option<PendingHangUp>,
+    deadline: Option<Instant>,
 }
 
 /// Both ends stand.
@@ -226,16 +330,11 @@ impl Connection {
     /// Takes the connection into the listener's counts.
     fn admit(&mut self) -> Result<(), EndedEarly> {
         let stats = &self.listener.stats;
-        let Some(place) = self.listener.admit() else {
+        self.admission = Admission::new(&self.worker, &self.listener);
+        if self.admission.is_none() {
             stats.downstream_cx_overflow().inc();
             return Err(EndedEarly::Overflow);
-        };
-        self.admission = Some(Admission {
-            _place: place,
-            _active: stats.downstream_cx_active().guard(),
-            _process: self.worker.shared.stats.server().total_connections().guard(),
-            http: None,
-        });
+        }
         Ok(())
     }
 
@@ -262,14 +361,15 @@ impl Connection {
     }
 
     fn choose_proxy(&mut self) -> Result<Arc<TcpProxy>, EndedEarly> {
-        match self.chain.as_ref().map(|chain| &chain.service) {
-            None | Some(Service::Nothing) => Err(EndedEarly::NoFilters),
-            Some(Service::Tcp(proxy)) => Ok(Arc::clone(proxy)),
-            Some(Service::Http(http)) => {
+        let Some(chain) = &self.chain else { return Err(EndedEarly::NoFilters) };
+        if let Some(admission) = &mut self.admission {
+            admission.serve(chain);
+        }
+        match &chain.service {
+            Service::Nothing => Err(EndedEarly::NoFilters),
+            Service::Tcp(proxy) => Ok(Arc::clone(proxy)),
+            Service::Http(http) => {
                 http.stats.downstream_cx_total().inc();
-                if let Some(admission) = &mut self.admission {
-                    admission.http = Some(http.stats.downstream_cx_active().guard());
-                }
                 let Some((proxy, route)) = http.choose(self.record.downstream_local) else {
                     self.record.flags.set(ResponseFlag::NoRouteFound);
                     return Err(EndedEarly::NoRoute);
@@ -324,73 +424,18 @@ impl Connection {
         Ok(Established { upstream, guard, hang_up, proxy, deadline })
     }
 
-    /// Moves bytes until both directions have ended.
-    async fn relay(&mut self, established: &mut Established, open: &Open) {
-        let hang_up = established.hang_up.take();
-        let Established { upstream, guard, proxy, deadline, .. } = established;
-        open.set_host(&guard.endpoint().host);
-        if proxy.config.flush_access_log_on_connected {
-            proxy.access_log.write(&self.record, LogType::TcpUpstreamConnected);
-        }
-        let meter = open.meter(|| self.meter(proxy, guard));
-        let options = pump::Options {
-            mode: self.worker.shared.pump_mode,
-            idle_timeout: proxy.config.idle_timeout,
-            deadline: *deadline,
-            downstream_buffer_limit: self.listener.config.per_connection_buffer_limit_bytes,
-            upstream_buffer_limit: guard.cluster().config().per_connection_buffer_limit_bytes,
-            killed: Some(open),
-        };
-        let outcome = {
-            let sockets = [&self.downstream, &*upstream];
-            let mut pumped = pump::run(&self.worker.pump, sockets, hang_up, &options, &meter.counters);
-            let mut pumped = poll_fn(|cx| {
-                let polled = Pin::new(&mut pumped).poll(cx);
-                meter.note_flush();
-                polled
-            });
-            match proxy.config.access_log_flush_interval {
-                None => pumped.await,
-                Some(interval) => {
-                    let mut tick = Box::new(time::interval(interval));
-                    loop {
-                        tokio::select! {
-                            outcome = &mut pumped => break outcome,
-                            () = tick.tick() => {
-                                self.record.count(&meter.counters);
-                                proxy.access_log.write(&self.record, LogType::TcpPeriodic);
-                            }
-                        }
-                    }
-                }
-            }
-        };
-        self.record.count(&meter.counters);
-        if matches!(
-            outcome.cause,
-            Cause::Finished { first: Side::Upstream } | Cause::Reset { by: Side::Upstream }
-        ) {
-            guard.closed_by(ClosedBy::Remote);
-        }
-        self.note(outcome, proxy);
-        if outcome.cause == Cause::Killed
-            && let Some(Ending::Lost(loss)) = open.ending()
-        {
-            self.record.details_mut().termination_details = Some(loss.reason.name());
-            self.record.details_mut().downstream_local_close_reason = Some(loss.reason.name().into());
-            self.record.details_mut().upstream_local_close_reason = Some(loss.reason.name().into());
-        }
-    }
-
-    fn meter(&self, proxy: &TcpProxy, guard: &UpstreamGuard) -> Meter {
-        Meter::new(meter::Into {
-            tcp: proxy.stats.clone(),
-            http: self.chain.as_ref().and_then(|chain| match &chain.service {
-                Service::Http(http) => Some(http.stats.clone()),
-                Service::Tcp(_) | Service::Nothing => None,
-            }),
-            cluster: guard.cluster().stats().clone(),
-            pump: self.worker.shared.stats.pump().clone(),
+    /// Both ends stand: leaves what is needed from here on. Not before the connection was admitted and has a chain.
+    fn park(self, established: Established) -> Option<Parked> {
+        let Established { upstream, guard, hang_up, proxy, deadline } = established;
+        Some(Parked {
+            downstream: self.downstream,
+            upstream,
+            guard,
+            capture: self.capture,
+            admission: self.admission?,
+            proxy,
+            kept: Kept::new(self.record),
+            rare: (hang_up.is_some() || deadline.is_some()).then(|| Box::new(Rare { hang_up, deadline })),
         })
     }
 
@@ -470,6 +515,90 @@ impl Connection {
     }
 }
 
+impl Parked {
+    /// Moves bytes until both directions have ended.
+    fn pump<'a>(&'a self, rare: Option<Box<Rare>>, open: &'a Open) -> Relaying<'a> {
+        open.set_host(&self.guard.endpoint().host);
+        if self.proxy.config.flush_access_log_on_connected {
+            self.proxy.access_log.write(&self.record(), LogType::TcpUpstreamConnected);
+        }
+        let Rare { hang_up, deadline } = rare.map_or(Rare { hang_up: None, deadline: None }, |rare| *rare);
+        let options = pump::Options {
+            mode: self.worker().shared.pump_mode,
+            idle_timeout: self.proxy.config.idle_timeout,
+            deadline,
+            downstream_buffer_limit: self.admission.listener.config.per_connection_buffer_limit_bytes,
+            upstream_buffer_limit: self.guard.cluster().config().per_connection_buffer_limit_bytes,
+            killed: Some(open),
+        };
+        let counters = &open.meter(|| self.meter()).counters;
+        let sockets = [&self.downstream, &self.upstream];
+        let running = pump::run(&self.worker().pump, sockets, hang_up, &options, counters);
+        let interval = self.proxy.config.access_log_flush_interval;
+        let tick = interval.map(|interval| Box::new(time::interval(interval)));
+        Relaying { connection: self, open, running, tick }
+    }
+
+    fn meter(&self) -> Meter {
+        Meter::new(meter::Into {
+            tcp: self.proxy.stats.clone(),
+            http: self.admission.http().map(|http| http.stats.clone()),
+            cluster: self.guard.cluster().stats().clone(),
+            pump: self.worker().shared.stats.pump().clone(),
+        })
+    }
+
+    fn worker(&self) -> &Rc<Worker> {
+        &self.admission.worker
+    }
+
+    fn record(&self) -> Record {
+        let endpoint = self.guard.endpoint();
+        // Always an address: `Config::is_for_clients` keeps connections from pipes.
+        let upstream = endpoint.address().ip().map(|address| (address, &endpoint.hostname));
+        let chain = self.admission.chain.as_ref();
+        let chain = chain.map_or_else(Arc::default, |chain| Arc::clone(&chain.config.name));
+        let listener = Arc::clone(&self.admission.listener.config.name);
+        self.kept.record(listener, chain, self.guard.cluster().name(), upstream)
+    }
+
+    /// Writes down how it ended, counts and logs it.
+    fn end(self, outcome: Outcome, open: &Open) {
+        let mut record = self.record();
+        let meter = open.meter(|| self.meter());
+        record.count(&meter.counters);
+        let Self { downstream, upstream, mut guard, capture, admission, proxy, .. } = self;
+        if matches!(
+            outcome.cause,
+            Cause::Finished { first: Side::Upstream } | Cause::Reset { by: Side::Upstream }
+        ) {
+            guard.closed_by(ClosedBy::Remote);
+        }
+        let mut connection = Connection {
+            worker: Rc::clone(&admission.worker),
+            downstream,
+            capture,
+            original_dst: None,
+            listener: Arc::clone(&admission.listener),
+            chain: admission.chain.clone(),
+            admission: Some(admission),
+            proxy: Some(Arc::clone(&proxy)),
+            record,
+        };
+        connection.note(outcome, &proxy);
+        if outcome.cause == Cause::Killed
+            && let Some(Ending::Lost(loss)) = open.ending()
+        {
+            let details = connection.record.details_mut();
+            details.termination_details = Some(loss.reason.name());
+            details.downstream_local_close_reason = Some(loss.reason.name().into());
+            details.upstream_local_close_reason = Some(loss.reason.name().into());
+        }
+        drop((upstream, guard));
+        connection.finish();
+    }
+}
+
 /// `max_downstream_connection_duration` with its jitter.
 fn max_duration(proxy: &TcpProxy) -> Option<Duration> {
     let duration = proxy.config.max_downstream_connection_duration?;
@@ -495,14 +624,15 @@ mod tests {
     use super::*;
 
     /// What a future takes, without making one.
-    fn size<F: Future>(_: impl FnOnce(Rc<Worker>, Accepted) -> Option<F>) -> usize {
+    fn size<F: Future>(_: impl FnOnce(Parked, Open) -> F) -> usize {
         size_of::<F>()
     }
 
     #[test]
     fn an_idle_connection_stays_small() {
-        // Per connection, besides this: the slot in `drain::Connections` and the sockets. Raise it with a reason only.
-        let bytes = size(serve);
-        assert!(bytes <= 1536, "the future of a connection takes {bytes} bytes");
+        // Per connection, besides this: the slot in `drain::Connections`, two operations, a timer. Raise it with a reason
+        // only.
+        let bytes = size(relay);
+        assert!(bytes <= 520, "the future of a connection takes {bytes} bytes");
     }
 }

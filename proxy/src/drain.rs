@@ -5,37 +5,44 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashSet;
+use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-
-use slab::Slab;
 
 use crate::cluster::endpoint::Host;
 use crate::cluster::removal::Loss;
 use crate::connection::meter::Meter;
 use crate::listener::ChainId;
+use crate::pages::Pages;
+
+/// Slots kept for later connections.
+const SPARE: usize = 64;
 
 /// The open connections of one worker.
 #[derive(Debug, Default)]
 pub struct Connections {
-    open: RefCell<Slab<Rc<Slot>>>,
+    open: RefCell<Pages<Rc<Slot>>>,
+    /// See [`Open::prepare_next`].
+    spare: RefCell<Vec<Rc<Slot>>>,
     /// Woken when the last connection has ended.
     empty: RefCell<Vec<Waker>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Slot {
     /// Whose connection it is (see [`Connections::open`]).
-    owner: u64,
+    owner: Cell<u64>,
     /// The filter chain that serves it, once there is one.
     chain: Cell<Option<ChainId>>,
     /// Its endpoint, once it is connected to it.
     host: OnceCell<Arc<Host>>,
     ending: Cell<Option<Ending>>,
+    /// Its number among the open ones.
+    key: Cell<u32>,
     /// Set when both its sides stand.
     meter: OnceCell<Meter>,
-    waker: RefCell<Option<Waker>>,
+    waker: Cell<Option<Waker>>,
 }
 
 /// Why a connection is told to end.
@@ -58,7 +65,6 @@ impl Ending {
 #[derive(Debug)]
 pub struct Open {
     connections: Rc<Connections>,
-    key: usize,
     slot: Rc<Slot>,
 }
 
@@ -66,9 +72,10 @@ impl Connections {
     /// Registers a connection. `owner` groups connections for [`Connections::kill`]; the worker uses the cookie of
     /// the pod's network namespace, 0 for connections of no pod.
     pub fn open(self: &Rc<Self>, owner: u64) -> Open {
-        let slot = Rc::new(Slot { owner, ..Slot::default() });
-        let key = self.open.borrow_mut().insert(Rc::clone(&slot));
-        Open { connections: Rc::clone(self), key, slot }
+        let slot = self.spare.borrow_mut().pop().unwrap_or_default();
+        slot.owner.set(owner);
+        slot.key.set(self.open.borrow_mut().insert(Rc::clone(&slot)));
+        Open { connections: Rc::clone(self), slot }
     }
 
     /// How many connections are open.
@@ -83,7 +90,7 @@ impl Connections {
 
     /// Brings the stats that count bytes up to date.
     pub fn flush_meters(&self) {
-        for (_, slot) in self.open.borrow().iter() {
+        for slot in self.open.borrow().iter() {
             if let Some(meter) = slot.meter.get() {
                 meter.flush();
             }
@@ -97,7 +104,7 @@ impl Connections {
 
     /// Tells the connections of one owner to end now.
     pub fn kill(&self, owner: u64) {
-        self.end_where(Ending::Drained, |slot| slot.owner == owner);
+        self.end_where(Ending::Drained, |slot| slot.owner.get() == owner);
     }
 
     /// Tells the connections of these filter chains to end now.
@@ -114,7 +121,7 @@ impl Connections {
     }
 
     fn end_where(&self, ending: Ending, wanted: impl Fn(&Slot) -> bool) {
-        for (_, slot) in self.open.borrow().iter().filter(|(_, slot)| wanted(slot)) {
+        for slot in self.open.borrow().iter().filter(|slot| wanted(slot)) {
             slot.end(ending);
         }
     }
@@ -132,19 +139,38 @@ impl Connections {
     }
 }
 
+impl fmt::Debug for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slot")
+            .field("owner", &self.owner)
+            .field("chain", &self.chain)
+            .field("ending", &self.ending)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Slot {
     /// The first reason stays.
     fn end(&self, ending: Ending) {
         if self.ending.get().is_none() {
             self.ending.set(Some(ending));
         }
-        if let Some(waker) = self.waker.borrow_mut().take() {
+        if let Some(waker) = self.waker.take() {
             waker.wake();
         }
     }
 }
 
 impl Open {
+    /// Makes what a later connection needs here. Called while the memory is in use that this one takes to set up: the next
+    /// one will want that again, and made later, this would lie in the middle of it.
+    pub fn prepare_next(&self) {
+        let mut spare = self.connections.spare.borrow_mut();
+        if spare.len() < SPARE {
+            spare.push(Rc::default());
+        }
+    }
+
     /// Says which filter chain serves the connection.
     pub fn set_chain(&self, chain: ChainId) {
         self.slot.chain.set(Some(chain));
@@ -173,11 +199,11 @@ impl Open {
         if let Some(ending) = self.slot.ending.get() {
             return Poll::Ready(ending);
         }
-        let mut waker = self.slot.waker.borrow_mut();
-        match &mut *waker {
-            Some(waker) => waker.clone_from(cx.waker()),
-            None => *waker = Some(cx.waker().clone()),
-        }
+        let waker = match self.slot.waker.take() {
+            Some(waker) if waker.will_wake(cx.waker()) => waker,
+            _ => cx.waker().clone(),
+        };
+        self.slot.waker.set(Some(waker));
         Poll::Pending
     }
 
@@ -190,7 +216,7 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         let mut open = self.connections.open.borrow_mut();
-        open.remove(self.key);
+        open.remove(self.slot.key.get());
         if open.is_empty() {
             drop(open);
             self.connections.empty.borrow_mut().drain(..).for_each(Waker::wake);

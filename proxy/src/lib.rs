@@ -20,6 +20,7 @@ pub mod intercept;
 pub mod kernel_path;
 pub mod listener;
 pub mod log;
+pub mod pages;
 pub mod pump;
 pub mod response_flag;
 pub mod secret;

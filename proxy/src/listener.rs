@@ -1,6 +1,7 @@
 //! A listener at run time: its filter chains ready to be matched, its stats, its access logs.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -36,7 +37,7 @@ pub struct Listener {
 
 /// Identifies a [`Chain`]: its successor after an update has another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ChainId(u64);
+pub struct ChainId(NonZeroU64);
 
 static NEXT_CHAIN: AtomicU64 = AtomicU64::new(1);
 
@@ -113,16 +114,6 @@ pub enum ListenerError {
         /// Which, and why.
         source: AccessLogError,
     },
-}
-
-/// A place within a listener's connection limit; given back when dropped.
-#[derive(Debug)]
-pub struct Admitted(Arc<AtomicU64>);
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Listener {
@@ -204,14 +195,20 @@ impl Listener {
         self.config.listener_filters.contains(&config::listener::ListenerFilter::OriginalDst)
     }
 
-    /// Takes a place within the connection limit; none when it is full.
-    pub fn admit(&self) -> Option<Admitted> {
+    /// Takes a place within the connection limit, for [`Listener::release`] to give back. False when it is full.
+    #[must_use]
+    pub fn admit(&self) -> bool {
         let before = self.active.fetch_add(1, Ordering::Relaxed);
-        let admitted = Admitted(Arc::clone(&self.active));
-        match self.config.connection_limit {
-            Some(limit) if before >= limit => None,
-            _ => Some(admitted),
+        let full = self.config.connection_limit.is_some_and(|limit| before >= limit);
+        if full {
+            self.release();
         }
+        !full
+    }
+
+    /// Gives a place back that [`Listener::admit`] has taken.
+    pub fn release(&self) {
+        self.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -233,7 +230,9 @@ impl Chain {
                 Service::Http(HttpAsTcp::new(&rds.proxy.stat_prefix, Some(Arc::clone(rds)), stats))
             }
         };
-        let id = ChainId(NEXT_CHAIN.fetch_add(1, Ordering::Relaxed));
+        // It begins at 1, and 584 years of a chain per nanosecond do not bring it round.
+        let id = NEXT_CHAIN.fetch_add(1, Ordering::Relaxed);
+        let id = ChainId(NonZeroU64::new(id).unwrap_or(NonZeroU64::MIN));
         Ok(Self { id, ended: AtomicBool::new(false), config: Arc::clone(config), service })
     }
 

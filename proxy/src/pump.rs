@@ -33,7 +33,7 @@ use crate::connection::record::CloseType;
 use crate::drain;
 use crate::uring::{PendingHangUp, time};
 
-pub use counters::Counters;
+pub use counters::{Counters, Direction};
 pub use resources::{PipeBudget, Resources};
 
 /// How much one read by copy takes at most, in bytes; filling it is what makes a direction splice.
@@ -139,7 +139,7 @@ pub fn run<'a>(
     resources: &'a Resources,
     sockets: [&'a Socket; 2],
     hang_up: Option<PendingHangUp>,
-    options: &'a Options<'a>,
+    options: &Options<'a>,
     counters: &'a Counters,
 ) -> Running<'a> {
     let duplex = duplex::Duplex::new(resources, sockets, hang_up, options, counters);

@@ -74,10 +74,15 @@ impl CircuitBreaker {
         self.in_use.connections.load(Relaxed)
     }
 
+    /// Gives back a place that was taken for a connection, and [kept](Permit::keep).
+    pub fn release_connection(&self) {
+        self.in_use.connections.fetch_sub(1, Relaxed);
+    }
+
     fn acquire(&self, resource: Resource, max: u32) -> Option<Permit> {
         let raise = |count: u32| (count < max).then(|| count + 1);
         self.in_use.counter(resource).fetch_update(Relaxed, Relaxed, raise).ok()?;
-        Some(Permit { in_use: Arc::clone(&self.in_use), resource })
+        Some(Permit { in_use: Some(Arc::clone(&self.in_use)), resource })
     }
 }
 
@@ -85,13 +90,24 @@ impl CircuitBreaker {
 #[derive(Debug)]
 #[must_use = "the place is given back when this is dropped"]
 pub struct Permit {
-    in_use: Arc<InUse>,
+    /// None: the place is somebody else's to give back.
+    in_use: Option<Arc<InUse>>,
     resource: Resource,
+}
+
+impl Permit {
+    /// Keeps the place; the caller gives it back by [`CircuitBreaker::release_connection`].
+    pub fn keep(mut self) {
+        debug_assert_eq!(self.resource, Resource::Connections);
+        self.in_use = None;
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.in_use.counter(self.resource).fetch_sub(1, Relaxed);
+        if let Some(in_use) = &self.in_use {
+            in_use.counter(self.resource).fetch_sub(1, Relaxed);
+        }
     }
 }
 

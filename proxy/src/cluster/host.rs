@@ -151,9 +151,28 @@ impl Host {
 
     /// Counts an attempt to connect; it is active until the guard goes.
     pub fn connecting(self: &Arc<Self>) -> ActiveConnection {
+        self.note_connecting();
+        ActiveConnection { host: Arc::clone(self), established: false }
+    }
+
+    /// Counts an attempt to connect; it is active until [`Host::note_ended`].
+    pub(super) fn note_connecting(&self) {
         self.cx_total.fetch_add(1, Relaxed);
         self.cx_active.fetch_add(1, Relaxed);
-        ActiveConnection { host: Arc::clone(self), established: false }
+    }
+
+    /// The attempt succeeded.
+    pub(super) fn note_established(&self) {
+        self.rq_total.fetch_add(1, Relaxed);
+        self.rq_active.fetch_add(1, Relaxed);
+    }
+
+    /// The attempt, or the connection that came of it, is over.
+    pub(super) fn note_ended(&self, established: bool) {
+        self.cx_active.fetch_sub(1, Relaxed);
+        if established {
+            self.rq_active.fetch_sub(1, Relaxed);
+        }
     }
 
     /// Adds connections that were made without a proxy: attempts, those that were established, those that failed, and by
@@ -203,18 +222,14 @@ impl ActiveConnection {
     pub fn establish(&mut self) {
         if !self.established {
             self.established = true;
-            self.host.rq_total.fetch_add(1, Relaxed);
-            self.host.rq_active.fetch_add(1, Relaxed);
+            self.host.note_established();
         }
     }
 }
 
 impl Drop for ActiveConnection {
     fn drop(&mut self) {
-        self.host.cx_active.fetch_sub(1, Relaxed);
-        if self.established {
-            self.host.rq_active.fetch_sub(1, Relaxed);
-        }
+        self.host.note_ended(self.established);
     }
 }
 

@@ -1,9 +1,9 @@
 //! What one connection has moved, and which stats count it. Stats are brought up to date when somebody looks, and at
 //! the end: a byte costs no atomic operation.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 
-use crate::pump::{Counters, Side};
+use crate::pump::{Counters, Direction, Side};
 use crate::stats::{ClusterStats, HttpStats, PumpStats, TcpProxyStats};
 
 /// The counters of an established connection, and where they are added up.
@@ -13,8 +13,6 @@ pub struct Meter {
     pub counters: Counters,
     into: Into,
     seen: Seen,
-    /// Counted in `upstream_flush_active`.
-    flushing: Cell<bool>,
 }
 
 /// The stats that count the connection's bytes.
@@ -35,15 +33,20 @@ pub struct Into {
 struct Seen {
     downstream: SeenDirection,
     upstream: SeenDirection,
-    copied: Cell<u64>,
     spliced: Cell<u64>,
+    /// Of both directions, once one has [events](Direction::events).
+    events: OnceCell<Box<[SeenEvents; 2]>>,
 }
 
 #[derive(Debug, Default)]
 struct SeenDirection {
     received: Cell<u64>,
     sent: Cell<u64>,
-    buffered: Cell<u64>,
+}
+
+#[derive(Debug, Default)]
+struct SeenEvents {
+    discarded: Cell<u64>,
     paused: Cell<u32>,
     resumed: Cell<u32>,
     to_splice: Cell<u32>,
@@ -53,13 +56,14 @@ struct SeenDirection {
 impl Meter {
     /// Starts at nothing.
     pub fn new(into: Into) -> Self {
-        Self { counters: Counters::default(), into, seen: Seen::default(), flushing: Cell::new(false) }
+        Self { counters: Counters::default(), into, seen: Seen::default() }
     }
 
     /// Counts the flush to the upstream once it has begun. Called after every step of the pump, so that the gauge is
     /// right at any time.
     pub fn note_flush(&self) {
-        if self.counters.flushed.get() == Some(Side::Upstream) && !self.flushing.replace(true) {
+        let Counters { flushed, flush_counted, .. } = &self.counters;
+        if flushed.get() == Some(Side::Upstream) && !flush_counted.replace(true) {
             self.into.tcp.upstream_flush_total().inc();
             self.into.tcp.upstream_flush_active().add(1);
         }
@@ -69,40 +73,23 @@ impl Meter {
     pub fn flush(&self) {
         let Self { counters, into, seen, .. } = self;
         let (down, up) = (&counters.downstream, &counters.upstream);
-        let received = news(&down.received, &seen.downstream.received);
-        let returned = news(&up.sent, &seen.upstream.sent);
-        into.tcp.downstream_cx_rx_bytes_total().add(received);
-        into.tcp.downstream_cx_tx_bytes_total().add(returned);
+        let [from_downstream, to_upstream] = seen.downstream.catch_up(down);
+        let [from_upstream, to_downstream] = seen.upstream.catch_up(up);
+        into.tcp.downstream_cx_rx_bytes_total().add(from_downstream);
+        into.tcp.downstream_cx_tx_bytes_total().add(to_downstream);
         if let Some(http) = &into.http {
-            http.downstream_cx_rx_bytes_total().add(received);
-            http.downstream_cx_tx_bytes_total().add(returned);
+            http.downstream_cx_rx_bytes_total().add(from_downstream);
+            http.downstream_cx_tx_bytes_total().add(to_downstream);
         }
-        into.cluster.upstream_cx_tx_bytes_total().add(news(&down.sent, &seen.downstream.sent));
-        into.cluster.upstream_cx_rx_bytes_total().add(news(&up.received, &seen.upstream.received));
-        self.flush_flow_control();
-        into.pump.bytes_copied().add(news(&counters.copied, &seen.copied));
-        into.pump.bytes_spliced().add(news(&counters.spliced, &seen.spliced));
-        for (direction, seen) in [(down, &seen.downstream), (up, &seen.upstream)] {
-            into.pump.switches_to_splice().add(more(&direction.to_splice, &seen.to_splice));
-            into.pump.switches_to_copy().add(more(&direction.to_copy, &seen.to_copy));
-        }
-    }
-
-    /// Reading from a side pauses while the other takes no more.
-    fn flush_flow_control(&self) {
-        let Self { counters, into, seen, .. } = self;
-        let (down, up) = (&counters.downstream, &counters.upstream);
-        let paused = more(&down.paused, &seen.downstream.paused);
-        let resumed = more(&down.resumed, &seen.downstream.resumed);
-        into.tcp.downstream_flow_control_paused_reading_total().add(paused);
-        into.tcp.downstream_flow_control_resumed_reading_total().add(resumed);
-        into.cluster.upstream_flow_control_backed_up_total().add(paused);
-        into.cluster.upstream_flow_control_drained_total().add(resumed);
-        let cluster = &into.cluster;
-        cluster.upstream_flow_control_paused_reading_total().add(more(&up.paused, &seen.upstream.paused));
-        cluster.upstream_flow_control_resumed_reading_total().add(more(&up.resumed, &seen.upstream.resumed));
-        let to_upstream = change(down.buffered(), &seen.downstream.buffered);
-        let to_downstream = change(up.buffered(), &seen.upstream.buffered);
+        into.cluster.upstream_cx_tx_bytes_total().add(to_upstream);
+        into.cluster.upstream_cx_rx_bytes_total().add(from_upstream);
+        // What is delivered was copied or spliced.
+        let spliced = news(&counters.spliced, &seen.spliced);
+        into.pump.bytes_copied().add(to_upstream + to_downstream - spliced);
+        into.pump.bytes_spliced().add(spliced);
+        let [down_discarded, up_discarded] = self.flush_events();
+        let to_upstream = change(from_downstream, to_upstream + down_discarded);
+        let to_downstream = change(from_upstream, to_downstream + up_discarded);
         for (gauge, change) in [
             (into.tcp.downstream_cx_rx_bytes_buffered(), to_upstream),
             (into.cluster.upstream_cx_tx_bytes_buffered(), to_upstream),
@@ -112,16 +99,53 @@ impl Meter {
             if change < 0 { gauge.sub(change.unsigned_abs()) } else { gauge.add(change.unsigned_abs()) }
         }
     }
+
+    /// Adds what happens to few connections. Returns how many bytes were discarded, by direction.
+    fn flush_events(&self) -> [u64; 2] {
+        let Self { counters, into, seen, .. } = self;
+        let (down, up) = (counters.downstream.events(), counters.upstream.events());
+        if down.is_none() && up.is_none() {
+            return [0; 2];
+        }
+        let [seen_down, seen_up] = &**seen.events.get_or_init(Box::default);
+        // Reading from a side pauses while the other takes no more.
+        if let Some(down) = down {
+            let paused = more(&down.paused, &seen_down.paused);
+            let resumed = more(&down.resumed, &seen_down.resumed);
+            into.tcp.downstream_flow_control_paused_reading_total().add(paused);
+            into.tcp.downstream_flow_control_resumed_reading_total().add(resumed);
+            into.cluster.upstream_flow_control_backed_up_total().add(paused);
+            into.cluster.upstream_flow_control_drained_total().add(resumed);
+        }
+        if let Some(up) = up {
+            let cluster = &into.cluster;
+            cluster.upstream_flow_control_paused_reading_total().add(more(&up.paused, &seen_up.paused));
+            cluster.upstream_flow_control_resumed_reading_total().add(more(&up.resumed, &seen_up.resumed));
+        }
+        [(down, seen_down), (up, seen_up)].map(|(events, seen)| {
+            let Some(events) = events else { return 0 };
+            into.pump.switches_to_splice().add(more(&events.to_splice, &seen.to_splice));
+            into.pump.switches_to_copy().add(more(&events.to_copy, &seen.to_copy));
+            news(&events.discarded, &seen.discarded)
+        })
+    }
+}
+
+impl SeenDirection {
+    /// What has been received and sent since the last time.
+    fn catch_up(&self, direction: &Direction) -> [u64; 2] {
+        [news(&direction.received, &self.received), news(&direction.sent, &self.sent)]
+    }
 }
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        if self.flushing.get() {
+        if self.counters.flush_counted.get() {
             self.into.tcp.upstream_flush_active().sub(1);
         }
         // What is still held goes with the connection.
         for direction in [&self.counters.downstream, &self.counters.upstream] {
-            direction.discarded.set(direction.discarded.get() + direction.buffered());
+            direction.discard(direction.buffered());
         }
         self.flush();
     }
@@ -137,8 +161,9 @@ fn more(counter: &Cell<u32>, seen: &Cell<u32>) -> u64 {
     counter.get().wrapping_sub(seen.replace(counter.get())).into()
 }
 
-fn change(now: u64, seen: &Cell<u64>) -> i64 {
-    now as i64 - seen.replace(now) as i64
+/// By how much something has grown that bytes come into and go out of.
+fn change(came: u64, went: u64) -> i64 {
+    came as i64 - went as i64
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! What is known of a connection. The connection's task owns it; `finish` consumes it once, for stats,
 //! flags and access logs.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::addr::OriginalDst;
@@ -135,7 +135,7 @@ impl Record {
         Self {
             id,
             start_time: SystemTime::now(),
-            start: Instant::now(),
+            start: (*ORIGIN).max(Instant::now()),
             duration: None,
             downstream_remote: peer,
             downstream_direct_remote: peer,
@@ -180,6 +180,151 @@ impl Record {
     /// How long the connection lasted; until `now` when it has not ended.
     pub fn lasted(&self, now: Instant) -> Duration {
         self.duration.unwrap_or_else(|| now.saturating_duration_since(self.start))
+    }
+}
+
+/// A [`Record`] without what can be had from elsewhere while its connection is established: most of what connections hold
+/// are idle ones.
+#[derive(Debug)]
+pub struct Kept {
+    id: u64,
+    /// In nanoseconds after the Unix epoch, which is enough until 2554.
+    start_time: u64,
+    /// In nanoseconds after [`ORIGIN`].
+    start: u64,
+    addresses: Addresses,
+    connect_begin: After,
+    connect_end: After,
+    attempts: u32,
+    flags: ResponseFlags,
+    details: Option<Box<Details>>,
+    /// 0 is none.
+    upstream_connection_id: u64,
+    upstream_local_address: Option<Box<SocketAddr>>,
+}
+
+/// What [`Kept::start`] is counted from.
+static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// The downstream's addresses in the order of their fields in [`Record`].
+#[derive(Debug)]
+enum Addresses {
+    /// The direct ones are the same.
+    V4 {
+        remote: SocketAddrV4,
+        local: SocketAddrV4,
+    },
+    /// Redirected, or with a PROXY header.
+    AllV4(Box<[SocketAddrV4; 4]>),
+    All(Box<[SocketAddr; 4]>),
+}
+
+impl Addresses {
+    fn of(all: [SocketAddr; 4]) -> Self {
+        let v4 = all.map(|address| match address {
+            SocketAddr::V4(address) => Some(address),
+            SocketAddr::V6(_) => None,
+        });
+        let [Some(remote), Some(direct_remote), Some(local), Some(direct_local)] = v4 else {
+            return Self::All(Box::new(all));
+        };
+        if (remote, local) == (direct_remote, direct_local) {
+            return Self::V4 { remote, local };
+        }
+        Self::AllV4(Box::new([remote, direct_remote, local, direct_local]))
+    }
+
+    fn all(&self) -> [SocketAddr; 4] {
+        match self {
+            Self::V4 { remote, local } => [*remote, *remote, *local, *local].map(SocketAddr::V4),
+            Self::AllV4(all) => all.map(SocketAddr::V4),
+            Self::All(all) => **all,
+        }
+    }
+}
+
+/// A time after the start, or none, in nanoseconds: half of what an `Option<Duration>` takes.
+#[derive(Clone, Copy, Debug)]
+struct After(u64);
+
+impl After {
+    const NONE: u64 = u64::MAX;
+
+    fn of(duration: Option<Duration>) -> Self {
+        // What does not fit is in 584 years.
+        Self(duration.map_or(Self::NONE, |duration| duration.as_nanos() as u64))
+    }
+
+    fn duration(self) -> Option<Duration> {
+        (self.0 != Self::NONE).then(|| Duration::from_nanos(self.0))
+    }
+}
+
+impl Kept {
+    /// Of a connection that is established. The names, and the upstream's address and name, are the caller's to keep.
+    pub fn new(record: Record) -> Self {
+        let since_epoch = record.start_time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let upstream = record.upstream.as_ref();
+        Self {
+            id: record.id,
+            start_time: since_epoch.as_nanos() as u64,
+            start: record.start.saturating_duration_since(*ORIGIN).as_nanos() as u64,
+            addresses: Addresses::of([
+                record.downstream_remote,
+                record.downstream_direct_remote,
+                record.downstream_local,
+                record.downstream_direct_local,
+            ]),
+            connect_begin: After::of(record.connect_begin),
+            connect_end: After::of(record.connect_end),
+            attempts: record.attempts,
+            flags: record.flags,
+            upstream_connection_id: upstream.and_then(|upstream| upstream.connection_id).unwrap_or(0),
+            upstream_local_address: upstream.and_then(|upstream| upstream.local_address).map(Box::new),
+            details: record.details,
+        }
+    }
+
+    /// The record again, with its names. `upstream` is where the connection leads, and what that is called.
+    pub fn record(
+        &self,
+        listener: Arc<str>,
+        filter_chain: Arc<str>,
+        cluster: &Arc<str>,
+        upstream: Option<(SocketAddr, &Arc<str>)>,
+    ) -> Record {
+        let [downstream_remote, downstream_direct_remote, downstream_local, downstream_direct_local] =
+            self.addresses.all();
+        Record {
+            id: self.id,
+            start_time: SystemTime::UNIX_EPOCH + Duration::from_nanos(self.start_time),
+            start: *ORIGIN + Duration::from_nanos(self.start),
+            duration: None,
+            downstream_remote,
+            downstream_direct_remote,
+            downstream_local,
+            downstream_direct_local,
+            listener,
+            filter_chain,
+            cluster: Some(Arc::clone(cluster)),
+            upstream: upstream.map(|(address, hostname)| Upstream {
+                address,
+                hostname: Arc::clone(hostname),
+                local_address: self.upstream_local_address.as_deref().copied(),
+                connection_id: Some(self.upstream_connection_id).filter(|id| *id != 0),
+            }),
+            attempts: self.attempts,
+            connect_begin: self.connect_begin.duration(),
+            connect_end: self.connect_end.duration(),
+            flags: self.flags,
+            downstream_close_type: CloseType::default(),
+            upstream_close_type: Some(CloseType::Normal),
+            details: self.details.clone(),
+            bytes_received: 0,
+            bytes_sent: 0,
+            upstream_bytes_sent: 0,
+            upstream_bytes_received: 0,
+        }
     }
 }
 
@@ -260,5 +405,46 @@ impl LogType {
     /// Whether it is a type that only HTTP, UDP tunnels or QUIC have.
     pub fn is_http(name: &str) -> bool {
         name.starts_with("Downstream") || name.starts_with("Upstream") || name.starts_with("Udp")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_is_the_whole_record() {
+        for addresses in [
+            ["192.0.2.1:1", "192.0.2.1:1", "192.0.2.2:2", "192.0.2.2:2"],
+            ["192.0.2.1:1", "192.0.2.1:1", "192.0.2.3:3", "192.0.2.2:2"],
+            ["192.0.2.4:4", "192.0.2.1:1", "192.0.2.2:2", "192.0.2.2:2"],
+            ["[2001:db8::1%7]:1", "[2001:db8::1%7]:1", "[2001:db8::2]:2", "[2001:db8::2]:2"],
+            ["[2001:db8::1]:1", "192.0.2.1:1", "192.0.2.2:2", "192.0.2.2:2"],
+        ] {
+            let [remote, direct_remote, local, direct_local] =
+                addresses.map(|address| address.parse().unwrap());
+            let record = Record {
+                downstream_remote: remote,
+                downstream_direct_remote: direct_remote,
+                downstream_local: local,
+                downstream_direct_local: direct_local,
+                upstream_close_type: Some(CloseType::Normal),
+                bytes_received: 0,
+                bytes_sent: 0,
+                upstream_bytes_sent: 0,
+                upstream_bytes_received: 0,
+                duration: None,
+                start: Instant::now() + Duration::from_secs(1),
+                ..crate::access_log::tests::record()
+            };
+            let upstream = record.upstream.clone().unwrap();
+            let again = Kept::new(record.clone()).record(
+                Arc::clone(&record.listener),
+                Arc::clone(&record.filter_chain),
+                record.cluster.as_ref().unwrap(),
+                Some((upstream.address, &upstream.hostname)),
+            );
+            assert_eq!(format!("{again:?}"), format!("{record:?}"));
+        }
     }
 }

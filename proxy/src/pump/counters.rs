@@ -1,6 +1,6 @@
 //! What a connection has moved so far.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 
 use super::Side;
 
@@ -18,6 +18,8 @@ pub struct Counters {
     pub spliced: Cell<u64>,
     /// The side that is or was flushed to after the other was gone (Envoy counts these as `upstream_flush_*`).
     pub flushed: Cell<Option<Side>>,
+    /// That was counted, by whoever counts it.
+    pub flush_counted: Cell<bool>,
 }
 
 /// The counters of one direction, named after the side it comes from.
@@ -27,6 +29,12 @@ pub struct Direction {
     pub received: Cell<u64>,
     /// Bytes given to the other side's socket.
     pub sent: Cell<u64>,
+    events: OnceCell<Box<Events>>,
+}
+
+/// What happens to few connections: idle ones have no room for it.
+#[derive(Debug, Default)]
+pub struct Events {
     /// Received bytes that had nobody to go to any more.
     pub discarded: Cell<u64>,
     /// How often reading from this side was paused because the other took no more.
@@ -52,7 +60,30 @@ impl Counters {
 impl Direction {
     /// Bytes received and neither sent nor discarded yet.
     pub fn buffered(&self) -> u64 {
-        self.received.get() - self.sent.get() - self.discarded.get()
+        self.received.get() - self.sent.get() - self.discarded()
+    }
+
+    /// Received bytes that had nobody to go to any more.
+    pub fn discarded(&self) -> u64 {
+        self.events().map_or(0, |events| events.discarded.get())
+    }
+
+    /// Counts such bytes.
+    pub fn discard(&self, n: u64) {
+        if n > 0 {
+            let discarded = &self.note().discarded;
+            discarded.set(discarded.get() + n);
+        }
+    }
+
+    /// What has happened; none when nothing has.
+    pub fn events(&self) -> Option<&Events> {
+        self.events.get().map(|events| &**events)
+    }
+
+    /// The same, to count something in it.
+    pub(super) fn note(&self) -> &Events {
+        self.events.get_or_init(Box::default)
     }
 }
 

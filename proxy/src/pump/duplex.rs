@@ -1,6 +1,7 @@
 //! Both directions of one connection, and the ways in which it ends.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use super::half::{Phase, Step};
 use super::lane::{Fault, Lane, Turn};
 use super::{Cause, Counters, Options, Outcome, Resources, Side};
 use crate::connection::record::CloseType;
+use crate::drain::Open;
 use crate::sys::{clock, socket};
 use crate::uring::time::Sleep;
 use crate::uring::{self, PendingHangUp, Source};
@@ -22,6 +24,30 @@ const TURN: usize = 1 << 20;
 /// wait doubles from the first to the last.
 const LINGER: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
 
+/// A moment on the coarse clock, in nanoseconds since boot: half of what a `Duration` takes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Moment(NonZeroU64);
+
+impl Moment {
+    fn now() -> Self {
+        Self::of(clock::coarse())
+    }
+
+    fn of(since_boot: Duration) -> Self {
+        // What does not fit is in 584 years; the clock is never at 0.
+        let nanos = u64::try_from(since_boot.as_nanos()).unwrap_or(u64::MAX);
+        Self(NonZeroU64::new(nanos).unwrap_or(NonZeroU64::MIN))
+    }
+
+    fn after(self, duration: Duration) -> Self {
+        Self::of(Duration::from_nanos(self.0.get()).saturating_add(duration))
+    }
+
+    fn until(self, later: Self) -> Duration {
+        Duration::from_nanos(later.0.get().saturating_sub(self.0.get()))
+    }
+}
+
 /// The side that is gone while what it had sent is flushed to the other.
 #[derive(Clone, Copy)]
 struct Flush {
@@ -30,14 +56,18 @@ struct Flush {
     /// The gone side's FIN was not seen, so the other must not see one either, but a reset.
     reset: bool,
     /// When to look next whether everything was acknowledged; none until everything was sent.
-    look_at: Option<Duration>,
+    look_at: Option<Moment>,
     wait: Duration,
     unacknowledged: usize,
 }
 
 pub(super) struct Duplex<'a> {
     resources: &'a Resources,
-    options: &'a Options<'a>,
+    /// In nanoseconds.
+    idle_timeout: Option<NonZeroU64>,
+    /// Few connections have one.
+    deadline: Option<Box<Instant>>,
+    killed: Option<&'a Open>,
     counters: &'a Counters,
     /// By side.
     sources: [Source<&'a Socket>; 2],
@@ -47,10 +77,9 @@ pub(super) struct Duplex<'a> {
     hung_up: [bool; 2],
     flush: Option<Box<Flush>>,
     first_fin: Option<Side>,
-    /// On the coarse clock.
-    last_activity: Duration,
-    /// When the timer fires, on the coarse clock; none while it does not run.
-    timer_at: Option<Duration>,
+    last_activity: Moment,
+    /// When the timer fires; none while it does not run.
+    timer_at: Option<Moment>,
 }
 
 impl<'a> Duplex<'a> {
@@ -58,34 +87,32 @@ impl<'a> Duplex<'a> {
         resources: &'a Resources,
         [downstream, upstream]: [&'a Socket; 2],
         hang_up: Option<PendingHangUp>,
-        options: &'a Options<'a>,
+        options: &Options<'a>,
         counters: &'a Counters,
     ) -> Self {
         let mut sources = [Source::new(downstream), Source::new(upstream)];
         sources[Side::Downstream as usize].adopt(hang_up);
         // A client has often sent something by now. An endpoint has just been connected to: wait first.
         let receives = uring::can_receive();
-        let lane =
-            |side, limit, readable| Lane::new(options.mode, readable, receives, limit, counters.from(side));
+        let lane = |limit, readable| Lane::new(options.mode, readable, receives, limit);
         Self {
             resources,
-            options,
+            idle_timeout: options.idle_timeout.map(|timeout| Moment::of(timeout).0),
+            deadline: options.deadline.map(Box::new),
+            killed: options.killed,
             counters,
             sources,
-            lanes: [
-                lane(Side::Downstream, options.upstream_buffer_limit, true),
-                lane(Side::Upstream, options.downstream_buffer_limit, false),
-            ],
+            lanes: [lane(options.upstream_buffer_limit, true), lane(options.downstream_buffer_limit, false)],
             hung_up: [false; 2],
             flush: None,
             first_fin: None,
-            last_activity: clock::coarse(),
+            last_activity: Moment::now(),
             timer_at: None,
         }
     }
 
     pub(super) fn poll(&mut self, timer: &mut Sleep, cx: &mut Context<'_>) -> Poll<Outcome> {
-        if let Some(open) = self.options.killed
+        if let Some(open) = self.killed
             && let Poll::Ready(ending) = open.poll_killed(cx)
         {
             return Poll::Ready(self.cut(Cause::Killed, ending.resets()));
@@ -136,6 +163,12 @@ impl<'a> Duplex<'a> {
         &mut self.lanes[from as usize]
     }
 
+    /// What was held of a direction has nobody to go to.
+    fn lose(&mut self, from: Side) {
+        let direction = self.counters.from(from);
+        self.lane(from).lose(direction);
+    }
+
     fn phase(&self, from: Side) -> Phase {
         self.lanes[from as usize].half.phase()
     }
@@ -150,6 +183,7 @@ impl<'a> Duplex<'a> {
         let mut turn = Turn {
             resources: self.resources,
             counters: self.counters,
+            direction: self.counters.from(from),
             source,
             destination,
             budget,
@@ -159,7 +193,7 @@ impl<'a> Duplex<'a> {
         let was_open = lane.half.phase() == Phase::Open;
         let result = lane.run(&mut turn, cx);
         if turn.active {
-            self.last_activity = clock::coarse();
+            self.last_activity = Moment::now();
         }
         if was_open && lane.half.phase() != Phase::Open {
             turn.source.peer_has_sent_fin();
@@ -197,7 +231,7 @@ impl<'a> Duplex<'a> {
             }
         };
         // It may have answered before it reset. What of that is here, and goes out without waiting, does.
-        self.lane(side.other()).lose();
+        self.lose(side.other());
         self.source(side).settle_receiving();
         if self.lane(side).is_sending() {
             uring::flush_sends();
@@ -244,7 +278,7 @@ impl<'a> Duplex<'a> {
     }
 
     fn flush(&mut self, gone: Side, cause: Cause, reset: bool) {
-        self.lane(gone.other()).lose();
+        self.lose(gone.other());
         if reset {
             self.lane(gone).half.forward_no_fin();
         }
@@ -263,6 +297,8 @@ impl<'a> Duplex<'a> {
             && self.flush.as_ref().is_none_or(|flush| flush.gone != side)
             && !matches!(from.half.next(), Step::Read | Step::Discard)
             && to.half.next() != Step::Write
+            // A send ends with the turn, and what is received in the meantime tells.
+            && !(from.is_sending() && self.sources[side as usize].is_receiving())
     }
 
     /// The downstream has sent its FIN and got the upstream's: what is held of it is flushed, though nobody is gone.
@@ -300,7 +336,7 @@ impl<'a> Duplex<'a> {
             return None;
         }
         // Closing while bytes are on their way would lose them if the other side sends anything more.
-        let now = clock::coarse();
+        let now = Moment::now();
         if flush.look_at.is_some_and(|at| now < at) {
             return None;
         }
@@ -312,31 +348,34 @@ impl<'a> Duplex<'a> {
             self.last_activity = now;
         }
         let wait = (flush.wait * 2).min(LINGER[1]);
-        self.flush = Some(Box::new(Flush { look_at: Some(now + flush.wait), wait, unacknowledged, ..flush }));
+        self.flush =
+            Some(Box::new(Flush { look_at: Some(now.after(flush.wait)), wait, unacknowledged, ..flush }));
         None
     }
 
     /// Arms the timer for what comes next, and ends the connection when it is time.
     fn poll_timer(&mut self, timer: &mut Sleep, cx: &mut Context<'_>) -> Poll<Outcome> {
         loop {
-            let now = clock::coarse();
-            let idle_at = self.options.idle_timeout.map(|timeout| self.last_activity + timeout);
+            let now = Moment::now();
+            let idle_at = self
+                .idle_timeout
+                .map(|timeout| self.last_activity.after(Duration::from_nanos(timeout.get())));
             if idle_at.is_some_and(|at| now >= at) {
                 return Poll::Ready(self.cut(Cause::IdleTimeout, false));
             }
             // The deadline is on the exact clock. It is read only when the timer is armed, not on every wake-up.
             let look_at = self.flush.as_ref().and_then(|flush| flush.look_at);
             if self.timer_at.is_none() || look_at < self.timer_at && look_at.is_some() {
-                let left = self.options.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+                let left = self.deadline.as_ref().map(|at| at.saturating_duration_since(Instant::now()));
                 if left == Some(Duration::ZERO) {
                     return Poll::Ready(self.cut(Cause::MaxDuration, false));
                 }
-                let ends_at = left.map(|left| now + left);
+                let ends_at = left.map(|left| now.after(left));
                 let Some(next) = [idle_at, ends_at, look_at].into_iter().flatten().min() else {
                     return Poll::Pending;
                 };
                 // The coarse clock lags by up to a tick: never spin on the difference.
-                let wait = next.saturating_sub(now).max(Duration::from_millis(1));
+                let wait = now.until(next).max(Duration::from_millis(1));
                 timer.reset(Instant::now() + wait);
                 self.timer_at = Some(next);
             }
@@ -409,7 +448,7 @@ impl<'a> Duplex<'a> {
     }
 
     fn close(&mut self, side: Side, reset: bool, gone: bool) -> CloseType {
-        self.lane(side.other()).lose();
+        self.lose(side.other());
         let source = self.source(side);
         let settled = if reset && !gone {
             uring::reset(source.fd())

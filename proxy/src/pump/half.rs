@@ -56,8 +56,8 @@ pub(super) struct Half {
     phase: Phase,
     /// The destination is to be reset at the end, so the FIN must not be forwarded.
     no_fin: bool,
-    /// Bytes taken and not given yet.
-    held: usize,
+    /// Bytes taken and not given yet: a pipe's or a few buffers' worth, far from 4 GiB.
+    held: u32,
     method: Method,
     mode: Mode,
     /// Whether [`Method::Receive`] is to be had.
@@ -95,7 +95,7 @@ impl Half {
     }
 
     pub(super) fn held(&self) -> usize {
-        self.held
+        self.held as usize
     }
 
     pub(super) fn method(&self) -> Method {
@@ -115,7 +115,7 @@ impl Half {
 
     /// The ring has received `n` bytes.
     pub(super) fn received(&mut self, n: usize) {
-        self.held += n;
+        self.held += n as u32;
     }
 
     /// The ring receives no more; what comes next is read by copy.
@@ -127,7 +127,7 @@ impl Half {
 
     /// `n` of at most `chunk` bytes were read by copy. Less than was asked for means that no more is there.
     pub(super) fn copied_in(&mut self, n: usize, chunk: usize) {
-        self.held += n;
+        self.held += n as u32;
         self.readable = n == chunk;
         if self.mode != Mode::Adaptive {
             return;
@@ -154,7 +154,7 @@ impl Half {
 
     /// `n` bytes were spliced into the pipe. It may have run out of slots, so there may be more.
     pub(super) fn spliced_in(&mut self, n: usize) {
-        self.held += n;
+        self.held += n as u32;
         if n >= SMALL || self.mode != Mode::Adaptive {
             self.small_in_a_row = 0;
             return;
@@ -167,12 +167,12 @@ impl Half {
     /// Whether the source is to be asked for more although something is held: it may have some, and half of `window` is
     /// free.
     pub(super) fn wants_more(&self, window: usize) -> bool {
-        self.phase == Phase::Open && self.readable && self.held <= window / 2
+        self.phase == Phase::Open && self.readable && self.held() <= window / 2
     }
 
     /// `n` bytes were added to those in the pipe.
     pub(super) fn topped_up(&mut self, n: usize) {
-        self.held += n;
+        self.held += n as u32;
     }
 
     /// Splicing turned out to be impossible on one of the sockets.
@@ -183,7 +183,7 @@ impl Half {
 
     /// `n` of the held bytes were given to the destination.
     pub(super) fn sent(&mut self, n: usize) {
-        self.held -= n;
+        self.held -= n as u32;
     }
 
     /// The source has sent its FIN.
@@ -213,7 +213,7 @@ impl Half {
         if self.method == Method::Splice {
             self.method = Method::Copy;
         }
-        std::mem::take(&mut self.held)
+        std::mem::take(&mut self.held) as usize
     }
 
     /// How much a read by copy may take, in bytes, when `limit` may be held.

@@ -27,13 +27,12 @@ pub(super) struct Lane<'a> {
     leftover: Leftover,
     /// What is held by splice.
     pipe: Option<PooledPipe<'a>>,
-    counters: &'a Direction,
     /// The FIN had nobody to go to.
     pub(super) fin_failed: bool,
     /// Reading is paused because the destination takes nothing.
     paused: bool,
     /// Bytes held at most.
-    limit: usize,
+    limit: u32,
 }
 
 /// A socket operation of a direction failed.
@@ -48,30 +47,33 @@ pub(super) enum Fault {
 pub(super) struct Turn<'t, 'a> {
     pub(super) resources: &'a Resources,
     pub(super) counters: &'a Counters,
+    /// Those of the direction.
+    pub(super) direction: &'a Direction,
     pub(super) source: &'t mut Source<&'a Socket>,
     pub(super) destination: &'t mut Source<&'a Socket>,
     pub(super) budget: usize,
     pub(super) active: bool,
 }
 
+impl Turn<'_, '_> {
+    fn took(&mut self, n: usize) {
+        add(&self.direction.received, n);
+        self.budget = self.budget.saturating_sub(n);
+        self.active = true;
+    }
+}
+
 impl<'a> Lane<'a> {
     /// `limit` is how many bytes it may hold; 0 is 1 MiB. `receives`: whether the ring can receive from the source.
-    pub(super) fn new(
-        mode: Mode,
-        readable: bool,
-        receives: bool,
-        limit: u32,
-        counters: &'a Direction,
-    ) -> Self {
+    pub(super) fn new(mode: Mode, readable: bool, receives: bool, limit: u32) -> Self {
         Self {
             half: Half::new(mode, readable, receives),
             sending: None,
             leftover: Leftover::default(),
             pipe: None,
-            counters,
             fin_failed: false,
             paused: false,
-            limit: if limit == 0 { 1 << 20 } else { limit as usize },
+            limit: if limit == 0 { 1 << 20 } else { limit },
         }
     }
 
@@ -88,7 +90,7 @@ impl<'a> Lane<'a> {
                 }
                 Step::Write if self.sending.is_some() => ready!(self.sent(turn, cx))?,
                 Step::Write if !self.half.writable => {
-                    self.pause();
+                    self.pause(turn);
                     if self.half.method() == Method::Receive {
                         self.hoard(turn, cx)?;
                     }
@@ -128,10 +130,11 @@ impl<'a> Lane<'a> {
                 bytes.with(|bytes| self.pass_on(bytes, turn))?;
             }
             Received::Bytes(bytes) => {
-                self.took(bytes.len(), turn);
+                turn.took(bytes.len());
                 self.half.received(bytes.len());
                 let destination: &'a Socket = turn.destination.file();
                 self.sending = Some(bytes.send(destination.as_fd()));
+                turn.source.receive_on(cx);
             }
             Received::End => self.half.source_ended(),
             Received::Stopped => self.half.receiving_stopped(),
@@ -155,7 +158,7 @@ impl<'a> Lane<'a> {
             turn.source.stop_receiving();
         }
         self.sending = None;
-        self.gave(n, &turn.counters.copied);
+        self.gave(n, turn.direction, &turn.counters.copied);
         self.half.writable = self.half.held() == 0;
         Poll::Ready(Ok(()))
     }
@@ -204,11 +207,11 @@ impl<'a> Lane<'a> {
     }
 
     fn pass_on(&mut self, bytes: &[u8], turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        self.took(bytes.len(), turn);
+        turn.took(bytes.len());
         self.half.received(bytes.len());
         let (sent, leftover) = copy::give(bytes, turn.destination.fd());
         self.leftover = leftover;
-        self.gave(sent.map_err(Fault::Destination)?, &turn.counters.copied);
+        self.gave(sent.map_err(Fault::Destination)?, turn.direction, &turn.counters.copied);
         self.half.writable = self.half.held() == 0;
         Ok(())
     }
@@ -220,7 +223,7 @@ impl<'a> Lane<'a> {
             match received.map_err(Fault::Source)? {
                 Received::Bytes(bytes) => {
                     bytes.with(|bytes| self.leftover.push(bytes));
-                    self.took(bytes.len(), turn);
+                    turn.took(bytes.len());
                     self.half.received(bytes.len());
                 }
                 Received::End => {
@@ -242,8 +245,8 @@ impl<'a> Lane<'a> {
         loop {
             match ready!(turn.source.poll_receive(cx)).map_err(Fault::Source)? {
                 Received::Bytes(bytes) => {
-                    add(&self.counters.received, bytes.len());
-                    add(&self.counters.discarded, bytes.len());
+                    add(&turn.direction.received, bytes.len());
+                    turn.direction.discard(bytes.len() as u64);
                 }
                 Received::End => {
                     self.half.source_ended();
@@ -265,19 +268,19 @@ impl<'a> Lane<'a> {
             None => self.copy(turn),
         };
         match (was_splicing, self.half.method() == Method::Splice) {
-            (false, true) => count(&self.counters.to_splice),
-            (true, false) => count(&self.counters.to_copy),
+            (false, true) => count(&turn.direction.note().to_splice),
+            (true, false) => count(&turn.direction.note().to_copy),
             _ => {}
         }
         result
     }
 
     fn fill(&mut self, mut pipe: PooledPipe<'a>, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        let window = Half::window(self.limit, pipe.pipe().capacity());
+        let window = Half::window(self.limit as usize, pipe.pipe().capacity());
         match splice::fill(&mut pipe, turn.source.fd(), window) {
             Ok(0) => self.half.source_ended(),
             Ok(n) => {
-                self.took(n, turn);
+                turn.took(n);
                 self.half.spliced_in(n);
                 self.pipe = Some(pipe);
             }
@@ -290,7 +293,7 @@ impl<'a> Lane<'a> {
     }
 
     fn copy(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
-        let chunk = Half::chunk(self.limit);
+        let chunk = Half::chunk(self.limit as usize);
         let mut scratch = turn.resources.scratch.borrow_mut();
         let copied = match copy::step(&mut scratch[..chunk], turn.source.fd(), turn.destination.fd()) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -303,11 +306,11 @@ impl<'a> Lane<'a> {
             self.half.source_ended();
             return Ok(());
         }
-        self.took(copied.received, turn);
+        turn.took(copied.received);
         self.half.copied_in(copied.received, chunk);
         self.leftover = copied.leftover;
         let sent = copied.sent.map_err(Fault::Destination)?;
-        self.gave(sent, &turn.counters.copied);
+        self.gave(sent, turn.direction, &turn.counters.copied);
         self.half.writable = self.half.held() == 0;
         Ok(())
     }
@@ -322,7 +325,7 @@ impl<'a> Lane<'a> {
         match result {
             Ok(n) => {
                 turn.active = true;
-                self.gave(n, by);
+                self.gave(n, turn.direction, by);
                 // A splice that has moved something swallows the error that stopped it: the kernel forgets it,
                 // and the reset would look like a FIN to the next read.
                 if n < held && self.pipe.is_some() && socket::is_hung_up(destination) {
@@ -337,7 +340,7 @@ impl<'a> Lane<'a> {
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.writable = false,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if self.pipe.is_some() && sys_splice::is_unsupported(&e) => self.unsplice()?,
+            Err(e) if self.pipe.is_some() && sys_splice::is_unsupported(&e) => self.unsplice(turn)?,
             Err(e) => return Err(Fault::Destination(e)),
         }
         Ok(())
@@ -346,14 +349,14 @@ impl<'a> Lane<'a> {
     /// Refills a pipe that was not emptied, while its destination has to be waited for: one splice then gives it more.
     fn top_up(&mut self, turn: &mut Turn<'_, 'a>) -> Result<(), Fault> {
         let Some(pipe) = &mut self.pipe else { return Ok(()) };
-        let window = Half::window(self.limit, pipe.pipe().capacity());
+        let window = Half::window(self.limit as usize, pipe.pipe().capacity());
         if turn.budget == 0 || !self.half.wants_more(window) {
             return Ok(());
         }
         match splice::add(pipe, turn.source.fd(), window) {
             Ok(0) => self.half.source_ended(),
             Ok(n) => {
-                self.took(n, turn);
+                turn.took(n);
                 self.half.topped_up(n);
             }
             // Nothing there, or no slot is left in the pipe: a wait tells them apart.
@@ -365,9 +368,9 @@ impl<'a> Lane<'a> {
     }
 
     /// The destination can't be spliced to: copies what the pipe holds, and everything after it.
-    fn unsplice(&mut self) -> Result<(), Fault> {
+    fn unsplice(&mut self, turn: &Turn<'_, 'a>) -> Result<(), Fault> {
         self.half.never_splice();
-        count(&self.counters.to_copy);
+        count(&turn.direction.note().to_copy);
         if let Some(mut pipe) = self.pipe.take() {
             self.leftover = Leftover::new(splice::take(&mut pipe).map_err(Fault::Source)?);
         }
@@ -378,8 +381,8 @@ impl<'a> Lane<'a> {
         match socket::discard(turn.source.fd(), DISCARD) {
             Ok(0) => self.half.source_ended(),
             Ok(n) => {
-                add(&self.counters.received, n);
-                add(&self.counters.discarded, n);
+                add(&turn.direction.received, n);
+                turn.direction.discard(n as u64);
                 turn.budget = turn.budget.saturating_sub(n);
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.readable = false,
@@ -388,14 +391,8 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    fn took(&mut self, n: usize, turn: &mut Turn<'_, 'a>) {
-        add(&self.counters.received, n);
-        turn.budget = turn.budget.saturating_sub(n);
-        turn.active = true;
-    }
-
-    fn gave(&mut self, n: usize, by: &Cell<u64>) {
-        add(&self.counters.sent, n);
+    fn gave(&mut self, n: usize, direction: &Direction, by: &Cell<u64>) {
+        add(&direction.sent, n);
         add(by, n);
         self.half.sent(n);
         if self.half.held() == 0 {
@@ -403,21 +400,21 @@ impl<'a> Lane<'a> {
             self.pipe = None;
             if self.paused {
                 self.paused = false;
-                count(&self.counters.resumed);
+                count(&direction.note().resumed);
             }
         }
     }
 
-    fn pause(&mut self) {
+    fn pause(&mut self, turn: &Turn<'_, 'a>) {
         if !self.paused {
             self.paused = true;
-            count(&self.counters.paused);
+            count(&turn.direction.note().paused);
         }
     }
 
     /// The destination is gone, and what is held for it with it.
-    pub(super) fn lose(&mut self) {
-        add(&self.counters.discarded, self.half.destination_gone());
+    pub(super) fn lose(&mut self, direction: &Direction) {
+        direction.discard(self.half.destination_gone() as u64);
         self.sending = None;
         self.pipe = None;
         self.leftover = Leftover::default();

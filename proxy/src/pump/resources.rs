@@ -35,7 +35,8 @@ pub struct Resources {
     /// Never holds bytes across a wait.
     pub(super) scratch: RefCell<Box<[u8]>>,
     budget: PipeBudget,
-    spare: RefCell<Vec<Pipe>>,
+    #[expect(clippy::vec_box, reason = "they are handed out boxed, and would be boxed anew each time")]
+    spare: RefCell<Vec<Box<Filled>>>,
     /// Pipes that exist, spare ones included.
     pipes: Cell<usize>,
     /// Pipes that were ever made.
@@ -91,10 +92,10 @@ impl Resources {
         if pipe.is_none() {
             self.refused.set(self.refused.get() + 1);
         }
-        pipe.map(|pipe| PooledPipe { pipe: Some(pipe), held: 0, pool: self })
+        pipe.map(|pipe| PooledPipe { filled: Some(pipe), pool: self })
     }
 
-    fn new_pipe(&self) -> Option<Pipe> {
+    fn new_pipe(&self) -> Option<Box<Filled>> {
         if self.pipes.get() >= self.budget.pipes {
             return None;
         }
@@ -107,7 +108,7 @@ impl Resources {
             Ok(pipe) if pipe.capacity() >= SMALLEST.min(self.budget.bytes) => {
                 self.pipes.set(self.pipes.get() + 1);
                 self.created.set(self.created.get() + 1);
-                Some(pipe)
+                Some(Box::new(Filled { pipe, held: 0 }))
             }
             _ => {
                 self.retry_at.set(now + RETRY);
@@ -116,11 +117,11 @@ impl Resources {
         }
     }
 
-    fn take_back(&self, pipe: Pipe, held: usize) {
+    fn take_back(&self, filled: Box<Filled>) {
         let mut spare = self.spare.borrow_mut();
         // A pipe that holds bytes would give them to another connection.
-        if held == 0 && spare.len() < SPARE {
-            spare.push(pipe);
+        if filled.held == 0 && spare.len() < SPARE {
+            spare.push(filled);
         } else {
             self.pipes.set(self.pipes.get() - 1);
         }
@@ -131,23 +132,42 @@ impl Resources {
 #[derive(Debug)]
 pub(super) struct PooledPipe<'a> {
     /// None only while it is dropped.
-    pipe: Option<Pipe>,
-    /// Bytes in it. Whoever moves bytes keeps this true.
-    pub(super) held: usize,
+    filled: Option<Box<Filled>>,
     pool: &'a Resources,
+}
+
+/// A pipe and what is in it. Boxed, because most directions have none.
+#[derive(Debug)]
+struct Filled {
+    pipe: Pipe,
+    held: usize,
 }
 
 impl PooledPipe<'_> {
     pub(super) fn pipe(&self) -> &Pipe {
-        self.pipe.as_ref().expect("taken only by drop")
+        &self.filled().pipe
+    }
+
+    /// Bytes in it.
+    pub(super) fn held(&self) -> usize {
+        self.filled().held
+    }
+
+    /// Notes how many bytes are in it. Whoever moves some has to.
+    pub(super) fn set_held(&mut self, held: usize) {
+        self.filled.as_mut().expect("taken only by drop").held = held;
+    }
+
+    fn filled(&self) -> &Filled {
+        self.filled.as_ref().expect("taken only by drop")
     }
 }
 
 impl Drop for PooledPipe<'_> {
     fn drop(&mut self) {
-        if let Some(pipe) = self.pipe.take() {
-            debug_assert_eq!(pipe.len().ok(), Some(self.held));
-            self.pool.take_back(pipe, self.held);
+        if let Some(filled) = self.filled.take() {
+            debug_assert_eq!(filled.pipe.len().ok(), Some(filled.held));
+            self.pool.take_back(filled);
         }
     }
 }
@@ -161,7 +181,7 @@ mod tests {
         let resources = Resources::default();
         let mut dirty = resources.pipe().unwrap();
         nix::unistd::write(dirty.pipe().writer(), b"left over").unwrap();
-        dirty.held = 9;
+        dirty.set_held(9);
         let clean = resources.pipe().unwrap();
         assert_eq!((resources.pipes(), resources.spare_pipes()), (2, 0));
         drop(clean);

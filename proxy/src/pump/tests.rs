@@ -115,14 +115,15 @@ struct Moved {
 
 impl Moved {
     fn of(direction: &counters::Direction) -> Self {
+        let events = |count: fn(&counters::Events) -> u32| direction.events().map_or(0, count);
         Self {
             received: direction.received.get(),
             sent: direction.sent.get(),
-            discarded: direction.discarded.get(),
-            paused: direction.paused.get(),
-            resumed: direction.resumed.get(),
-            to_splice: direction.to_splice.get(),
-            to_copy: direction.to_copy.get(),
+            discarded: direction.discarded(),
+            paused: events(|events| events.paused.get()),
+            resumed: events(|events| events.resumed.get()),
+            to_splice: events(|events| events.to_splice.get()),
+            to_copy: events(|events| events.to_copy.get()),
         }
     }
 }

@@ -12,6 +12,9 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 /// Their number; a power of two. A few wake-ups' worth: what arrives is given back at once.
 pub(super) const COUNT: u16 = 512;
+/// How many there are before more were missed. The kernel uses all in turn, so those that are not needed would take memory
+/// and the place of something else in the processor's caches.
+const AT_FIRST: u16 = 64;
 /// Bytes of each. A message that fills it is moved in another way. The kernel fills 32 for one socket before it looks at
 /// others, and may come back to it in the same turn: only their number bounds what one connection gets at once.
 pub(super) const SIZE: usize = 2048;
@@ -26,6 +29,8 @@ pub(super) struct Buffers {
     /// `COUNT` buffers of `SIZE` bytes. Pages that were never used take no memory, so it is mapped: the allocator would
     /// write zeros.
     bytes: NonNull<u8>,
+    /// Those that the kernel was ever given.
+    given: Cell<u16>,
     tail: Cell<u16>,
 }
 
@@ -34,20 +39,31 @@ const ENTRIES: NonZeroUsize = NonZeroUsize::new(COUNT as usize * size_of::<BufRi
 const BYTES: NonZeroUsize = NonZeroUsize::new(COUNT as usize * SIZE).unwrap();
 
 impl Buffers {
-    /// Makes them, and gives all of them to the kernel. Linux 5.19.
+    /// Makes them, and gives the first to the kernel. Linux 5.19.
     pub(super) fn register(ring: &IoUring) -> io::Result<Self> {
         let entries = map(ENTRIES)?.cast::<BufRingEntry>();
         let bytes = map(BYTES).inspect_err(|_| unmap(entries.cast(), ENTRIES))?;
-        let buffers = Self { entries, bytes, tail: Cell::new(0) };
-        for id in 0..COUNT {
-            buffers.write(id);
-        }
+        let buffers = Self { entries, bytes, given: Cell::new(0), tail: Cell::new(0) };
+        buffers.give(AT_FIRST);
         let address = buffers.entries.as_ptr() as u64;
-        // SAFETY: `COUNT` entries, all written above, on pages of their own; they live until the ring is gone, because
+        // SAFETY: `COUNT` entries (those above the tail are not looked at), on pages of their own; they live until the ring is gone, because
         // `Driver` declares, and so drops, the ring first.
         unsafe { ring.submitter().register_buf_ring(address, COUNT, GROUP)? };
         buffers.publish();
         Ok(buffers)
+    }
+
+    /// The kernel has missed some: gives it as many again as it has.
+    pub(super) fn grow(&self) {
+        self.give(self.given.get());
+        self.publish();
+    }
+
+    fn give(&self, more: u16) {
+        let given = self.given.get();
+        let now = (given + more).min(COUNT);
+        (given..now).for_each(|id| self.write(id));
+        self.given.set(now);
     }
 
     /// The first `len` bytes of a buffer.

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use async_task::{Runnable, Task};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use slab::Slab;
 
 use super::ring::Driver;
+use crate::pages::Pages;
 
 /// Tasks that run before the ring is entered again. More would delay what has arrived meanwhile, fewer would enter
 /// it more often.
@@ -30,7 +30,7 @@ thread_local! {
     /// Its tasks that are to run.
     static READY: RefCell<VecDeque<Runnable>> = const { RefCell::new(VecDeque::new()) };
     /// All its tasks.
-    static TASKS: RefCell<Slab<Option<Task<()>>>> = const { RefCell::new(Slab::new()) };
+    static TASKS: RefCell<Pages<Option<Task<()>>>> = const { RefCell::new(Pages::new()) };
 }
 
 /// What wakers on other threads reach of an executor.
@@ -156,7 +156,7 @@ impl<F: Future<Output = ()>> Future for Spawned<F> {
 }
 
 /// Takes a task out of the executor's when its future is gone.
-struct Forget(usize);
+struct Forget(u32);
 
 impl Drop for Forget {
     fn drop(&mut self) {
@@ -192,7 +192,7 @@ impl Drop for Farewell<'_> {
         // A task that is dropped may wake others, and those may spawn.
         loop {
             let tasks: Vec<_> =
-                TASKS.with_borrow_mut(|tasks| tasks.iter_mut().filter_map(|(_, task)| task.take()).collect());
+                TASKS.with_borrow_mut(|tasks| tasks.iter_mut().filter_map(Option::take).collect());
             take_remote(self.remote);
             if tasks.is_empty() && READY.with_borrow(VecDeque::is_empty) {
                 break;

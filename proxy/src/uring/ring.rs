@@ -21,12 +21,12 @@ use std::time::{Duration, Instant};
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
-use slab::Slab;
 
 use super::buffers::{self, Buffers};
 use super::executor::Remote;
 use super::timers::Timers;
 use super::{COMPLETIONS, SUBMISSIONS};
+use crate::pages::Pages;
 
 /// `user_data` of what nobody waits for.
 const IGNORED: u64 = u64::MAX;
@@ -66,10 +66,6 @@ impl Key {
     pub(super) fn is_none(&self) -> bool {
         self.0 == u32::MAX
     }
-
-    fn index(&self) -> usize {
-        self.0 as usize
-    }
 }
 
 /// One operation, from its submission to its last completion.
@@ -77,14 +73,15 @@ impl Key {
 struct Slot {
     waker: Option<Waker>,
     /// Events that a watch has seen since somebody looked.
-    edges: u32,
+    edges: u16,
     /// Buffers with received bytes, in order (see [`Driver::received`]).
     first: u16,
     last: u16,
-    /// The result of its last completion.
-    end: Option<i32>,
+    /// The result of its last completion, once that [has come](Self::end).
+    result: i32,
+    ended: bool,
     /// Of a send: its bytes, and that its slot is removed with the list of sends; else 0.
-    length: i32,
+    length: u16,
     /// Nobody wants the result.
     abandoned: bool,
     /// How many entries had been submitted before it.
@@ -112,7 +109,7 @@ pub(super) struct Driver {
     ring: RefCell<IoUring>,
     /// After the ring: the kernel knows its memory. None: the kernel refused it.
     buffers: Option<Buffers>,
-    slots: RefCell<Slab<Slot>>,
+    slots: RefCell<Pages<Slot>>,
     /// What has arrived in each buffer.
     arrived: RefCell<Vec<Arrived>>,
     timers: RefCell<Timers>,
@@ -200,12 +197,12 @@ impl Driver {
             *key = self.begin(poll_entry(fd, events, true));
         }
         let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[key.index()];
+        let slot = &mut slots[key.0];
         let happened = std::mem::take(&mut slot.edges) != 0;
-        match slot.end {
+        match slot.end() {
             // Ended by the kernel: begins again next time. An end with events was counted among the edges.
             Some(result) => {
-                slots.remove(key.index());
+                slots.remove(key.0);
                 *key = Key::default();
                 if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(true) }
             }
@@ -229,7 +226,7 @@ impl Driver {
             *key = self.begin(receive_entry(fd, once));
         }
         let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[key.index()];
+        let slot = &mut slots[key.0];
         if slot.first != NONE {
             let id = slot.first;
             let arrived = self.arrived.borrow()[usize::from(id)];
@@ -238,6 +235,21 @@ impl Driver {
         }
         drop(slots);
         self.poll_end(key, cx).map(Received::End)
+    }
+
+    /// Goes on receiving, where nothing is received at the moment and the stream has not ended.
+    pub(super) fn receive_on(&self, key: &mut Key, fd: BorrowedFd<'_>, cx: &Context<'_>) {
+        if !key.is_none() {
+            let mut slots = self.slots.borrow_mut();
+            let slot = &slots[key.0];
+            // Into one buffer, and somebody has it.
+            if !(slot.ended && slot.result > 0 && slot.first == NONE) {
+                return;
+            }
+            slots.remove(key.0);
+        }
+        *key = self.begin(receive_entry(fd, false));
+        self.slots.borrow_mut()[key.0].wake(cx);
     }
 
     /// Sends what is in a buffer that has come back, with the next turn. It is done then, as far as it goes without
@@ -252,7 +264,7 @@ impl Driver {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
         let entry = opcode::Send::new(Fd(fd.as_raw_fd()), bytes.as_ptr(), len as u32).flags(flags).build();
         let key = self.begin(entry.flags(Flags::SKIP_SUCCESS));
-        self.slots.borrow_mut()[key.index()].length = len as i32;
+        self.slots.borrow_mut()[key.0].length = len as u16; // of one buffer
         self.sends.borrow_mut().push(key.0);
         key
     }
@@ -265,18 +277,18 @@ impl Driver {
     /// Whether a receive has more at hand, or has ended.
     pub(super) fn has_more(&self, key: &Key) -> bool {
         !key.is_none() && {
-            let slot = &self.slots.borrow()[key.index()];
-            slot.first != NONE || slot.end.is_some()
+            let slot = &self.slots.borrow()[key.0];
+            slot.first != NONE || slot.ended
         }
     }
 
     /// The end of an operation, with its result; of a send: how many bytes went, or a negated errno.
     pub(super) fn poll_end(&self, key: &mut Key, cx: &Context<'_>) -> Poll<i32> {
         let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[key.index()];
-        match slot.end {
+        let slot = &mut slots[key.0];
+        match slot.end() {
             Some(result) => {
-                slots.remove(key.index());
+                slots.remove(key.0);
                 *key = Key::default();
                 Poll::Ready(result)
             }
@@ -300,16 +312,15 @@ impl Driver {
         let (mut sends, mut slots) = (self.sends.borrow_mut(), self.slots.borrow_mut());
         let taken = self.taken.get();
         sends.retain(|key| {
-            let index = *key as usize;
-            let slot = &mut slots[index];
+            let slot = &mut slots[*key];
             if slot.before >= taken {
                 return true;
             }
-            if slot.end.is_none() {
-                slot.end = Some(slot.length);
+            if !slot.ended {
+                slot.end_with(slot.length.into());
             }
             if slot.abandoned {
-                slots.remove(index);
+                slots.remove(*key);
             } else if let Some(waker) = &slot.waker {
                 waker.wake_by_ref();
             }
@@ -331,7 +342,7 @@ impl Driver {
 
     /// Cancels an operation, whose end is still to be awaited.
     pub(super) fn stop(&self, key: &Key) {
-        if !key.is_none() && self.slots.borrow()[key.index()].end.is_none() {
+        if !key.is_none() && !self.slots.borrow()[key.0].ended {
             self.cancel(key);
         }
     }
@@ -345,7 +356,7 @@ impl Driver {
     /// is for completions that did not fit into the queue.
     pub(super) fn settle(&self, key: &Key) {
         for _ in 0..4 {
-            if self.slots.borrow()[key.index()].end.is_some() || self.reap().is_err() {
+            if self.slots.borrow()[key.0].ended || self.reap().is_err() {
                 return;
             }
         }
@@ -368,13 +379,13 @@ impl Driver {
         }
         let key = std::mem::take(key);
         let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[key.index()];
+        let slot = &mut slots[key.0];
         slot.waker = None;
         slot.abandoned = true;
         self.discard(slot);
-        let (is_send, before, ended) = (slot.length != 0, slot.before, slot.end.is_some());
+        let (is_send, before, ended) = (slot.length != 0, slot.before, slot.ended);
         if ended {
-            slots.remove(key.index());
+            slots.remove(key.0);
             return;
         }
         drop(slots);
@@ -403,14 +414,13 @@ impl Driver {
             edges: 0,
             first: NONE,
             last: NONE,
-            end: None,
+            result: 0,
+            ended: false,
             length: 0,
             abandoned: false,
             before: self.pushed.get(),
         };
-        let index = self.slots.borrow_mut().insert(slot);
-        let key =
-            u32::try_from(index).ok().filter(|key| *key != u32::MAX).expect("fewer operations than that");
+        let key = self.slots.borrow_mut().insert(slot);
         self.push(entry.user_data(u64::from(key)));
         Key(key)
     }
@@ -522,22 +532,24 @@ impl Driver {
             _ => {}
         }
         let mut slots = self.slots.borrow_mut();
-        let Some(slot) = slots.get_mut(entry.user_data() as usize) else { return };
+        let Some(slot) = slots.get_mut(entry.user_data() as u32) else { return };
         if let Some(id) = cqueue::buffer_select(entry.flags()) {
             match u16::try_from(result) {
                 Ok(len) if len > 0 && !slot.abandoned => self.received(slot, id, len),
                 _ => self.recycle(id),
             }
+        } else if result == -libc::ENOBUFS {
+            self.buffers.as_ref().into_iter().for_each(Buffers::grow);
         } else if result > 0 {
-            slot.edges |= result.cast_unsigned();
+            slot.edges |= result as u16; // poll(2) knows no others
         }
         if !more {
-            slot.end = Some(result);
+            slot.end_with(result);
             if slot.length != 0 {
                 return; // `settle_sends` follows
             }
             if slot.abandoned {
-                slots.remove(entry.user_data() as usize);
+                slots.remove(entry.user_data() as u32);
                 return;
             }
         }
@@ -586,6 +598,15 @@ impl Driver {
 }
 
 impl Slot {
+    /// The result of its last completion.
+    fn end(&self) -> Option<i32> {
+        self.ended.then_some(self.result)
+    }
+
+    fn end_with(&mut self, result: i32) {
+        (self.result, self.ended) = (result, true);
+    }
+
     fn wake(&mut self, cx: &Context<'_>) {
         match &mut self.waker {
             Some(waker) => waker.clone_from(cx.waker()),

@@ -232,6 +232,17 @@ impl<F: File> Source<F> {
         }
     }
 
+    /// Has more received while what was is still on its way: the end of the connection is noticed then, without a wait
+    /// for that alone. Not after [`Source::stop_receiving`].
+    pub fn receive_on(&mut self, cx: &Context<'_>) {
+        ring::with(|driver| driver.receive_on(&mut self.receiving, self.file.as_fd(), cx));
+    }
+
+    /// Whether the ring receives, or has something that is still to be had: the end of the connection is too.
+    pub fn is_receiving(&self) -> bool {
+        !self.receiving.is_none()
+    }
+
     /// Has nothing more received through the ring. What has been is still to be had from [`Source::poll_receive`],
     /// then [`Received::Stopped`].
     pub fn stop_receiving(&mut self) {

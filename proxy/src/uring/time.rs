@@ -9,17 +9,14 @@ use super::{Engine, engine, ring};
 
 /// Completes at a moment. Only the task that polled it last is woken.
 #[derive(Debug)]
-pub struct Sleep {
-    at: Instant,
-    timer: Timer,
-}
+pub struct Sleep(Timer);
 
 #[derive(Debug)]
 enum Timer {
-    /// Not asked yet.
-    Idle,
+    /// Not asked yet, or asked too late to wait.
+    Idle(Instant),
     /// Of the ring's executor.
-    Ring(usize),
+    Ring(u32),
     /// Of tokio.
     Tokio(Pin<Box<tokio::time::Sleep>>),
 }
@@ -27,16 +24,16 @@ enum Timer {
 impl Sleep {
     /// Changes when it completes, also if it has.
     pub fn reset(&mut self, at: Instant) {
-        self.at = at;
-        match &mut self.timer {
-            Timer::Idle => {}
-            Timer::Ring(_) => self.forget(),
-            Timer::Tokio(sleep) => sleep.as_mut().reset(at.into()),
+        if let Timer::Tokio(sleep) = &mut self.0 {
+            sleep.as_mut().reset(at.into());
+        } else {
+            self.forget();
+            self.0 = Timer::Idle(at);
         }
     }
 
-    fn forget(&mut self) {
-        if let Timer::Ring(key) = std::mem::replace(&mut self.timer, Timer::Idle) {
+    fn forget(&self) {
+        if let Timer::Ring(key) = self.0 {
             // Without a running executor its timers are gone already.
             ring::try_with(|driver| driver.timers().remove(key));
         }
@@ -47,21 +44,21 @@ impl Future for Sleep {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let at = self.at;
-        match &mut self.timer {
+        match &mut self.0 {
             Timer::Ring(key) => ring::with(|driver| driver.timers().poll(*key, cx)),
             Timer::Tokio(sleep) => sleep.as_mut().poll(cx),
-            Timer::Idle if engine() == Engine::IoUring => {
+            Timer::Idle(at) if engine() == Engine::IoUring => {
+                let at = *at;
                 if Instant::now() >= at {
                     return Poll::Ready(());
                 }
-                self.timer = Timer::Ring(ring::with(|driver| driver.timers().insert(at, cx.waker())));
+                self.0 = Timer::Ring(ring::with(|driver| driver.timers().insert(at, cx.waker())));
                 Poll::Pending
             }
-            Timer::Idle => {
-                let mut sleep = Box::pin(tokio::time::sleep_until(at.into()));
+            Timer::Idle(at) => {
+                let mut sleep = Box::pin(tokio::time::sleep_until((*at).into()));
                 let polled = sleep.as_mut().poll(cx);
-                self.timer = Timer::Tokio(sleep);
+                self.0 = Timer::Tokio(sleep);
                 polled
             }
         }
@@ -76,14 +73,18 @@ impl Drop for Sleep {
 
 /// Completes after `duration`, or a tick later.
 pub fn sleep(duration: Duration) -> Sleep {
+    sleep_until(after(duration))
+}
+
+fn after(duration: Duration) -> Instant {
     let now = Instant::now();
     // Longer than the clock can say is as good as for ever.
-    sleep_until(now.checked_add(duration).unwrap_or(now + Duration::from_hours(24 * 365)))
+    now.checked_add(duration).unwrap_or(now + Duration::from_hours(24 * 365))
 }
 
 /// Completes at `at`.
 pub fn sleep_until(at: Instant) -> Sleep {
-    Sleep { at, timer: Timer::Idle }
+    Sleep(Timer::Idle(at))
 }
 
 /// A time limit passed.
@@ -108,21 +109,24 @@ pub async fn timeout<F: Future>(duration: Duration, future: F) -> Result<F::Outp
 #[derive(Debug)]
 pub struct Interval {
     period: Duration,
+    /// Of the next tick.
+    at: Instant,
     sleep: Sleep,
 }
 
 /// For the first time after one `period`, which must not be zero.
 pub fn interval(period: Duration) -> Interval {
     assert!(!period.is_zero(), "an interval of no time");
-    Interval { period, sleep: sleep(period) }
+    let at = after(period);
+    Interval { period, at, sleep: sleep_until(at) }
 }
 
 impl Interval {
     /// Completes at the next tick. Ticks that nobody waited for are left out. May be dropped and called again.
     pub async fn tick(&mut self) {
         (&mut self.sleep).await;
-        let next = self.sleep.at + self.period;
-        let now = Instant::now();
-        self.sleep.reset(if next > now { next } else { now + self.period });
+        let next = self.at + self.period;
+        self.at = if next > Instant::now() { next } else { after(self.period) };
+        self.sleep.reset(self.at);
     }
 }

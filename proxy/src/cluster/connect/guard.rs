@@ -6,7 +6,6 @@ use std::time::Instant;
 use crate::cluster::Cluster;
 use crate::cluster::circuit_breaker::Permit;
 use crate::cluster::endpoint::Endpoint;
-use crate::cluster::host::ActiveConnection;
 use crate::stats::GaugeGuard;
 
 /// Which side ended an upstream connection.
@@ -20,32 +19,30 @@ pub enum ClosedBy {
 }
 
 /// Counts an upstream connection from its first SYN to its end: gauges, the host's load, its place under the
-/// circuit breaker. All are given back when this is dropped.
+/// circuit breaker. All are given back when this is dropped. Every open connection has one, so it holds the cluster and
+/// the endpoint, and no guard of what can be reached through them.
 #[derive(Debug)]
 pub struct UpstreamGuard {
     cluster: Arc<Cluster>,
     endpoint: Arc<Endpoint>,
     started: Instant,
-    active: ActiveConnection,
-    /// From when it is established.
-    rq_active: Option<GaugeGuard>,
+    established: bool,
     closed_by: ClosedBy,
-    _cx_active: GaugeGuard,
-    _permit: Permit,
 }
 
 impl UpstreamGuard {
+    /// `permit` is one of this cluster's for a connection.
     pub(crate) fn new(cluster: &Arc<Cluster>, endpoint: &Arc<Endpoint>, permit: Permit) -> Self {
         cluster.stats().upstream_cx_total().inc();
+        cluster.stats().upstream_cx_active().inc();
+        endpoint.host.note_connecting();
+        permit.keep();
         Self {
             cluster: Arc::clone(cluster),
             endpoint: Arc::clone(endpoint),
             started: Instant::now(),
-            active: endpoint.host.connecting(),
-            rq_active: None,
+            established: false,
             closed_by: ClosedBy::default(),
-            _cx_active: cluster.stats().upstream_cx_active().guard(),
-            _permit: permit,
         }
     }
 
@@ -53,8 +50,10 @@ impl UpstreamGuard {
         let stats = self.cluster.stats();
         stats.upstream_cx_connect_ms().record(millis(self.started));
         stats.upstream_rq_total().inc();
-        self.rq_active = Some(stats.upstream_rq_active().guard());
-        self.active.establish();
+        if !std::mem::replace(&mut self.established, true) {
+            stats.upstream_rq_active().inc();
+            self.endpoint.host.note_established();
+        }
     }
 
     /// Its cluster.
@@ -76,7 +75,13 @@ impl UpstreamGuard {
 impl Drop for UpstreamGuard {
     fn drop(&mut self) {
         let stats = self.cluster.stats();
-        let established = self.rq_active.is_some();
+        let established = self.established;
+        stats.upstream_cx_active().dec();
+        if established {
+            stats.upstream_rq_active().dec();
+        }
+        self.endpoint.host.note_ended(established);
+        self.cluster.breaker().release_connection();
         stats.upstream_cx_destroy().inc();
         stats.upstream_cx_length_ms().record(millis(self.started));
         match self.closed_by {
