@@ -175,6 +175,15 @@ impl<'a> Duplex<'a> {
 
     /// Moves bytes of one direction until it has to wait, has had its turn, or has ended.
     fn turn(&mut self, from: Side, budget: usize, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        self.with_turn(from, budget, |lane, turn| lane.run(turn, cx))
+    }
+
+    fn with_turn<T>(
+        &mut self,
+        from: Side,
+        budget: usize,
+        act: impl FnOnce(&mut Lane<'a>, &mut Turn<'_, 'a>) -> T,
+    ) -> T {
         let [downstream, upstream] = &mut self.sources;
         let (source, destination) = match from {
             Side::Downstream => (downstream, upstream),
@@ -191,7 +200,7 @@ impl<'a> Duplex<'a> {
         };
         let lane = &mut self.lanes[from as usize];
         let was_open = lane.half.phase() == Phase::Open;
-        let result = lane.run(&mut turn, cx);
+        let result = act(lane, &mut turn);
         if turn.active {
             self.last_activity = Moment::now();
         }
@@ -213,7 +222,7 @@ impl<'a> Duplex<'a> {
         }
         let cause = match fault {
             Fault::Source(error) => {
-                self.settle_sending(side.other());
+                self.settle(side.other());
                 return Some(self.abort(side, cause(side, &error)));
             }
             Fault::Destination(error) => {
@@ -244,11 +253,22 @@ impl<'a> Duplex<'a> {
     }
 
     /// What the ring has already sent of a direction counts as sent, whatever comes next.
-    fn settle_sending(&mut self, from: Side) {
+    fn settle(&mut self, from: Side) {
         if self.lane(from).is_sending() {
             uring::flush_sends();
             let _ = self.turn(from, 0, &mut Context::from_waker(Waker::noop()));
         }
+    }
+
+    /// What the ring has received of a direction, and nobody has looked at, is held by it. The rest of the stream stays in
+    /// the socket, as the kernel's reason for a reset.
+    fn take_received(&mut self, from: Side) {
+        if !self.source(from).is_receiving() || !self.source(from).has_more() {
+            return;
+        }
+        // What failed ends the connection, which ends anyway.
+        let _ =
+            self.with_turn(from, 0, |lane, turn| lane.hoard(turn, &mut Context::from_waker(Waker::noop())));
     }
 
     /// A side is gone for both directions while nothing was read from or written to it.
@@ -432,12 +452,9 @@ impl<'a> Duplex<'a> {
     /// We end it: with a FIN, or with a RST where that is wanted or bytes are lost that the side would not miss
     /// otherwise.
     fn cut(&mut self, cause: Cause, reset: bool) -> Outcome {
-        if self.lanes.iter().any(Lane::is_sending) {
-            uring::flush_sends();
-            let mut cx = Context::from_waker(Waker::noop());
-            for side in Side::both() {
-                let _ = self.turn(side, 0, &mut cx);
-            }
+        for side in Side::both() {
+            self.settle(side);
+            self.take_received(side);
         }
         let closes = Side::both().map(|side| {
             let loses = self.lanes[side.other() as usize].half.held() > 0;
@@ -490,17 +507,51 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::{Shutdown, TcpListener, TcpStream};
 
+    fn pair() -> (TcpStream, Socket) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours: Socket = listener.accept().unwrap().0.into();
+        ours.set_nonblocking(true).unwrap();
+        (peer, ours)
+    }
+
+    /// Bytes that the ring has received, and nobody has looked at, are lost when the connection is cut: who would have
+    /// got them sees a reset, who sent them a FIN, as both do in Envoy when it has read them.
+    #[test]
+    fn what_waits_in_the_ring_is_missed_when_the_connection_is_cut() {
+        let ((mut client, downstream), (mut server, upstream)) = (pair(), pair());
+        let (outcome, counters) = uring::start(uring::Engine::IoUring, async {
+            let (resources, counters) = (Resources::default(), Counters::default());
+            let connections = std::rc::Rc::new(crate::drain::Connections::default());
+            let open = connections.open(0);
+            let options = Options { killed: Some(&open), ..Options::default() };
+            let mut duplex = Duplex::new(&resources, [&downstream, &upstream], None, &options, &counters);
+            let mut timer = uring::time::sleep(Duration::ZERO);
+            let outcome = poll_fn(|cx| {
+                assert!(duplex.poll(&mut timer, cx).is_pending());
+                client.write_all(b"lost").unwrap();
+                uring::flush_sends(); // enters the ring
+                assert!(duplex.source(Side::Downstream).has_more());
+                connections.kill_all();
+                duplex.poll(&mut timer, cx)
+            })
+            .await;
+            drop(duplex);
+            (outcome, counters)
+        })
+        .unwrap();
+        let (downstream, upstream) = (CloseType::Normal, CloseType::LocalReset);
+        assert_eq!(outcome, Outcome { cause: Cause::Killed, downstream, upstream });
+        let moved = &counters.downstream;
+        assert_eq!((moved.received.get(), moved.sent.get(), moved.discarded()), (4, 0, 4));
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        assert_eq!(server.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
     /// The kernel may swallow the error of a reset (see `Lane::write`), and then end the stream as if by a
     /// FIN. What the endpoint had answered must arrive, and then a reset all the same.
     #[test]
     fn a_reset_whose_error_was_swallowed_is_no_fin() {
-        let pair = || {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let ours: Socket = listener.accept().unwrap().0.into();
-            ours.set_nonblocking(true).unwrap();
-            (peer, ours)
-        };
         let ((mut client, downstream), (mut server, upstream)) = (pair(), pair());
         server.write_all(b"413 too large").unwrap();
         server.shutdown(Shutdown::Write).unwrap();

@@ -217,7 +217,7 @@ impl<'a> Lane<'a> {
     }
 
     /// The destination takes nothing: what the ring has received by now is kept here, and its buffers serve others.
-    fn hoard(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Result<(), Fault> {
+    pub(super) fn hoard(&mut self, turn: &mut Turn<'_, 'a>, cx: &mut Context<'_>) -> Result<(), Fault> {
         turn.source.stop_receiving();
         while let Poll::Ready(received) = turn.source.poll_receive(cx) {
             match received.map_err(Fault::Source)? {
