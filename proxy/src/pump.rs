@@ -13,7 +13,8 @@
 //!   still reaches the other side, then the FIN, and the connection ends when that side has acknowledged it
 //!   all. What the other side sends in the meantime has nobody to go to and is dropped.
 //! - A time limit or a drain ends both sides with a FIN, or with a RST to a side that would otherwise take
-//!   a cut-off stream for a complete one.
+//!   a cut-off stream for a complete one. What a side has sent counts as read once it is here, the ring's buffers
+//!   included; the kernel makes the FIN a RST where something is still in the socket.
 
 mod copy;
 mod counters;

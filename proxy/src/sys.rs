@@ -4,6 +4,8 @@
 pub mod cgroup;
 pub mod clock;
 #[cfg(test)]
+pub(crate) mod counting;
+#[cfg(test)]
 pub(crate) mod forbid;
 pub mod memory;
 pub mod mounts;
