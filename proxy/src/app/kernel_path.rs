@@ -71,9 +71,17 @@ impl Proxy {
         self.loaded.bootstrap.interception.as_ref().map(|it| it.on_exit).unwrap_or_default()
     }
 
+    /// The tables are a successor's.
+    fn is_superseded(&self) -> bool {
+        self.kernel_path.is_some() && self.interception.as_ref().is_some_and(Interception::is_superseded)
+    }
+
     /// The tables follow the configuration. The kernel's rules are to follow them.
     pub(super) fn update_kernel_path(&mut self) {
         let snapshot = self.snapshot();
+        if self.is_superseded() {
+            return;
+        }
         if let Some(path) = &mut self.kernel_path {
             path.manager.apply(&snapshot);
         } else if self.is_asked_for(&snapshot) {
@@ -118,6 +126,9 @@ impl Proxy {
     /// These clusters have other endpoints, or other healthy ones.
     pub(super) fn clusters_changed(&mut self, clusters: &BTreeSet<Arc<str>>) {
         let snapshot = self.snapshot();
+        if self.is_superseded() {
+            return;
+        }
         let Some(path) = &mut self.kernel_path else { return };
         if path.manager.clusters_changed(clusters, &snapshot) {
             self.apply_rules();
@@ -137,9 +148,12 @@ impl Proxy {
 
     /// Brings stats up to date. Called once a second.
     pub(super) fn count_kernel_path(&mut self) {
+        let superseded = self.is_superseded();
         let Some(path) = &mut self.kernel_path else { return };
         path.manager.observe();
-        path.manager.sweep();
+        if !superseded {
+            path.manager.sweep();
+        }
         self.stats.set_intercept_counter("flow_events_orphaned", path.journal.orphans);
     }
 }

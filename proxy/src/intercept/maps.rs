@@ -10,7 +10,8 @@ use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage};
 use tidegate_common::{
     ClusterState, Destination, EVENTS_BYTES, Enrolment, Flow, FlowKey, HostState, InFlight, MAX_DESTINATIONS,
-    MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, ServiceState, Settings, map,
+    MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, RuleValue, ServiceState, Settings,
+    Verdict, map,
 };
 
 use super::bpf;
@@ -102,6 +103,9 @@ impl MapSizes {
                 map::NAMESPACES => salvage.namespaces = contents(&path),
                 map::DESTINATIONS => salvage.destinations = contents(&path),
                 map::IN_FLIGHT => salvage.in_flight = contents(&path),
+                map::SERVICES | map::CLUSTERS | map::HOSTS | map::ARENA | map::FLOWS => {
+                    salvage.lost_tables = true;
+                }
                 _ => {}
             }
             fs::remove_file(&path).map_err(InterceptError::pin("removing", &path))?;
@@ -116,6 +120,8 @@ pub(super) struct Salvage {
     namespaces: Vec<(u64, Enrolment)>,
     destinations: Vec<(Destination, u32)>,
     in_flight: Vec<(FlowKey, InFlight)>,
+    /// Tables of the kernel path are empty now.
+    lost_tables: bool,
 }
 
 fn contents<K: aya::Pod, V: aya::Pod>(path: &Path) -> Vec<(K, V)> {
@@ -164,7 +170,22 @@ impl Maps {
         for (flow, original_dst) in salvage.in_flight {
             insert(&mut this.in_flight, map::IN_FLIGHT, sizes.in_flight, flow, original_dst)?;
         }
+        if salvage.lost_tables {
+            this.capture_what_was_balanced()?;
+        }
         Ok(this)
+    }
+
+    /// Rules of the kernel path lead nowhere without its tables. Until this process has rules of its own, those connections
+    /// go to the proxy, which serves the same listeners.
+    fn capture_what_was_balanced(&mut self) -> Result<(), InterceptError> {
+        let is_balanced =
+            |raw: &u32| RuleValue::decode(*raw).is_some_and(|rule| rule.verdict == Verdict::Balance);
+        let capture = RuleValue::from(Verdict::Capture).encode();
+        for (destination, _) in self.destinations()?.into_iter().filter(|(_, raw)| is_balanced(raw)) {
+            insert(&mut self.destinations, map::DESTINATIONS, self.sizes.destinations, destination, capture)?;
+        }
+        Ok(())
     }
 
     /// What the destinations map holds.

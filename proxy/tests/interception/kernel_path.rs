@@ -389,3 +389,20 @@ fn the_dead_agent_balances_on_and_its_successor_goes_on_counting() {
     }
     assert_eq!(peer(&pod.connect(SERVICE).unwrap()).to_string(), SERVICE);
 }
+
+/// A successor whose tables have other sizes, or that has none: until it has rules of its own, the proxy serves.
+#[test]
+fn without_its_tables_a_service_is_captured() {
+    let lab = Lab::new();
+    let mut path = Path::new(&lab);
+    let pod = lab.pod();
+    let listener = pod.capture(&mut path.interceptor);
+    let (_server, address) = listen(&pod, 9_001);
+    path.endpoints(&[address], 1024, 5_000);
+    drop(pod.connect(SERVICE).unwrap());
+    drop(path);
+    let new = lab.load();
+    let client = pod.connect(SERVICE).unwrap();
+    assert_eq!(original_dst(&new, &accept(&listener)), Some(SERVICE.parse().unwrap()));
+    assert_eq!(peer(&client).to_string(), SERVICE);
+}
