@@ -106,11 +106,20 @@ impl Destinations {
         self.rules.iter().map(|(address, rule)| (Destination::from(*address), value(rule))).collect()
     }
 
-    /// Puts the listeners of the kernel path there: `service` gives their index.
+    /// Puts the listeners of the kernel path there: `service` gives their index. What `[::]` takes of IPv4 stays with the
+    /// proxy: an application's IPv4 socket can't be connected to the endpoints of an IPv6 service.
     #[must_use]
     pub fn balanced(mut self, service: impl Fn(&str) -> Option<u32>) -> Self {
-        for rule in self.rules.values_mut().filter(|rule| rule.verdict == Verdict::Capture) {
-            if let Some(service) = service(&rule.listener) {
+        let widened: HashSet<_> = self
+            .rules
+            .iter()
+            .filter(|(address, _)| address.ip() == Ipv6Addr::UNSPECIFIED)
+            .map(|(address, rule)| (address.port(), Arc::clone(&rule.listener)))
+            .collect();
+        for (address, rule) in self.rules.iter_mut().filter(|(_, rule)| rule.verdict == Verdict::Capture) {
+            let is_widened = address.ip() == Ipv4Addr::UNSPECIFIED
+                && widened.contains(&(address.port(), Arc::clone(&rule.listener)));
+            if let Some(service) = service(&rule.listener).filter(|_| !is_widened) {
                 (rule.verdict, rule.service) = (Verdict::Balance, service);
             }
         }
@@ -389,6 +398,28 @@ mod tests {
 
     fn port(port: u16) -> FilterChainMatch {
         FilterChainMatch { destination_port: Some(port), ..Default::default() }
+    }
+
+    #[test]
+    fn listeners_of_the_kernel_path_are_balanced_and_what_an_ipv6_wildcard_takes_of_ipv4_is_captured() {
+        let listeners = [
+            listener("one", &["172.16.0.1:80"], vec![to("foo")]),
+            listener("any", &["[::]:81"], vec![to("foo")]),
+            listener("black", &["172.16.0.3:80"], vec![to("BlackHoleCluster")]),
+        ]
+        .map(Arc::new);
+        let clusters = clusters();
+        let rules = Destinations::of(&listeners, black_hole(&clusters)).balanced(|name| {
+            ["one", "any", "black"].iter().position(|it| *it == name).map(|at| at as u32 + 1)
+        });
+        let rule = |address: &str| {
+            let rule = &rules.rules[&address.parse::<SocketAddr>().unwrap()];
+            (rule.verdict, rule.service)
+        };
+        assert_eq!(rule("172.16.0.1:80"), (Verdict::Balance, 1));
+        assert_eq!(rule("[::]:81"), (Verdict::Balance, 2));
+        assert_eq!(rule("0.0.0.0:81"), (Verdict::Capture, 0));
+        assert_eq!(rule("172.16.0.3:80"), (Verdict::Refuse, 0));
     }
 
     #[test]
