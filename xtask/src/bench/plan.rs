@@ -137,7 +137,7 @@ impl Choice {
             for entry in &mut entries {
                 let veth = entry.case.topology == Topology::Veth;
                 entry.subjects.clone_from(&self.subjects);
-                entry.subjects.retain(|subject| veth || !subject.intercept);
+                entry.subjects.retain(|subject| veth || !subject.is_captured());
             }
         }
         for entry in &mut entries {
@@ -150,6 +150,42 @@ impl Choice {
             }
             entries.dedup_by_key(|entry| entry.case);
         }
+        self.repeated(entries)
+    }
+
+    /// The kernel path, direct connections, and every proxy, over veth.
+    pub(super) fn kernel(&self) -> Plan {
+        use Direction::{Down, Up};
+        let subjects = [
+            Subject::KERNEL,
+            Subject::INTERCEPT,
+            Subject::ENVOY,
+            Subject::HAPROXY,
+            Subject::HAPROXY_SPLICE,
+            Subject::NGINX,
+            Subject::DIRECT,
+        ];
+        let mut workloads = Vec::new();
+        for streams in [1, 8, 64] {
+            workloads.push(bulk(streams, Down));
+            workloads.extend((!self.quick).then_some(bulk(streams, Up)));
+        }
+        for size in [64, 1024, 16384] {
+            workloads.extend([1, 64, 512].map(|connections| request(size, connections)));
+        }
+        workloads.extend([Workload::Short, Workload::Intercept]);
+        let entry = |workload| {
+            let subjects = match workload {
+                Workload::Intercept => vec![Subject::KERNEL, Subject::KERNEL_MANY, Subject::INTERCEPT],
+                Workload::Short => [&[Subject::KERNEL.logging()], &subjects[..]].concat(),
+                _ => subjects.to_vec(),
+            };
+            Entry { case: Case { topology: Topology::Veth, workload, placement: Placement::Free }, subjects }
+        };
+        self.repeated(workloads.into_iter().map(entry).collect())
+    }
+
+    fn repeated(&self, entries: Vec<Entry>) -> Plan {
         let (rounds, memory_rounds, measure) = if self.quick { (3, 1, 500) } else { (5, 3, 800) };
         Plan {
             entries,
@@ -161,7 +197,7 @@ impl Choice {
 
     /// What was named, on the topology that was named (or loopback), with everybody who can be.
     fn selected(&self) -> Vec<Entry> {
-        let captured = self.subjects.iter().any(|subject| subject.intercept);
+        let captured = self.subjects.iter().any(|subject| subject.is_captured());
         let topology = self.topology.unwrap_or(if captured { Topology::Veth } else { Topology::Loopback });
         let mut subjects = self.plain();
         if topology == Topology::Veth {

@@ -6,13 +6,17 @@ use super::metric::Metric;
 use super::results::{About, Results, Series, Spread};
 use super::subject::Subject;
 
-/// When, where and how, in three lines.
-pub(super) fn header(about: &About) -> String {
+/// When, where and how, in three lines. `base`: what figures are divided by, as for [`table`].
+pub(super) fn header(about: &About, base: Option<&str>) -> String {
+    let ratio = base.map_or_else(
+        || "tidegate's figure divided by it".to_owned(),
+        |base| format!("its figure divided by that of {base}"),
+    );
     let settings = &about.settings;
     let versions: Vec<_> = about.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
     format!(
         "{}: {} CPUs of {}, {} GiB, Linux {}; load average {} before, {} after; {:.0} s\n{}; one worker thread each, {}\n\
-         medians of {} rounds of {} s; ×: tidegate's figure divided by it, median over the rounds; ±: half of the widest \
+         medians of {} rounds of {} s; ×: {ratio}, median over the rounds; ±: half of the widest \
          spread\n",
         about.date,
         about.machine.cpus,
@@ -29,8 +33,9 @@ pub(super) fn header(about: &About) -> String {
     )
 }
 
-/// Every case with every figure that says something about the subjects.
-pub(super) fn table(results: &Results) -> String {
+/// Every case with every figure that says something about the subjects. Ratios are tidegate's figures divided by theirs, or
+/// theirs divided by those of `base`.
+pub(super) fn table(results: &Results, base: Option<&str>) -> String {
     let mut text = String::new();
     let mut case = "";
     let mut columns = Vec::new();
@@ -44,7 +49,7 @@ pub(super) fn table(results: &Results) -> String {
             }
             text.push('\n');
         }
-        line(&mut text, series, &columns);
+        line(&mut text, series, &columns, base);
     }
     for failure in &results.failures {
         let _ = writeln!(text, "not measured: {failure}");
@@ -52,17 +57,19 @@ pub(super) fn table(results: &Results) -> String {
     text
 }
 
-fn line(text: &mut String, series: &Series, columns: &[Subject]) {
+fn line(text: &mut String, series: &Series, columns: &[Subject], base: Option<&str>) {
     let label = format!("  {} ({})", series.metric.title(), series.unit);
     let _ = write!(text, "{label:<54}{:>6}", widest(series.subjects.values()));
     for subject in columns {
         let subject = subject.to_string();
         let value =
             series.subjects.get(&subject).map_or_else(|| "-".to_owned(), |spread| number(spread.median));
-        let ratio = series
-            .tidegate_to
-            .get(&subject)
-            .map_or_else(String::new, |spread| format!("×{:.2}", spread.median));
+        let ratio = match base {
+            None => series.tidegate_to.get(&subject).map(|spread| spread.median),
+            Some(base) if base == subject => None,
+            Some(base) => series.ratio(&subject, base),
+        };
+        let ratio = ratio.map_or_else(String::new, |ratio| format!("×{ratio:.2}"));
         let _ = write!(text, "{value:>9}{ratio:>6}");
     }
     text.push('\n');
@@ -79,7 +86,10 @@ fn subjects(results: &Results, case: &str) -> Vec<Subject> {
 }
 
 fn shorter(subject: Subject) -> String {
-    subject.to_string().replace("haproxy-splice", "hap-splice").replace("intercept", "icpt")
+    let name = subject.to_string();
+    name.replace("haproxy-splice", "hap-splice")
+        .replace("intercept", "icpt")
+        .replace("tidegate+kernel", "kernel")
 }
 
 /// Half of the distance between the extremes, in percent of the median, of whoever varied most.

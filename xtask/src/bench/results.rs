@@ -97,6 +97,13 @@ impl Spread {
         let rounds = rounds.into_iter().map(|value| value.map(short)).collect();
         Some(Self { median: short(median(&known)), min, max, rounds })
     }
+
+    /// How far half of the rounds lie from the median at most, as a part of it: 0 of a single round.
+    pub(super) fn noise(&self) -> f64 {
+        let distances: Vec<_> =
+            self.rounds.iter().flatten().map(|round| (round / self.median - 1.0).abs()).collect();
+        median(&distances)
+    }
 }
 
 /// To five digits: no figure of a bench has more.
@@ -188,6 +195,14 @@ fn series(case: Case, metric: Metric, figures: &Figures) -> Series {
         lower_is_better: metric.lower_is_better(),
         subjects,
         tidegate_to,
+    }
+}
+
+impl Series {
+    /// One figure divided by another, round by round: the median.
+    pub(super) fn ratio(&self, own: &str, to: &str) -> Option<f64> {
+        let (own, to) = self.subjects.get(own).zip(self.subjects.get(to))?;
+        Spread::of(ratios_by_round(&own.rounds, &to.rounds)).map(|spread| spread.median)
     }
 }
 

@@ -107,7 +107,7 @@ impl Run {
         let mut subjects: Vec<_> = entries.iter().flat_map(|entry| entry.subjects.clone()).collect();
         subjects.sort_unstable();
         subjects.dedup();
-        let captured: Vec<_> = subjects.iter().copied().filter(|subject| subject.intercept).collect();
+        let captured: Vec<_> = subjects.iter().copied().filter(|subject| subject.is_captured()).collect();
         let mut site = Site::new(topology, &captured)?;
         site.congestion_control().clone_into(&mut self.congestion_control);
 

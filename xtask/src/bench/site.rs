@@ -17,7 +17,7 @@ use tidegate_tests::netns::Netns;
 use tidegate_tests::network::Network;
 use tidegate_tests::pod::Pod;
 
-use super::subject::{Fronts, Running, Subject};
+use super::subject::{ENDPOINTS, Fronts, Running, Subject};
 
 /// How clients, proxies and servers are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ use super::subject::{Fronts, Running, Subject};
 pub(super) enum Topology {
     /// One network namespace, 127.0.0.1.
     Loopback,
-    /// Three network namespaces and veth pairs between them; clients of tidegate+intercept are in a pod.
+    /// Three network namespaces and veth pairs between them; clients that are captured are in a pod.
     Veth,
 }
 
@@ -72,7 +72,7 @@ impl Ports {
         Self(2000 + 10 * number)
     }
 
-    fn at(self, fronts: IpAddr, offset: u16) -> Fronts {
+    pub(super) fn at(self, fronts: IpAddr, offset: u16) -> Fronts {
         let port = |index| SocketAddr::new(fronts, self.0 + offset + index);
         Fronts { echo: port(0), bulk: port(1), iperf3: port(2), http: port(3) }
     }
@@ -83,9 +83,17 @@ pub(super) const IPERF3_PORT: u16 = 1990;
 pub(super) const HTTP_PORT: u16 = 1991;
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+/// Its other addresses follow this one.
+const OTHER_SERVERS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 0);
 const PROXY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 254);
 /// Nobody has it: only a captured connection gets anywhere.
 const SERVICE: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 1);
+
+/// So many addresses of the servers, the first of which is given.
+pub(super) fn servers(first: IpAddr, count: u32) -> Vec<IpAddr> {
+    let others = (1..count).map(|number| Ipv4Addr::from(u32::from(OTHER_SERVERS) + number).into());
+    std::iter::once(first).chain(others).collect()
+}
 
 /// The namespaces, and the clients in them.
 #[derive(Debug)]
@@ -147,7 +155,10 @@ impl Site {
                     .router()
                     .ip(&format!("addr add {PROXY}/32 dev lo\nroute add unreachable {SERVICE}/32"))?;
                 let client = network.pod("client", &["10.0.0.1"])?;
-                let server = network.pod("server", &[&SERVER.to_string()])?;
+                let addresses: Vec<_> =
+                    servers(SERVER.into(), ENDPOINTS).into_iter().map(|ip| ip.to_string()).collect();
+                let addresses: Vec<_> = addresses.iter().map(String::as_str).collect();
+                let server = network.pod("server", &addresses)?;
                 for (number, subject) in capturing.iter().enumerate() {
                     captured.push(Captured::start(&network, *subject, number)?);
                 }
@@ -194,12 +205,17 @@ impl Site {
         &self.congestion_control
     }
 
+    /// Where the proxies are.
+    pub(super) fn proxy_netns(&self) -> &Netns {
+        match &self.shape {
+            Shape::Loopback(netns) => netns,
+            Shape::Veth(veth) => veth.network.router(),
+        }
+    }
+
     /// A command where the proxies are; a program is still to be added.
     pub(super) fn proxy_command(&self) -> Command {
-        match &self.shape {
-            Shape::Loopback(netns) => inside(netns, &self.cgroup),
-            Shape::Veth(veth) => inside(veth.network.router(), &self.cgroup),
-        }
+        inside(self.proxy_netns(), &self.cgroup)
     }
 
     /// A command where the servers are.
@@ -253,7 +269,7 @@ impl Site {
     pub(super) fn fronts(&self, subject: Subject) -> Fronts {
         let ip = match self.topology {
             Topology::Loopback => Ipv4Addr::LOCALHOST,
-            Topology::Veth if subject.intercept => SERVICE,
+            Topology::Veth if subject.is_captured() => SERVICE,
             Topology::Veth => PROXY,
         };
         subject.ports().at(ip.into(), 0)

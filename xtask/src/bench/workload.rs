@@ -136,7 +136,7 @@ impl Workload {
 
     /// Whether the clients of a subject can do it.
     pub(super) fn suits(self, subject: Subject) -> bool {
-        self != Self::Intercept || subject.intercept
+        self != Self::Intercept || subject.is_captured()
     }
 
     pub(super) fn work(self) -> Option<Work> {

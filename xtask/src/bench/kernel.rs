@@ -1,0 +1,126 @@
+//! `cargo xtask bench kernel`: the kernel path against direct connections and against all proxies.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+
+use super::goals::Bound::{AtLeast, AtMost};
+use super::goals::{self, Goal, goal};
+use super::metric::Metric;
+use super::plan::Choice;
+use super::{Named, about, report};
+
+/// Arguments of `bench kernel`.
+#[derive(Args, Debug)]
+pub(super) struct Kernel {
+    /// Fewer rounds, shorter, downloads only: about 7 minutes instead of 20.
+    #[arg(long)]
+    quick: bool,
+    /// Rounds of each measurement [default: 5; with --quick: 3].
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// Length of one measurement [default: 0.8; with --quick: 0.5].
+    #[arg(long, value_name = "SECONDS", value_parser = super::seconds)]
+    seconds: Option<Duration>,
+    /// Use this Envoy instead of installing one into target/tools.
+    #[arg(long, value_name = "PATH")]
+    envoy: Option<PathBuf>,
+    /// Measure this tidegate instead of building one.
+    #[arg(long, value_name = "PATH")]
+    tidegate: Option<PathBuf>,
+    /// Exit with 1 when a goal of the kernel path is missed, or was not measured.
+    #[arg(long)]
+    goals: bool,
+}
+
+const BULK: &[&str] = &["veth/bulk-1-down", "veth/bulk-8-down", "veth/bulk-64-down"];
+const REQUESTS: &[&str] = &[
+    "veth/request-64x1",
+    "veth/request-64x64",
+    "veth/request-64x512",
+    "veth/request-1024x1",
+    "veth/request-1024x64",
+    "veth/request-1024x512",
+    "veth/request-16384x1",
+    "veth/request-16384x64",
+    "veth/request-16384x512",
+];
+const SHORT: &[&str] = &["veth/short"];
+const INTERCEPT: &[&str] = &["veth/intercept"];
+
+const OWN: &str = "tidegate+kernel";
+const DIRECT: &[&str] = &["direct"];
+
+/// Of direct, in rate; of latencies, which are better when they are lower, the inverse.
+const NEARLY: f64 = 0.97;
+
+const GOALS: &[Goal] = &[
+    goal("bulk: throughput", BULK, Metric::Rate, OWN, DIRECT, AtLeast(NEARLY)).within_noise(),
+    goal("requests: rate", REQUESTS, Metric::Rate, OWN, DIRECT, AtLeast(NEARLY)).within_noise(),
+    goal("requests: p50", REQUESTS, Metric::P50, OWN, DIRECT, AtMost(1.0 / NEARLY)).within_noise(),
+    goal("requests: p99", REQUESTS, Metric::P99, OWN, DIRECT, AtMost(1.0 / NEARLY)).within_noise(),
+    goal("connect, 64 B, close: rate", SHORT, Metric::Rate, OWN, DIRECT, AtLeast(NEARLY)).within_noise(),
+    goal("connect, 64 B, close: p50", SHORT, Metric::P50, OWN, DIRECT, AtMost(1.0 / NEARLY)).within_noise(),
+    goal("connect, 64 B, close: p99", SHORT, Metric::P99, OWN, DIRECT, AtMost(1.0 / NEARLY)).within_noise(),
+    goal("bulk: proxy CPU, s/GiB", BULK, Metric::ProxyCpu, OWN, &[], AtMost(0.0)),
+    goal("requests: proxy CPU, µs", REQUESTS, Metric::ProxyCpu, OWN, &[], AtMost(0.0)),
+    goal("connect(2): eBPF, µs", INTERCEPT, Metric::ConnectCpu, OWN, &[], AtMost(2.0)),
+    goal(
+        "connect(2): eBPF, 10,000 services x 10",
+        INTERCEPT,
+        Metric::ConnectCpu,
+        "tidegate+kernel-many",
+        &[OWN],
+        AtMost(1.1),
+    )
+    .within_noise(),
+];
+
+impl Kernel {
+    pub(super) fn run(&self) -> Result<()> {
+        let named = Named { envoy: self.envoy.as_ref(), tidegate: self.tidegate.as_ref(), base: None };
+        let results = named.measure(self.choice().kernel(), self.quick)?;
+        let outcomes = goals::outcomes_of(GOALS, &results);
+        print!(
+            "{}{}{}",
+            report::header(&results.about, Some("direct")),
+            report::table(&results, Some("direct")),
+            goals::table(&outcomes),
+        );
+        println!(
+            "noise: how far half of the rounds of what it is compared with lie from their median at most; so much is excused"
+        );
+        let path = about::write("kernel.json", &format!("{}\n", serde_json::to_string_pretty(&results)?))?;
+        println!("\nall figures of all rounds: {}", path.display());
+        ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
+        if self.goals { goals::require(&outcomes) } else { Ok(()) }
+    }
+
+    fn choice(&self) -> Choice {
+        Choice { quick: self.quick, rounds: self.rounds, measure: self.seconds, ..Choice::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_run_measures_every_goal() {
+        for quick in [true, false] {
+            let plan = Choice { quick, ..Choice::default() }.kernel();
+            for goal in GOALS {
+                for case in goal.cases() {
+                    let entry = plan.entries.iter().find(|entry| entry.case.to_string() == *case);
+                    let entry = entry.unwrap_or_else(|| panic!("{case} is not measured"));
+                    for name in goal.subjects() {
+                        let measured = entry.subjects.iter().any(|subject| subject.to_string() == name);
+                        assert!(measured, "{case}: {name}");
+                    }
+                }
+            }
+        }
+    }
+}
