@@ -1,5 +1,6 @@
 //! Access logs and durations of connections that no proxy stood in, from the records that the programs leave.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +12,7 @@ use tidegate_common::{Addr, End, FlowEvent};
 use super::manager::{Manager, Service, Target};
 use crate::access_log::flush_worker;
 use crate::addr::OriginalDst;
-use crate::connection::record::{LogType, Record, Upstream};
+use crate::connection::record::{CloseType, LogType, Record, Upstream};
 use crate::intercept::tables::FlowEvents;
 use crate::response_flag::ResponseFlag;
 
@@ -64,10 +65,10 @@ impl Journal {
         Self { events, orphans: 0 }
     }
 
-    /// Writes down what has ended since the last call. Whether there may be more.
-    pub fn drain(&mut self, manager: &Manager, ids: Ids<'_>) -> bool {
-        let Some(first) = self.events.pop() else { return false };
-        let Some(clock) = Clock::read() else { return false };
+    /// Writes down what has ended since the last call, or as much of it as is read at one time.
+    pub fn drain(&mut self, manager: &Manager, ids: Ids<'_>) {
+        let Some(first) = self.events.pop() else { return };
+        let Some(clock) = Clock::read() else { return };
         let index = Index::of(manager);
         let mut next = Some(first);
         let mut count = 0;
@@ -79,14 +80,13 @@ impl Journal {
             next = if count < AT_ONCE { self.events.pop() } else { None };
         }
         flush_worker();
-        count == AT_ONCE
     }
 }
 
 /// Whose records they are.
 struct Index<'a> {
-    services: std::collections::HashMap<u32, &'a Service>,
-    targets: std::collections::HashMap<u32, &'a Target>,
+    services: HashMap<u32, &'a Service>,
+    targets: HashMap<u32, &'a Target>,
 }
 
 impl<'a> Index<'a> {
@@ -146,7 +146,7 @@ fn record(
     if let Some(alt) = &target.cluster.config().alt_stat_name {
         record.details_mut().cluster_alt_stat_name = Some(Arc::clone(alt));
     }
-    record.upstream_close_type = Some(crate::connection::record::CloseType::Normal);
+    record.upstream_close_type = Some(CloseType::Normal);
     if event.host != 0 {
         let upstream = SocketAddr::new(event.endpoint.to_ip(), event.endpoint_port);
         let connected = event.connected_ns != 0;

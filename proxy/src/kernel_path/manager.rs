@@ -153,13 +153,17 @@ impl Manager {
     pub fn clusters_changed(&mut self, clusters: &BTreeSet<Arc<str>>, snapshot: &Snapshot) -> bool {
         let listeners: BTreeSet<Arc<str>> =
             clusters.iter().filter_map(|cluster| self.users.get(cluster)).flatten().cloned().collect();
-        let mut changed = false;
+        let (mut changed, mut any_left) = (false, false);
         for listener in &listeners {
             let before = self.service(listener);
             self.decide(listener, snapshot);
             changed |= self.service(listener) != before;
+            any_left |= self.service(listener).is_none();
         }
-        self.let_go(Instant::now());
+        // Looks through all of them: not for each endpoint that comes or goes.
+        if any_left {
+            self.let_go(Instant::now());
+        }
         changed
     }
 

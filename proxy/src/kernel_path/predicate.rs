@@ -25,7 +25,7 @@ mod tcp_proxy;
 pub use obstacle::{ClusterObstacle, Obstacle};
 
 /// Clusters that a `tcp_proxy` may choose from by weight.
-pub const MAX_CLUSTERS: usize = 16;
+pub const MAX_CLUSTERS: usize = tidegate_common::balance::MAX_CLUSTERS as usize;
 
 /// How connections to a listener get to their endpoints.
 #[derive(Clone, Debug)]
