@@ -9,6 +9,7 @@ mod fuzz;
 mod gen_api;
 mod parity;
 mod root;
+mod same_node;
 mod soak;
 mod test;
 
@@ -33,6 +34,9 @@ enum Xtask {
     Bench(bench::Bench),
     /// Run tidegate with pods under every kind of load for long, and fail when memory, files or anything else grows.
     Soak(soak::Soak),
+    /// Compare what applications see of connections inside a node with and without acceleration from socket to socket
+    /// (docs/same-node.md).
+    SameNode(same_node::SameNode),
     /// Check licences, duplicate versions and sources of the dependencies.
     Deny(deny::Deny),
     /// Rebuild proxy-ebpf/prebuilt from source.
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         Xtask::Parity(args) => args.run(),
         Xtask::Bench(args) => args.run(),
         Xtask::Soak(args) => args.run(),
+        Xtask::SameNode(args) => args.run(),
         Xtask::Deny(args) => args.run(),
         Xtask::BuildEbpf(args) => args.run(),
         Xtask::GenApi(args) => args.run(),

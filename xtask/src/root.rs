@@ -39,6 +39,11 @@ pub(crate) fn become_root() -> Result<()> {
 /// After SIGINT or SIGTERM: pass it on to the child that runs, remove everything that this process has made,
 /// and exit. Without this, Ctrl-C would end the process before any destructor ran.
 pub(crate) fn clean_up_on_signals() -> Result<()> {
+    clean_up_on_signals_after(|| ())
+}
+
+/// As [`clean_up_on_signals`], with something that has to be done first.
+pub(crate) fn clean_up_on_signals_after(first: impl FnOnce() + Send + 'static) -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([
         signal_hook::consts::SIGINT,
         signal_hook::consts::SIGTERM,
@@ -50,6 +55,7 @@ pub(crate) fn clean_up_on_signals() -> Result<()> {
             if child > 0 {
                 let _ = kill(Pid::from_raw(child), Signal::SIGTERM);
             }
+            first();
             run::remove_own();
             std::process::exit(128 + signal);
         }
