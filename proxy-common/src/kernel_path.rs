@@ -4,6 +4,10 @@
 
 use crate::Addr;
 
+/// Index of the word of the arena that is not 0 while the agent waits to be woken by the next record of a flow. (No block
+/// starts at index 0.)
+pub const ASLEEP: u32 = 0;
+
 /// Counters of a service, a cluster or a host. The programs add to them atomically; nobody ever sets them back, so that a
 /// successor of the agent goes on with them.
 #[repr(C)]

@@ -26,7 +26,9 @@ mod reason;
 pub use addr::Addr;
 pub use event::NotEnrolled;
 pub use flow::{FlowKey, InFlight, OriginalDst, OwnSocket, Role};
-pub use kernel_path::{ClusterState, End, Flow, FlowEvent, FlowFlag, HostState, Phase, ServiceState, Tally};
+pub use kernel_path::{
+    ASLEEP, ClusterState, End, Flow, FlowEvent, FlowFlag, HostState, Phase, ServiceState, Tally,
+};
 pub use limits::{
     ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, EVENTS_BYTES, FLOW_EVENTS_BYTES, LAYOUT_VERSION, MAX_DESTINATIONS,
     MAX_IN_FLIGHT,

@@ -7,8 +7,8 @@ use core::ptr::addr_of;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING,
-        BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT,
+        BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT,
+        BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT,
         bpf_sock_ops,
     },
     helpers::generated::{
@@ -16,12 +16,12 @@ use aya_ebpf::{
     },
     programs::SockOpsContext,
 };
-use tidegate_common::{Addr, End, Flow, FlowEvent, FlowFlag, Phase, Reason, Tally};
+use tidegate_common::{ASLEEP, Addr, End, Flow, FlowEvent, FlowFlag, Phase, Reason, Tally};
 
 use crate::{
     balance::{cluster_state, host_state, service_state},
     counters::{add, count, subtract},
-    maps::FLOW_EVENTS,
+    maps::{ARENA, FLOW_EVENTS},
     sockops::{addresses, local_port, remote_port},
 };
 
@@ -263,16 +263,31 @@ pub fn report_refusal(end: End, addr: Addr, port: u16, service: u32, cluster: u3
     });
 }
 
-/// Wakes nobody: the agent looks at the buffer several times a second, and a wake-up costs the application more than
-/// everything else here.
+/// Wakes the agent only when it has said that it sleeps: a wake-up costs the application more than everything else here,
+/// and an agent that is awake looks at the buffer several times a second.
 #[inline(always)]
 fn write(event: FlowEvent) {
     match FLOW_EVENTS.reserve(0) {
         Some(mut entry) => {
             entry.write(event);
-            entry.submit(BPF_RB_NO_WAKEUP.into());
+            let wakeup = if wakes_agent() { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
+            entry.submit(wakeup.into());
         }
         None => count(Reason::FlowEventLost),
+    }
+}
+
+/// Whether the agent sleeps; from now on it doesn't.
+#[inline(always)]
+fn wakes_agent() -> bool {
+    let Some(asleep) = ARENA.get_ptr_mut(ASLEEP) else { return false };
+    // SAFETY: an aligned word of a map. Two programs at one moment may both wake it: no harm.
+    unsafe {
+        let is_asleep = asleep.read_volatile() != 0;
+        if is_asleep {
+            asleep.write_volatile(0);
+        }
+        is_asleep
     }
 }
 
@@ -313,5 +328,3 @@ fn set_user_timeout(ctx: &SockOpsContext, mut millis: u32) {
         )
     };
 }
-
-const _: () = assert!(BPF_TCP_ESTABLISHED == 1 && BPF_TCP_CLOSE == 7);

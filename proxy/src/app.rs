@@ -13,7 +13,6 @@ use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::Socket;
 use tokio::sync::mpsc;
-use tokio::time::MissedTickBehavior;
 
 use crate::access_log::{self, FlushSettings};
 use crate::args::{Args, Command, Mode, ServeArgs};
@@ -307,8 +306,6 @@ impl Proxy {
         let mut audit = Audit::default();
         let mut second = tokio::time::interval(Duration::from_secs(1));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
-        let mut look = tokio::time::interval(kernel_path::LOOK_INTERVAL);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 request = signals.next() => match request {
@@ -317,8 +314,7 @@ impl Proxy {
                 },
                 stopping = state.stop_requested() => return stopping,
                 happened = self.store.next() => self.take(happened, state),
-                clusters = kernel_path::changed(&mut self.kernel_path) => self.clusters_changed(&clusters),
-                _ = look.tick(), if self.kernel_path.is_some() => self.look_at_kernel_path(),
+                event = kernel_path::next(&mut self.kernel_path) => self.serve_kernel_path(event),
                 _ = sweep.tick() => {
                     self.shared.publisher.sweep();
                     self.snapshot().clusters().for_each(|cluster| cluster.sweep());

@@ -589,10 +589,7 @@ impl Parked {
         if outcome.cause == Cause::Killed
             && let Some(Ending::Lost(loss)) = open.ending()
         {
-            let details = connection.record.details_mut();
-            details.termination_details = Some(loss.reason.name());
-            details.downstream_local_close_reason = Some(loss.reason.name().into());
-            details.upstream_local_close_reason = Some(loss.reason.name().into());
+            connection.record.note_loss(loss.reason.name());
         }
         drop((upstream, guard));
         connection.finish();

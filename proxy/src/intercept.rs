@@ -28,6 +28,7 @@ mod bpffs;
 pub mod cgroup;
 pub mod destinations;
 pub mod error;
+pub mod flows;
 mod links;
 pub mod maps;
 pub mod original_dst;
@@ -69,6 +70,7 @@ pub struct Interception {
     interceptor: Arc<Mutex<programs::Interceptor>>,
     own_sockets: OwnSockets,
     attach_points: Vec<PathBuf>,
+    namespaces: flows::Namespaces,
 }
 
 /// What the admin server shows.
@@ -92,7 +94,7 @@ impl Interception {
     ///
     /// Fails with [`InterceptError::NoCgroup`] when no cgroup is configured and there is no kubepods subtree; else
     /// with what the kernel or the machine lacks. The proxy can go on without interception then.
-    pub fn start(settings: &Settings, on_pod: OnPod) -> Result<Self, InterceptError> {
+    pub fn start(settings: &Settings, mut on_pod: OnPod) -> Result<Self, InterceptError> {
         let wanted = &settings.wanted;
         let Places { pods, host, discover } = Places::of(wanted)?;
         let host_namespace = !host.is_empty();
@@ -136,8 +138,14 @@ impl Interception {
             sockets_per_pod: settings.workers.max(1),
             walk_interval: pods::WALK_INTERVAL,
         };
-        let pods = pods::Pods::start(pod_settings, Arc::clone(&interceptor), events, on_pod)?;
-        Ok(Self { pods, interceptor, own_sockets, attach_points })
+        let namespaces = flows::Namespaces::default();
+        let known = namespaces.clone();
+        let note = Box::new(move |event| {
+            known.note(&event);
+            on_pod(event);
+        });
+        let pods = pods::Pods::start(pod_settings, Arc::clone(&interceptor), events, note)?;
+        Ok(Self { pods, interceptor, own_sockets, attach_points, namespaces })
     }
 
     /// Makes the kernel capture exactly this. The workers must have the listeners already (publish first).
@@ -155,6 +163,11 @@ impl Interception {
     /// Connections of the kernel path that have ended. Once; then it belongs to whoever took it.
     pub fn take_flow_events(&self) -> Option<tables::FlowEvents> {
         self.interceptor().take_flow_events()
+    }
+
+    /// Ends connections of the kernel path.
+    pub fn flow_sockets(&self) -> flows::FlowSockets {
+        flows::FlowSockets { map: self.interceptor().flow_map(), namespaces: self.namespaces.clone() }
     }
 
     /// How workers keep their own upstream sockets from being captured.

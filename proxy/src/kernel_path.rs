@@ -14,6 +14,7 @@ pub mod journal;
 pub mod manager;
 mod mirror;
 pub mod predicate;
+pub mod removal;
 mod slots;
 
 pub use journal::{Ids, Journal};

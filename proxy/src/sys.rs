@@ -13,4 +13,5 @@ pub mod netns;
 pub mod pipe;
 pub mod process;
 pub mod socket;
+pub mod socket_diag;
 pub mod splice;

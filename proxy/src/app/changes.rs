@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Proxy;
 use super::admin_state::Running;
+use super::kernel_path::{KernelPath, Losses};
 use crate::cluster::removal::Lost;
 use crate::intercept::destinations::{BLACK_HOLE, is_black_hole};
 use crate::stats::{SharedGauge, Stats};
@@ -110,6 +111,7 @@ impl Proxy {
     /// Connections to endpoints that are gone end, by the policy of their cluster.
     fn end_hosts(&self, lost: Lost) {
         let workers: Vec<_> = self.workers.iter().map(Handle::sender).collect();
+        let flows = self.kernel_path.as_ref().map(KernelPath::losses);
         tracing::debug!(
             cluster = %lost.cluster,
             reason = lost.loss.reason.name(),
@@ -117,10 +119,17 @@ impl Proxy {
         );
         tokio::task::spawn_local(async move {
             tokio::time::sleep(lost.deadline).await;
-            let loss = lost.loss;
+            let (loss, cluster) = (lost.loss, Arc::clone(&lost.cluster));
             let hosts: Arc<[_]> = lost.take().into();
-            for worker in workers.iter().filter(|_| !hosts.is_empty()) {
+            if hosts.is_empty() {
+                return;
+            }
+            for worker in &workers {
                 worker.send(worker::Command::EndHosts(Arc::clone(&hosts), loss));
+            }
+            if let Some(flows) = flows {
+                // Nobody listens any more when the process ends.
+                let _ = flows.send(Losses { cluster, loss, hosts });
             }
         });
     }

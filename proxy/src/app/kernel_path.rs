@@ -4,61 +4,155 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::{Interval, MissedTickBehavior};
 
 use super::Proxy;
+use crate::cluster::host::Host;
+use crate::cluster::removal::Loss;
 use crate::config::Loaded;
 use crate::config::bootstrap::OnExit;
 use crate::config::cluster::DataPath;
 use crate::intercept::Interception;
+use crate::intercept::flows::FlowSockets;
+use crate::intercept::tables::{Alarm, Tables};
+use crate::kernel_path::removal::{self, Reasons};
 use crate::kernel_path::{Ids, Journal, Manager, Obstacle, State, is_candidate, plan};
 use crate::snapshot::Snapshot;
 
-/// How often records of connections that have ended are read, and how long it takes until outlier detection hears of a
-/// failure.
-pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often records of connections that have ended are read while there are any, and how long it takes until outlier
+/// detection hears of a failure.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The kernel path at work.
 #[derive(Debug)]
 pub(super) struct KernelPath {
     manager: Manager,
     journal: Journal,
+    tables: Arc<Tables>,
+    sockets: FlowSockets,
+    reasons: Reasons,
     changes: UnboundedReceiver<Arc<str>>,
+    losses: (UnboundedSender<Losses>, UnboundedReceiver<Losses>),
+    /// Ticks while connections end.
+    look: Interval,
+    /// Rings when one has ended after a time without any. None: that can't be known, and `look` ticks always.
+    alarm: Option<Alarm>,
+    awake: bool,
+}
+
+/// Endpoints of a cluster whose connections are to end now.
+#[derive(Debug)]
+pub(super) struct Losses {
+    pub(super) cluster: Arc<str>,
+    pub(super) loss: Loss,
+    pub(super) hosts: Arc<[Arc<Host>]>,
+}
+
+/// What the kernel path waits for.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// These clusters have other endpoints, or other healthy ones.
+    Clusters(BTreeSet<Arc<str>>),
+    /// Connections to these are to end.
+    Losses(Losses),
+    /// It is time to read records.
+    Look,
+}
+
+/// Whether somebody asks for it.
+fn is_asked_for(data_path: DataPath) -> bool {
+    data_path != DataPath::Proxy
 }
 
 /// Whether the configuration asks for it: the programs contain it only then.
 pub(super) fn is_wanted(loaded: &Loaded) -> bool {
-    let wants = |data_path: DataPath| data_path != DataPath::Proxy;
     let bootstrap = &loaded.bootstrap;
-    bootstrap.interception.as_ref().is_some_and(|it| wants(it.data_path))
-        || bootstrap.clusters.iter().any(|cluster| cluster.data_path.is_some_and(wants))
+    bootstrap.interception.as_ref().is_some_and(|it| is_asked_for(it.data_path))
+        || bootstrap.clusters.iter().any(|cluster| cluster.data_path.is_some_and(is_asked_for))
 }
 
 impl KernelPath {
     /// Over the tables of an interception. None if it doesn't have them.
     pub(super) fn start(proxy: &Proxy, interception: &Interception) -> Option<Self> {
         let events = interception.take_flow_events()?;
+        let tables = interception.tables();
         let (manager, changes) =
-            Manager::new(interception.tables(), proxy.data_paths.clone(), proxy.default_data_path());
-        Some(Self { manager, journal: Journal::new(events), changes })
+            Manager::new(Arc::clone(&tables), proxy.data_paths.clone(), proxy.default_data_path());
+        let reasons = Reasons::default();
+        let journal = Journal::new(events, reasons.clone());
+        let alarm = journal.alarm().inspect_err(
+            |error| tracing::debug!(%error, "records of the kernel path are looked for all the time"),
+        );
+        let mut look = tokio::time::interval(LOOK_INTERVAL);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Some(Self {
+            manager,
+            journal,
+            tables,
+            sockets: interception.flow_sockets(),
+            reasons,
+            changes,
+            losses: unbounded_channel(),
+            look,
+            alarm: alarm.ok(),
+            awake: true,
+        })
     }
 
     /// The index of a listener that is on it.
     pub(super) fn service(&self, listener: &str) -> Option<u32> {
         self.manager.service(listener)
     }
+
+    /// Takes endpoints whose connections are to end.
+    pub(super) fn losses(&self) -> UnboundedSender<Losses> {
+        self.losses.0.clone()
+    }
+
+    /// Completes when it is time to read records. What is lost when it is dropped is asked for again.
+    async fn due(look: &mut Interval, alarm: Option<&Alarm>, awake: &mut bool) {
+        if !*awake && let Some(alarm) = alarm {
+            alarm.ring().await;
+            // More will follow: they are read together.
+            *awake = true;
+            look.reset();
+        }
+        look.tick().await;
+    }
+
+    /// Reads records. When there were none, the next one is to wake us.
+    fn look(&mut self, ids: Ids<'_>) {
+        self.manager.observe_outliers();
+        if self.journal.drain(&self.manager, ids) > 0 || self.alarm.is_none() {
+            return;
+        }
+        self.tables.set_asleep(true);
+        // One may have come meanwhile, and have woken nobody. (One that is still being written is read within a second:
+        // `Proxy::count_kernel_path`.)
+        self.awake = self.journal.drain(&self.manager, ids) > 0;
+        if self.awake {
+            self.tables.set_asleep(false);
+        }
+    }
 }
 
-/// Names of clusters that have other endpoints, or other healthy ones. Never, without a kernel path.
-pub(super) async fn changed(kernel_path: &mut Option<KernelPath>) -> BTreeSet<Arc<str>> {
+/// The next thing to do. Never, without a kernel path.
+pub(super) async fn next(kernel_path: &mut Option<KernelPath>) -> Event {
     let Some(path) = kernel_path else { return std::future::pending().await };
-    let mut names = BTreeSet::new();
-    // The sender is the manager's: it never closes.
-    names.extend(path.changes.recv().await);
-    while let Ok(name) = path.changes.try_recv() {
-        names.insert(name);
+    let KernelPath { changes, losses, look, alarm, awake, .. } = path;
+    tokio::select! {
+        // The senders are the manager's and our own: they never close.
+        Some(name) = changes.recv() => {
+            let mut names = BTreeSet::from([name]);
+            while let Ok(name) = changes.try_recv() {
+                names.insert(name);
+            }
+            Event::Clusters(names)
+        }
+        Some(losses) = losses.1.recv() => Event::Losses(losses),
+        () = KernelPath::due(look, alarm.as_ref(), awake) => Event::Look,
     }
-    names
 }
 
 impl Proxy {
@@ -99,9 +193,8 @@ impl Proxy {
     }
 
     fn is_asked_for(&self, snapshot: &Snapshot) -> bool {
-        let wants = |data_path: DataPath| data_path != DataPath::Proxy;
-        wants(self.default_data_path())
-            || snapshot.clusters().any(|cluster| cluster.config().data_path.is_some_and(wants))
+        is_asked_for(self.default_data_path())
+            || snapshot.clusters().any(|cluster| cluster.config().data_path.is_some_and(is_asked_for))
     }
 
     /// Says of every listener that was to take the kernel path why it doesn't.
@@ -123,8 +216,16 @@ impl Proxy {
         self.data_paths.retain(|name| snapshot.listener(name).is_some());
     }
 
-    /// These clusters have other endpoints, or other healthy ones.
-    pub(super) fn clusters_changed(&mut self, clusters: &BTreeSet<Arc<str>>) {
+    /// Does what it has waited for.
+    pub(super) fn serve_kernel_path(&mut self, event: Event) {
+        match event {
+            Event::Look => self.look_at_kernel_path(),
+            Event::Clusters(clusters) => self.clusters_changed(&clusters),
+            Event::Losses(losses) => self.end_flows(&losses),
+        }
+    }
+
+    fn clusters_changed(&mut self, clusters: &BTreeSet<Arc<str>>) {
         let snapshot = self.snapshot();
         if self.is_superseded() {
             return;
@@ -135,19 +236,32 @@ impl Proxy {
         }
     }
 
-    /// Reads what has happened. Called every [`LOOK_INTERVAL`].
+    fn end_flows(&self, losses: &Losses) {
+        if self.is_superseded() {
+            return;
+        }
+        let Some(path) = &self.kernel_path else { return };
+        let Losses { cluster, loss, hosts } = losses;
+        let Some(doomed) = path.manager.doomed(cluster, *loss, hosts) else { return };
+        let (sockets, tables, reasons) =
+            (path.sockets.clone(), Arc::clone(&path.tables), path.reasons.clone());
+        tokio::task::spawn_blocking(move || removal::end(&doomed, &sockets, &tables, &reasons));
+    }
+
+    /// Reads what has happened.
     pub(super) fn look_at_kernel_path(&mut self) {
-        let Some(path) = &mut self.kernel_path else { return };
-        path.manager.observe_outliers();
         let ids = Ids {
             connections: &self.shared.connection_ids,
             upstream_connections: &self.shared.upstream_connection_ids,
         };
-        path.journal.drain(&path.manager, ids);
+        if let Some(path) = &mut self.kernel_path {
+            path.look(ids);
+        }
     }
 
     /// Brings stats up to date. Called once a second.
     pub(super) fn count_kernel_path(&mut self) {
+        self.look_at_kernel_path();
         let superseded = self.is_superseded();
         let Some(path) = &mut self.kernel_path else { return };
         path.manager.observe();

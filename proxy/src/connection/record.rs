@@ -169,6 +169,14 @@ impl Record {
         self.details.get_or_insert_default()
     }
 
+    /// It was ended because its endpoint was lost, for this reason.
+    pub fn note_loss(&mut self, reason: &'static str) {
+        let details = self.details_mut();
+        details.termination_details = Some(reason);
+        details.downstream_local_close_reason = Some(reason.into());
+        details.upstream_local_close_reason = Some(reason.into());
+    }
+
     /// Takes over what has been moved so far.
     pub fn count(&mut self, counters: &Counters) {
         self.bytes_received = counters.downstream.received.get();

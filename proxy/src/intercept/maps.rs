@@ -141,7 +141,7 @@ pub(super) struct Maps {
     pub(super) own_socket: Storage<u32>,
     pub(super) tables: Arc<Tables>,
     pub(super) flow_events: Option<FlowEvents>,
-    _flows: Storage<Flow>,
+    pub(super) flows: Storage<Flow>,
     pub(super) sizes: MapSizes,
 }
 
@@ -158,7 +158,7 @@ impl Maps {
             own_socket: storage(ebpf, map::OWN_SOCKET)?,
             tables: Arc::new(Tables::take(ebpf, sizes.tables)?),
             flow_events: Some(FlowEvents::take(ebpf)?),
-            _flows: storage(ebpf, map::FLOWS)?,
+            flows: storage(ebpf, map::FLOWS)?,
             sizes,
         };
         for (cookie, enrolment) in salvage.namespaces {

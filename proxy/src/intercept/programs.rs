@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -281,6 +281,11 @@ impl Interceptor {
     /// The tables of the kernel path.
     pub fn tables(&self) -> Arc<Tables> {
         Arc::clone(&self.maps.tables)
+    }
+
+    /// What the programs leave on sockets of the kernel path.
+    pub(super) fn flow_map(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.maps.flows.fd)
     }
 
     /// Connections of the kernel path that have ended. Once; then it belongs to whoever took it.

@@ -3,16 +3,20 @@
 //! The agent writes blocks and settings, the programs add to the tallies. Nothing here is a system call, and nothing waits.
 
 use std::fmt;
+use std::io;
 use std::mem::offset_of;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use aya::Ebpf;
 use aya::maps::{Map, MapData, RingBuf};
 use tidegate_common::{
-    Addr, ClusterState, FLOW_EVENTS_BYTES, FlowEvent, HostState, ServiceState, Tally, map,
+    ASLEEP, Addr, ClusterState, FLOW_EVENTS_BYTES, FlowEvent, HostState, ServiceState, Tally, map,
 };
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::bpf::Mapped;
 use super::error::InterceptError;
@@ -181,6 +185,15 @@ impl Tables {
     pub fn clear_host(&self, index: u32) {
         clear(&self.hosts, index, HOST_WORDS);
     }
+
+    /// Whether the next record of a flow wakes whoever polls [`FlowEvents`]. Look once more before sleeping: a record
+    /// that was written in this moment has woken nobody.
+    pub fn set_asleep(&self, asleep: bool) {
+        if let Some(word) = self.arena.word(ASLEEP as usize) {
+            // Not after the look that follows.
+            word.store(asleep.into(), SeqCst);
+        }
+    }
 }
 
 // `set_host` and the limits of `set_cluster` write words that hold several fields.
@@ -243,6 +256,13 @@ impl FlowEvents {
         Ok(Self { ring: super::maps::take(ebpf, map::FLOW_EVENTS)? })
     }
 
+    /// What wakes whoever sleeps ([`Tables::set_asleep`]). In the context of a tokio runtime only.
+    pub fn alarm(&self) -> io::Result<Alarm> {
+        let ring = self.ring.as_fd().try_clone_to_owned()?;
+        // SAFETY: the AsyncFd owns the descriptor: it stays open, and the same, until it is deregistered.
+        Ok(Alarm(unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE)? }))
+    }
+
     /// The next record, if one waits. Never blocks.
     pub fn pop(&mut self) -> Option<FlowEvent> {
         loop {
@@ -250,6 +270,19 @@ impl FlowEvents {
             if let Some(event) = super::bpf::read(&item) {
                 return Some(event);
             }
+        }
+    }
+}
+
+/// Rings when a record has come after [`Tables::set_asleep`].
+#[derive(Debug)]
+pub struct Alarm(AsyncFd<OwnedFd>);
+
+impl Alarm {
+    /// Completes when it has rung since the last time. Nothing is lost when it is dropped before that.
+    pub async fn ring(&self) {
+        if let Ok(mut ready) = self.0.readable().await {
+            ready.clear_ready();
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Access logs and durations of connections that no proxy stood in, from the records that the programs leave.
 
-use std::collections::HashMap;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,10 +10,11 @@ use nix::time::{ClockId, clock_gettime};
 use tidegate_common::{Addr, End, FlowEvent};
 
 use super::manager::{Manager, Service, Target};
+use super::removal::Reasons;
 use crate::access_log::flush_worker;
 use crate::addr::OriginalDst;
 use crate::connection::record::{CloseType, LogType, Record, Upstream};
-use crate::intercept::tables::FlowEvents;
+use crate::intercept::tables::{Alarm, FlowEvents};
 use crate::response_flag::ResponseFlag;
 
 /// At most so many records are read at one time, so that signals are heard.
@@ -23,6 +24,7 @@ const AT_ONCE: usize = 10_000;
 #[derive(Debug)]
 pub struct Journal {
     events: FlowEvents,
+    reasons: Reasons,
     /// Records of listeners or clusters that are not known any more.
     pub orphans: u64,
 }
@@ -60,49 +62,42 @@ impl Clock {
 }
 
 impl Journal {
-    /// Of these records.
-    pub fn new(events: FlowEvents) -> Self {
-        Self { events, orphans: 0 }
+    /// Of these records. `reasons` has why tidegate itself ended some of the connections.
+    pub fn new(events: FlowEvents, reasons: Reasons) -> Self {
+        Self { events, reasons, orphans: 0 }
     }
 
-    /// Writes down what has ended since the last call, or as much of it as is read at one time.
-    pub fn drain(&mut self, manager: &Manager, ids: Ids<'_>) {
-        let Some(first) = self.events.pop() else { return };
-        let Some(clock) = Clock::read() else { return };
-        let index = Index::of(manager);
+    /// What wakes the agent when it has said that it sleeps.
+    pub fn alarm(&self) -> io::Result<Alarm> {
+        self.events.alarm()
+    }
+
+    /// Writes down what has ended since the last call, or as much of it as is read at one time. Returns how much that was.
+    pub fn drain(&mut self, manager: &Manager, ids: Ids<'_>) -> usize {
+        let Some(first) = self.events.pop() else { return 0 };
+        let Some(clock) = Clock::read() else { return 0 };
         let mut next = Some(first);
         let mut count = 0;
         while let Some(event) = next {
             count += 1;
-            if index.write(&event, &clock, ids).is_none() {
+            if self.write(&event, manager, &clock, ids).is_none() {
                 self.orphans += 1;
             }
             next = if count < AT_ONCE { self.events.pop() } else { None };
         }
         flush_worker();
-    }
-}
-
-/// Whose records they are.
-struct Index<'a> {
-    services: HashMap<u32, &'a Service>,
-    targets: HashMap<u32, &'a Target>,
-}
-
-impl<'a> Index<'a> {
-    fn of(manager: &'a Manager) -> Self {
-        Self {
-            services: manager.services().map(|(_, service)| (service.index, service)).collect(),
-            targets: manager.targets().map(|(_, target)| (target.index, target)).collect(),
-        }
+        count
     }
 
     /// None: nobody's.
-    fn write(&self, event: &FlowEvent, clock: &Clock, ids: Ids<'_>) -> Option<()> {
-        let service = self.services.get(&event.service)?;
-        let target = self.targets.get(&event.cluster)?;
+    fn write(&self, event: &FlowEvent, manager: &Manager, clock: &Clock, ids: Ids<'_>) -> Option<()> {
+        let service = manager.service_at(event.service)?;
+        let target = manager.target_at(event.cluster)?;
         let end = End::from_raw(event.end)?;
-        let record = record(event, end, service, target, clock, ids);
+        let mut record = record(event, end, service, target, clock, ids);
+        if let Some(reason) = self.reasons.take(event) {
+            record.note_loss(reason.name());
+        }
         let plan = &service.plan;
         let lasted = millis(event.ended_ns, event.started_ns);
         plan.listener.stats.downstream_cx_length_ms().record(lasted);

@@ -16,13 +16,16 @@ use super::arena::{Arena, Block};
 use super::compile::compile;
 use super::mirror::Seen;
 use super::predicate::{canonical, clusters_of, is_candidate, plan};
+use super::removal::Doomed;
 use super::slots::Slots;
 use super::{Board, Obstacle, Plan, State};
 use crate::addr::EndpointAddr;
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::HostSet;
 use crate::cluster::host::Host;
+use crate::cluster::removal::Loss;
 use crate::config::cluster::DataPath;
+use crate::intercept::flows::FlowHost;
 use crate::intercept::tables::Tables;
 use crate::snapshot::Snapshot;
 
@@ -41,11 +44,19 @@ pub struct Manager {
     free_hosts: Slots<HostKey>,
     services: HashMap<Arc<str>, Service>,
     targets: HashMap<Arc<str>, Target>,
+    /// Their names, by index.
+    names: Names,
     /// Listeners by the clusters that they lead to, also those that go through the proxy.
     users: HashMap<Arc<str>, Vec<Arc<str>>>,
     /// Since when the rules are ours, so that what a predecessor left and nobody asked for can go.
     settled: Option<Instant>,
     changed: UnboundedSender<Arc<str>>,
+}
+
+#[derive(Debug, Default)]
+struct Names {
+    services: HashMap<u32, Arc<str>>,
+    targets: HashMap<u32, Arc<str>>,
 }
 
 /// A host of a cluster: index of the cluster, address and port.
@@ -92,14 +103,9 @@ impl Manager {
     /// out of the receiver goes into [`Manager::clusters_changed`].
     pub fn new(tables: Arc<Tables>, board: Board, default: DataPath) -> (Self, UnboundedReceiver<Arc<str>>) {
         let sizes = tables.sizes();
-        let services = (1..sizes.services).map(|index| (tables.service(index).block as u32, true));
-        let clusters = (1..sizes.clusters).map(|index| (tables.cluster(index).block as u32, false));
-        let in_use = services.chain(clusters).filter(|(start, _)| *start != 0).map(|(start, is_service)| {
-            let head = tables.block_word(start).unwrap_or_default();
-            let len =
-                if is_service { 1 + ServiceHead::decode(head).clusters } else { Head::decode(head).words };
-            Block { start, len }
-        });
+        let services = (1..sizes.services).filter_map(|index| service_block(&tables, index));
+        let clusters = (1..sizes.clusters).filter_map(|index| cluster_block(&tables, index));
+        let in_use = services.chain(clusters);
         let arena = Arena::new(sizes.arena, in_use.collect::<Vec<_>>());
         let named = |key: u64| (key != 0).then_some(key);
         let host_key = |index| {
@@ -114,6 +120,7 @@ impl Manager {
             free_hosts: Slots::new(sizes.hosts, host_key),
             services: HashMap::new(),
             targets: HashMap::new(),
+            names: Names::default(),
             users: HashMap::new(),
             settled: None,
             changed,
@@ -172,14 +179,26 @@ impl Manager {
         self.services.get(listener).filter(|service| service.gone.is_none()).map(|service| service.index)
     }
 
-    /// Listeners on the kernel path, and those that were until lately.
-    pub(super) fn services(&self) -> impl Iterator<Item = (&Arc<str>, &Service)> {
-        self.services.iter()
+    /// A listener that is on the kernel path, or was until lately.
+    pub(super) fn service_at(&self, index: u32) -> Option<&Service> {
+        self.services.get(self.names.services.get(&index)?)
     }
 
-    /// Their clusters.
-    pub(super) fn targets(&self) -> impl Iterator<Item = (&Arc<str>, &Target)> {
-        self.targets.iter()
+    /// A cluster of those.
+    pub(super) fn target_at(&self, index: u32) -> Option<&Target> {
+        self.targets.get(self.names.targets.get(&index)?)
+    }
+
+    /// Those of these hosts that connections of the kernel path may lead to.
+    pub fn doomed(&self, cluster: &Arc<str>, loss: Loss, hosts: &[Arc<Host>]) -> Option<Doomed> {
+        let target = self.targets.get(cluster)?;
+        let entry = |host: &Arc<Host>| {
+            let address = canonical(host.address().ip()?);
+            let at = target.hosts.get(&address)?;
+            Some((Arc::clone(host), FlowHost { address, cluster: target.index, host: at.index }))
+        };
+        let hosts: Vec<_> = hosts.iter().filter_map(entry).collect();
+        (!hosts.is_empty()).then(|| Doomed { cluster: Arc::clone(cluster), loss, hosts })
     }
 
     /// Puts a listener on the path that it can take.
@@ -233,6 +252,7 @@ impl Manager {
         };
         self.tables.set_service(index, key, block.start);
         let service = Service { index, plan, words, block, seen: Seen::default(), gone: None };
+        self.names.services.insert(index, Arc::clone(name));
         self.services.insert(Arc::clone(name), service);
         Ok(())
     }
@@ -300,6 +320,7 @@ impl Manager {
                     seen: Seen::default(),
                     gone: None,
                 };
+                self.names.targets.insert(index, Arc::clone(name));
                 self.targets.insert(Arc::clone(name), target);
             }
         }
@@ -405,11 +426,12 @@ impl Manager {
     pub fn sweep(&mut self) {
         let now = Instant::now();
         let old = |gone: Option<Instant>| gone.is_some_and(|since| now.duration_since(since) >= KEEP);
-        let Self { tables, arena, free_services, free_clusters, free_hosts, .. } = self;
+        let Self { tables, arena, names, free_services, free_clusters, free_hosts, .. } = self;
         self.services.retain(|_, service| {
             let over = old(service.gone) && tables.service(service.index).tally.active == 0;
             if over {
                 tables.clear_service(service.index);
+                names.services.remove(&service.index);
                 free_services.give_back(service.index);
                 arena.retire(service.block, now);
             }
@@ -429,6 +451,7 @@ impl Manager {
                 cluster_is_over && target.hosts.is_empty() && tables.cluster(target.index).tally.active == 0;
             if over {
                 tables.clear_cluster(target.index);
+                names.targets.remove(&target.index);
                 free_clusters.give_back(target.index);
                 arena.retire(target.block, now);
             }
@@ -445,24 +468,20 @@ impl Manager {
         let now = Instant::now();
         let arena = &mut self.arena;
         self.free_services.reclaim(|index| {
-            let state = tables.service(index);
-            let over = state.tally.active == 0;
+            let over = tables.service(index).tally.active == 0;
             if over {
-                let len = tables
-                    .block_word(state.block as u32)
-                    .map_or(0, |it| 1 + ServiceHead::decode(it).clusters);
+                let block = service_block(tables, index);
                 tables.clear_service(index);
-                retire_left(arena, state.block as u32, len, now);
+                block.map(|block| arena.retire(block, now));
             }
             over
         });
         self.free_clusters.reclaim(|index| {
-            let state = tables.cluster(index);
-            let over = state.tally.active == 0;
+            let over = tables.cluster(index).tally.active == 0;
             if over {
-                let len = tables.block_word(state.block as u32).map_or(0, |it| Head::decode(it).words);
+                let block = cluster_block(tables, index);
                 tables.clear_cluster(index);
-                retire_left(arena, state.block as u32, len, now);
+                block.map(|block| arena.retire(block, now));
             }
             over
         });
@@ -476,10 +495,18 @@ impl Manager {
     }
 }
 
-fn retire_left(arena: &mut Arena, start: u32, len: u32, now: Instant) {
-    if start != 0 && len != 0 {
-        arena.retire(Block { start, len }, now);
-    }
+/// The block of a service's entry, if it has one.
+fn service_block(tables: &Tables, index: u32) -> Option<Block> {
+    let start = tables.service(index).block as u32;
+    let head = (start != 0).then(|| tables.block_word(start))??;
+    Some(Block { start, len: 1 + ServiceHead::decode(head).clusters })
+}
+
+/// The same of a cluster's.
+fn cluster_block(tables: &Tables, index: u32) -> Option<Block> {
+    let start = tables.cluster(index).block as u32;
+    let head = (start != 0).then(|| tables.block_word(start))??;
+    Some(Block { start, len: Head::decode(head).words }).filter(|block| block.len != 0)
 }
 
 /// Tells a successor whose entry it is; never 0.

@@ -27,6 +27,7 @@ const ECHO_BUFFER: usize = 64 << 10;
 pub struct Server {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicU64>,
     received: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
@@ -44,21 +45,28 @@ impl Server {
 
     fn start<C: Connection>(address: SocketAddr) -> Result<Self> {
         let listener = listen(address)?;
-        let (stop, received): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
+        let stop: Arc<AtomicBool> = Arc::default();
+        let [accepted, received]: [Arc<AtomicU64>; 2] = Default::default();
         let thread = {
-            let (stop, received) = (Arc::clone(&stop), Arc::clone(&received));
+            let (stop, accepted, received) =
+                (Arc::clone(&stop), Arc::clone(&accepted), Arc::clone(&received));
             thread::Builder::new().name("load-server".to_owned()).spawn(move || {
-                if let Err(error) = serve::<C>(&listener, &stop, &received) {
+                if let Err(error) = serve::<C>(&listener, &stop, &accepted, &received) {
                     eprintln!("load: the server on {address} ended: {error}");
                 }
             })?
         };
-        Ok(Self { address, stop, received, thread: Some(thread) })
+        Ok(Self { address, stop, accepted, received, thread: Some(thread) })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// How many connections it has accepted.
+    pub fn accepted(&self) -> u64 {
+        self.accepted.load(Ordering::Relaxed)
     }
 }
 
@@ -101,7 +109,12 @@ enum Next {
 /// Key of the listening socket among the events.
 const LISTENER: u64 = u64::MAX;
 
-fn serve<C: Connection>(listener: &TcpListener, stop: &AtomicBool, received: &AtomicU64) -> Result<()> {
+fn serve<C: Connection>(
+    listener: &TcpListener,
+    stop: &AtomicBool,
+    accepted: &AtomicU64,
+    received: &AtomicU64,
+) -> Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(listener.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
     let mut connections: Vec<Option<(TcpStream, C)>> = Vec::new();
@@ -116,6 +129,7 @@ fn serve<C: Connection>(listener: &TcpListener, stop: &AtomicBool, received: &At
         for event in &ready[..count] {
             if event.data() == LISTENER {
                 while let Ok((stream, _)) = listener.accept() {
+                    accepted.fetch_add(1, Ordering::Relaxed);
                     stream.set_nonblocking(true)?;
                     stream.set_nodelay(true)?;
                     let index = vacant.pop().unwrap_or(connections.len());

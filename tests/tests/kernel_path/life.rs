@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::json;
-use tidegate_tests::config::{Config, load_assignment};
+use tidegate_tests::config::Config;
 use tidegate_tests::node::Node;
 use tidegate_tests::pod::Pod;
 use tidegate_tests::proxy::{PATIENCE, Proxy};
@@ -164,58 +164,4 @@ fn a_stopped_process_leaves_it_or_takes_it_away() -> Result<()> {
     ensure!(lab.client.connect(SERVICE).is_err(), "released: nothing has the address");
     ensure!(!last.pins().exists(), "{} is left", last.pins().display());
     Ok(())
-}
-
-/// Endpoints come and go as fast as a control plane can say so. No connect is refused, and none goes to an endpoint that
-/// was removed before it began.
-#[test]
-fn endpoints_come_and_go_under_load() -> Result<()> {
-    let lab = Lab::new()?;
-    let mut fields = data_path("KERNEL");
-    fields["type"] = json!("EDS");
-    fields["load_assignment"] = json!(null);
-    fields["eds_cluster_config"] = json!({"eds_config": {
-        "path_config_source": {"path": "@DIR@/eds.json"}, "resource_api_version": "V3",
-        "initial_fetch_timeout": "0.1s",
-    }});
-    let proxy = lab.node.proxy(&Config::new().service(SERVICE, "foo").cluster("foo", &[], fields)).start()?;
-    let (a, b) = (lab.upstream(80, "a")?, lab.upstream(81, "b")?);
-    let both = ["10.9.0.1:80", "10.9.0.1:81"];
-    let mut version = 0_u64;
-    let mut push = |endpoints: &[&str], wait: bool| -> Result<()> {
-        version += 1;
-        let mut resource = load_assignment("foo", endpoints);
-        resource["@type"] = json!("type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment");
-        let response = json!({"version_info": version.to_string(), "resources": [resource]});
-        std::fs::write(proxy.path("eds.new"), response.to_string())?;
-        std::fs::rename(proxy.path("eds.new"), proxy.path("eds.json"))?;
-        if wait {
-            let healthy = endpoints.len() as u64;
-            proxy.wait_stat("cluster.foo.version", |it| {
-                it == tidegate::stats::version_hash(&version.to_string())
-            })?;
-            proxy.wait_stat("cluster.foo.membership_healthy", |it| it == healthy)?;
-        }
-        Ok(())
-    };
-    push(&both, true)?;
-    let loads = [Load::start(&lab.client), Load::start(&lab.client)];
-    for round in 0..200 {
-        match round % 4 {
-            0 => push(&both[..1], false)?,
-            2 => push(&both[1..], false)?,
-            _ => push(&both, false)?,
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    push(&both[..1], true)?;
-    let before = b.accepted().len();
-    loads[0].more(20)?;
-    // Those that were under way when the endpoint was removed are through.
-    let under_way = b.accepted().len() - before;
-    ensure!(under_way <= loads.len(), "{under_way} connects to an endpoint that was removed");
-    let [first, second] = loads;
-    let total = first.end()? + second.end()?;
-    ensure!(a.accepted().len() + b.accepted().len() == total as usize);
-    settled(&proxy, total)
 }

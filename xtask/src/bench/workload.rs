@@ -248,6 +248,11 @@ pub(super) fn idle(
 ) -> Result<Vec<(Metric, f64)>> {
     let running = Running::start(programs, site, subject, connections + 100)?;
     sleep(SETTLE);
+    let fresh_rss = running.rss()?;
+    // Code that only the first connection needs is the program's memory, not the connections'.
+    site.agent(subject).hold(running.fronts().echo, 1)?;
+    site.agent(subject).release()?;
+    sleep(SETTLE);
     let (rss, slab) = (running.rss()?, account::slab_unreclaimable()?);
     site.agent(subject).hold(running.fronts().echo, connections)?;
     sleep(SETTLE);
@@ -260,7 +265,7 @@ pub(super) fn idle(
     let mut figures = vec![(Metric::SlabPerConnection, per_connection(slab, held_slab))];
     if !running.pids().is_empty() {
         figures.extend([
-            (Metric::RssStart, rss as f64 / 1e6),
+            (Metric::RssStart, fresh_rss as f64 / 1e6),
             (Metric::RssPerConnection, per_connection(rss, held_rss)),
             (Metric::IdleCpu, cpu as f64 / 1e6 / watched),
         ]);

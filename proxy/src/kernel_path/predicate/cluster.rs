@@ -85,8 +85,8 @@ fn look_at_config(cluster: &config::cluster::Cluster, add: &mut impl FnMut(O)) {
     if upstream_keepalive.is_some() {
         add(O::Keepalive);
     }
-    if endpoint_removal.is_some() {
-        add(O::EndpointRemoval);
+    if endpoint_removal.is_some_and(|policy| !policy.reset) {
+        add(O::RemovalCloses);
     }
     if *close_connections_on_host_health_failure {
         add(O::HealthFailureCloses);

@@ -90,9 +90,9 @@ pub enum ClusterObstacle {
     LeastRequestWeights,
     /// `upstream_connection_options.tcp_keepalive`.
     Keepalive,
-    /// `tidegate.cluster.v1.EndpointRemoval`.
-    EndpointRemoval,
-    /// `close_connections_on_host_health_failure`.
+    /// `tidegate.cluster.v1.EndpointRemoval` with action CLOSE. Soft.
+    RemovalCloses,
+    /// `close_connections_on_host_health_failure`. Soft.
     HealthFailureCloses,
     /// So many priorities.
     Priorities(usize),
@@ -110,7 +110,12 @@ pub enum ClusterObstacle {
 impl Obstacle {
     /// Clusters with `mode: KERNEL` do without what is lost.
     pub fn is_soft(&self) -> bool {
-        matches!(self, Self::IdleTimeout(_) | Self::LogOperator(_))
+        use ClusterObstacle::{HealthFailureCloses, RemovalCloses};
+        match self {
+            Self::IdleTimeout(_) | Self::LogOperator(_) => true,
+            Self::Cluster { obstacle, .. } => matches!(obstacle, RemovalCloses | HealthFailureCloses),
+            _ => false,
+        }
     }
 }
 
@@ -194,11 +199,13 @@ impl fmt::Display for ClusterObstacle {
             Self::Keepalive => {
                 f.write_str("upstream_connection_options.tcp_keepalive is for sockets of the proxy")
             }
-            Self::EndpointRemoval => f.write_str(
-                "tidegate.endpoint_removal ends connections, which only the proxy does; leave it out, or use action KEEP",
+            Self::RemovalCloses => f.write_str(
+                "tidegate.endpoint_removal ends connections with a FIN, which only the proxy can; use action RESET or KEEP, \
+                 or set data_path to KERNEL to have them reset",
             ),
             Self::HealthFailureCloses => f.write_str(
-                "close_connections_on_host_health_failure ends connections, which only the proxy does",
+                "close_connections_on_host_health_failure ends connections with a FIN, which only the proxy can; set \
+                 data_path to KERNEL to have them reset",
             ),
             Self::Priorities(count) => {
                 write!(f, "{count} priorities, more than {}", balance::MAX_ROUTES / 2)

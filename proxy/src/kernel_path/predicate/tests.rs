@@ -347,11 +347,14 @@ fn kernel_waives_what_is_soft_and_nothing_else() {
         let mut bootstrap =
             with(PROXY, json!({"idle_timeout": null, "access_log": log, "max_connect_attempts": attempts}));
         merge(bootstrap.pointer_mut(CLUSTER).unwrap(), json!({"metadata": data_path(mode)}));
+        let closes = json!({"close_connections_on_host_health_failure": true});
+        merge(bootstrap.pointer_mut(CLUSTER).unwrap(), closes);
         plan_of(&bootstrap).map(|_| ())
     };
     let soft = [
         Obstacle::IdleTimeout(Duration::from_hours(1)),
         Obstacle::LogOperator("UPSTREAM_LOCAL_CLOSE_REASON"),
+        of_cluster(ClusterObstacle::HealthFailureCloses),
     ];
     assert!(soft.iter().all(Obstacle::is_soft));
     assert_eq!(of("AUTO", 1), Err(soft.to_vec()));
@@ -362,10 +365,13 @@ fn kernel_waives_what_is_soft_and_nothing_else() {
 #[test]
 fn clusters() {
     use ClusterObstacle as O;
-    let removal =
-        filter("", "tidegate.cluster.v1.EndpointRemoval", json!({"action": "RESET"}))["typed_config"].clone();
-    let mut metadata = data_path("AUTO");
-    metadata["typed_filter_metadata"]["tidegate.endpoint_removal"] = removal;
+    let removal = |action: &str| {
+        let policy = filter("", "tidegate.cluster.v1.EndpointRemoval", json!({"action": action}));
+        let mut metadata = data_path("AUTO");
+        metadata["typed_filter_metadata"]["tidegate.endpoint_removal"] = policy["typed_config"].clone();
+        json!({"metadata": metadata})
+    };
+    plan_of(&with(CLUSTER, removal("RESET"))).unwrap();
     let assignment = |localities: Vec<Value>| json!({"cluster_name": "c", "endpoints": localities});
     let weighted = [1, 2].map(|weight| endpoint("10.0.0.1", json!({"load_balancing_weight": weight})));
     let priorities: Vec<Value> = (0..9)
@@ -385,7 +391,7 @@ fn clusters() {
             O::OriginalDst,
         ),
         (json!({"upstream_connection_options": {"tcp_keepalive": {"keepalive_time": 5}}}), O::Keepalive),
-        (json!({"metadata": metadata}), O::EndpointRemoval),
+        (removal("CLOSE"), O::RemovalCloses),
         (json!({"close_connections_on_host_health_failure": true}), O::HealthFailureCloses),
         (json!({"load_assignment": assignment(priorities)}), O::Priorities(9)),
         (

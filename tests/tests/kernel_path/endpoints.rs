@@ -1,0 +1,282 @@
+//! The kernel path follows the endpoints of its clusters: those that come and go, and those that health checks find.
+
+use std::io::{ErrorKind, Read as _};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use tidegate_tests::config::{Config, load_assignment};
+use tidegate_tests::load::Server;
+use tidegate_tests::load::agent::Agent;
+use tidegate_tests::load::job::{Job, Work};
+use tidegate_tests::node::{Node, field};
+use tidegate_tests::pod::Pod;
+use tidegate_tests::proxy::{PATIENCE, Proxy};
+use tidegate_tests::upstream::Upstream;
+
+use crate::{data_path, same_on_both_paths};
+
+const SERVICE: &str = "172.16.0.1:50001";
+const BOTH: [&str; 2] = ["10.9.0.1:80", "10.9.0.1:81"];
+
+/// `fields`, and endpoints from a file.
+fn eds(mut fields: Value) -> Value {
+    fields["type"] = json!("EDS");
+    fields["load_assignment"] = json!(null);
+    fields["eds_cluster_config"] = json!({"eds_config": {
+        "path_config_source": {"path": "@DIR@/eds.json"}, "resource_api_version": "V3",
+        "initial_fetch_timeout": "0.1s",
+    }});
+    fields
+}
+
+/// The file.
+struct Eds<'a> {
+    proxy: &'a Proxy,
+    clusters: &'a [&'a str],
+    version: u64,
+}
+
+impl<'a> Eds<'a> {
+    fn new(proxy: &'a Proxy, clusters: &'a [&'a str]) -> Self {
+        Self { proxy, clusters, version: 0 }
+    }
+
+    /// These are the endpoints of each cluster from now on.
+    fn push(&mut self, endpoints: &[&str]) -> Result<()> {
+        self.version += 1;
+        let resource = |cluster: &&str| {
+            let mut resource = load_assignment(cluster, endpoints);
+            resource["@type"] = json!("type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment");
+            resource
+        };
+        let resources: Vec<_> = self.clusters.iter().map(resource).collect();
+        let response = json!({"version_info": self.version.to_string(), "resources": resources});
+        std::fs::write(self.proxy.path("eds.new"), response.to_string())?;
+        std::fs::rename(self.proxy.path("eds.new"), self.proxy.path("eds.json"))?;
+        Ok(())
+    }
+
+    /// The same, and waits until they are in force.
+    fn apply(&mut self, endpoints: &[&str]) -> Result<()> {
+        self.push(endpoints)?;
+        for cluster in self.clusters {
+            let version = tidegate::stats::version_hash(&self.version.to_string());
+            self.proxy.wait_stat(&format!("cluster.{cluster}.version"), |it| it == version)?;
+            let healthy = endpoints.len() as u64;
+            self.proxy.wait_stat(&format!("cluster.{cluster}.membership_healthy"), |it| it == healthy)?;
+        }
+        // The kernel's tables follow in the main thread's next turn.
+        std::thread::sleep(Duration::from_millis(5));
+        Ok(())
+    }
+}
+
+/// A client that connects as fast as it can, 64 bytes there and back on each connection. A connect that is refused ends it.
+fn short(client: &Pod, at_once: usize, measure: Duration) -> Result<Short> {
+    let service = SERVICE.parse()?;
+    let job = Job {
+        work: Work::Short { at_once },
+        echo: service,
+        bulk: service,
+        warm_up: Duration::ZERO,
+        measure,
+        proxy: Vec::new(),
+        server: std::process::id(),
+        control: PathBuf::new(),
+    };
+    let mut agent = Agent::start(client.command("env"))?;
+    Ok(std::thread::spawn(move || Ok(agent.run(&job)?.requests)))
+}
+
+/// How many connections there were.
+type Short = std::thread::JoinHandle<Result<u64>>;
+
+/// Endpoints come and go as fast as they can be said, under all the connects that two pods can make. No connect is refused,
+/// none goes to an endpoint that was removed before it began, and load is spread evenly over those that are there.
+#[test]
+fn endpoints_come_and_go_under_load() -> Result<()> {
+    const AT_ONCE: usize = 4;
+    const LONG: Duration = Duration::from_secs(3);
+    let node = Node::new()?;
+    let clients = [node.pod("one", &["10.9.0.8"])?, node.pod("two", &["10.9.0.9"])?];
+    let server = node.pod("server", &["10.9.0.1"])?;
+    // Others change with it.
+    let clusters = ["foo", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9"];
+    let config = clusters.iter().zip(1..).fold(Config::new(), |config, (cluster, number)| {
+        let service = format!("172.16.0.{number}:50001");
+        config.service(&service, cluster).cluster(cluster, &[], eds(data_path("KERNEL")))
+    });
+    let proxy = node.proxy(&config).start()?;
+    let echo = |address: &str| server.netns().enter(|| Server::echo(address.parse()?))?;
+    let (a, b) = (echo(BOTH[0])?, echo(BOTH[1])?);
+    let mut eds = Eds::new(&proxy, &clusters);
+    eds.apply(&BOTH)?;
+    let loads = clients.iter().map(|client| short(client, AT_ONCE, LONG));
+    let loads = loads.collect::<Result<Vec<_>>>()?;
+    let begin = Instant::now();
+    while begin.elapsed() < LONG - Duration::from_millis(500) && !loads.iter().any(Short::is_finished) {
+        for round in 0..400 {
+            match round % 4 {
+                0 => eds.push(&BOTH[..1])?,
+                2 => eds.push(&BOTH[1..])?,
+                _ => eds.push(&BOTH)?,
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        eds.apply(&BOTH[..1])?;
+        let before = (a.accepted(), b.accepted());
+        wait_for(|| a.accepted() >= before.0 + 100 || loads.iter().any(Short::is_finished))?;
+        // Each client may have had one connect under way when the endpoint was removed.
+        let late = b.accepted() - before.1;
+        ensure!(late <= (clients.len() * AT_ONCE) as u64, "{late} connects to an endpoint that was removed");
+    }
+    let updates = eds.version;
+    let mut total = 0;
+    for load in loads {
+        total += load.join().map_err(|_| anyhow::anyhow!("a load panicked"))?.context("a client")?;
+    }
+    let taken = proxy.stat("cluster.foo.update_success")?;
+    println!("{updates} updates of 10 clusters, {taken} of them looked at, {total} connects in {LONG:?}");
+    eds.apply(&BOTH)?;
+    let before = (a.accepted(), b.accepted());
+    let load = short(&clients[0], 1, Duration::from_millis(200))?;
+    load.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
+    let (to_a, to_b) = (a.accepted() - before.0, b.accepted() - before.1);
+    ensure!(to_a + to_b > 20 && to_a.abs_diff(to_b) <= 3, "{to_a} and {to_b}");
+    let total = a.accepted() + b.accepted();
+    proxy.wait_stat("cluster.foo.upstream_cx_total", |value| value == total)?;
+    proxy.wait_stat("cluster.foo.upstream_cx_active", |value| value == 0)?;
+    Ok(())
+}
+
+fn wait_for(done: impl Fn() -> bool) -> Result<()> {
+    let begin = Instant::now();
+    while !done() {
+        ensure!(begin.elapsed() < PATIENCE, "it does not happen");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// A connection to a service, and the name of the endpoint that it is at.
+fn connect(client: &Pod, service: &str) -> Result<(TcpStream, String)> {
+    let mut stream = client.connect(service)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut name = [0; 2];
+    stream.read_exact(&mut name)?;
+    Ok((stream, String::from_utf8_lossy(&name[..1]).into_owned()))
+}
+
+/// One connection to each endpoint of a service, by name.
+fn one_to_each(client: &Pod, service: &str) -> Result<[TcpStream; 2]> {
+    let (mut a, mut b) = (None, None);
+    for _ in 0..10 {
+        let (stream, name) = connect(client, service)?;
+        match &*name {
+            "a" => a = a.or(Some(stream)),
+            _ => b = b.or(Some(stream)),
+        }
+        if let (Some(_), Some(_)) = (&a, &b) {
+            break;
+        }
+    }
+    Ok([a.context("none to a")?, b.context("none to b")?])
+}
+
+fn read_error(mut stream: &TcpStream) -> Option<ErrorKind> {
+    stream.read(&mut [0]).err().map(|error| error.kind())
+}
+
+/// Still there, and quiet.
+fn is_open(stream: &TcpStream) -> Result<bool> {
+    stream.set_nonblocking(true)?;
+    Ok(read_error(stream) == Some(ErrorKind::WouldBlock))
+}
+
+#[test]
+fn connections_to_a_removed_endpoint_are_reset_and_no_others() -> Result<()> {
+    const PROXIED: &str = "172.16.0.2:50001";
+    let policy =
+        json!({"@type": "type.googleapis.com/tidegate.cluster.v1.EndpointRemoval", "action": "RESET"});
+    let with_policy = |mode: &str| {
+        let mut fields = data_path(mode);
+        fields["metadata"]["typed_filter_metadata"]["tidegate.endpoint_removal"] = policy.clone();
+        eds(fields)
+    };
+    let node = Node::new()?;
+    let client = node.pod("client", &["10.9.0.9"])?;
+    let server = node.pod("server", &["10.9.0.1"])?;
+    let config = Config::new()
+        .service(SERVICE, "foo")
+        .cluster("foo", &[], with_policy("KERNEL"))
+        .service(PROXIED, "bar")
+        .cluster("bar", &[], with_policy("PROXY"));
+    let proxy = node.proxy(&config).start()?;
+    let mut eds = Eds::new(&proxy, &["foo", "bar"]);
+    eds.apply(&BOTH)?;
+    let upstream = |port: usize, name: &str| Upstream::identify(Some(server.netns()), BOTH[port], name);
+    let (_a, b) = (upstream(0, "a")?, upstream(1, "b")?);
+
+    let [to_a, to_b] = one_to_each(&client, SERVICE)?;
+    let [_proxied_to_a, proxied_to_b] = one_to_each(&client, PROXIED)?;
+    let direct = client.connect(BOTH[1])?;
+    wait_for(|| b.accepted().contains(&direct.local_addr().unwrap_or(([0; 4], 0).into())))?;
+    direct.set_read_timeout(Some(PATIENCE))?;
+    (&direct).read_exact(&mut [0; 2])?;
+    eds.apply(&BOTH[..1])?;
+    assert_eq!(read_error(&to_b), Some(ErrorKind::ConnectionAborted));
+    assert_eq!(read_error(&proxied_to_b), Some(ErrorKind::ConnectionReset));
+    assert!(is_open(&to_a)?, "its endpoint is there");
+    assert!(is_open(&direct)?, "tidegate has nothing to do with it");
+    let line = |service: &str| {
+        Ok::<_, anyhow::Error>(proxy.lines("access.log", &format!("dlocal={service}"), 1)?.remove(0))
+    };
+    let (kernel, proxied) = (line(SERVICE)?, line(PROXIED)?);
+    assert_eq!(field(&kernel, "details"), "endpoint_removed", "{kernel}");
+    let named = |line: &str| {
+        same_on_both_paths(line).iter().map(|value| value.replace("bar", "foo")).collect::<Vec<_>>()
+    };
+    assert_eq!(named(&kernel), named(&proxied), "{kernel}\n{proxied}");
+    proxy.wait_stat("cluster.foo.upstream_cx_active", |value| value == 1)?;
+    Ok(())
+}
+
+/// An endpoint that a health check finds unhealthy is not chosen, and its connections are reset if the cluster wants that.
+#[test]
+fn health_checks_decide_for_the_kernel_too() -> Result<()> {
+    let mut fields = data_path("KERNEL");
+    fields["close_connections_on_host_health_failure"] = json!(true);
+    fields["health_checks"] = json!([{"timeout": "1s", "interval": "0.05s", "no_traffic_interval": "0.05s",
+        "unhealthy_threshold": 1, "healthy_threshold": 1, "tcp_health_check": {}}]);
+    let endpoint = |port: u16| {
+        let address = json!({"socket_address": {"address": "10.9.0.1", "port_value": port}});
+        json!({"endpoint": {"address": address, "health_check_config": {"port_value": port + 10}}})
+    };
+    fields["load_assignment"] =
+        json!({"cluster_name": "foo", "endpoints": [{"lb_endpoints": [endpoint(80), endpoint(81)]}]});
+    let node = Node::new()?;
+    let client = node.pod("client", &["10.9.0.9"])?;
+    let server = node.pod("server", &["10.9.0.1"])?;
+    let listen =
+        |port: u16, name: &str| Upstream::identify(Some(server.netns()), &format!("10.9.0.1:{port}"), name);
+    let (_a, _b, _a_lives, b_lives) = (listen(80, "a")?, listen(81, "b")?, listen(90, "")?, listen(91, "")?);
+    let config = Config::new().service(SERVICE, "foo").cluster("foo", &[], fields);
+    // In the router's namespace: health checks have to reach the pods.
+    let proxy = node.proxy(&config).netns(node.network.router()).start()?;
+    let healthy = |count: u64| proxy.wait_stat("cluster.foo.membership_healthy", |it| it == count);
+    healthy(2)?;
+    let [to_a, to_b] = one_to_each(&client, SERVICE)?;
+    drop(b_lives);
+    healthy(1)?;
+    assert_eq!(read_error(&to_b), Some(ErrorKind::ConnectionAborted));
+    for _ in 0..8 {
+        assert_eq!(connect(&client, SERVICE)?.1, "a");
+    }
+    assert!(is_open(&to_a)?);
+    let _b_lives = listen(91, "")?;
+    healthy(2)?;
+    wait_for(|| one_to_each(&client, SERVICE).is_ok())
+}
