@@ -24,6 +24,7 @@ pub mod connect;
 pub mod dns;
 mod edf;
 pub mod endpoint;
+pub mod hashing;
 pub mod health_check;
 pub mod host;
 pub mod load_balancer;
@@ -34,6 +35,7 @@ pub mod removal;
 
 use circuit_breaker::CircuitBreaker;
 use endpoint::{Endpoint, HostSet};
+use hashing::Gauges;
 use health_check::Checks;
 use host::{HealthFlag, HostRegistry};
 pub use load_balancer::WorkerBalancers;
@@ -67,6 +69,8 @@ pub struct Cluster {
     outlier: Option<Box<Detector>>,
     /// It replaces another version, whose findings about hosts it may not look for itself.
     inherits: bool,
+    /// Only with RING_HASH and MAGLEV.
+    hashing: Option<Gauges>,
     /// Only for ORIGINAL_DST.
     original_dst: Option<Arc<OriginalDstHosts>>,
     /// Only of clusters with TLS.
@@ -111,6 +115,7 @@ impl Cluster {
             health_check: config.health_check.as_deref().map(checks),
             outlier: config.outlier_detection.as_deref().map(detector),
             inherits: previous.is_some(),
+            hashing: Gauges::new(&config.lb_policy, stats, stat_name),
             id: ClusterId(NEXT_ID.fetch_add(1, Relaxed)),
             stats: stats.cluster(stat_name),
             breaker: CircuitBreaker::new(config.circuit_breakers, in_use),
@@ -265,12 +270,16 @@ impl Cluster {
             factor => factor,
         };
         let version = NEXT_VERSION.fetch_add(1, Relaxed);
-        let set = HostSet::new(version, endpoints, factor, self.config.healthy_panic_threshold);
-        if self.config.locality_weighted { set.weighing_localities(factor) } else { set }
+        let config = &self.config;
+        let set = HostSet::new(version, endpoints, factor, config.healthy_panic_threshold);
+        if config.lb_policy.hashing().is_some() {
+            let previous = self.hosts.load();
+            return set.hashing(&config.lb_policy, config.locality_weighted, Some(&previous));
+        }
+        if config.locality_weighted { set.weighing_localities(factor) } else { set }
     }
 
     fn publish(&self, set: HostSet) {
-        let membership = set.membership();
         let set = Arc::new(set);
         let old = self.hosts.swap(Arc::clone(&set));
         self.note_losses(&old, &set);
@@ -279,7 +288,7 @@ impl Cluster {
             let _ = watcher.send(Arc::clone(self.name()));
         }
         if self.announced.load(Relaxed) {
-            self.show(membership);
+            self.show(&set);
         }
     }
 
@@ -293,11 +302,11 @@ impl Cluster {
     pub fn announce(&self) {
         if !self.announced.swap(true, Relaxed) {
             self.disown();
-            let membership = self.hosts.load().membership();
-            if membership[0] > 0 {
+            let set = self.hosts.load();
+            if set.membership()[0] > 0 {
                 self.stats.membership_change().inc();
             }
-            self.show(membership);
+            self.show(&set);
         }
     }
 
@@ -322,7 +331,11 @@ impl Cluster {
         }
     }
 
-    fn show(&self, [total, healthy, degraded, excluded]: [u64; 4]) {
+    fn show(&self, set: &HostSet) {
+        if let (Some(gauges), Some(counts)) = (&self.hashing, set.hash_counts()) {
+            gauges.show(counts);
+        }
+        let [total, healthy, degraded, excluded] = set.membership();
         if self.original_dst.is_none() {
             self.stats.membership_total().set(total);
             self.stats.membership_healthy().set(healthy);
@@ -445,6 +458,7 @@ pub(crate) mod tests {
             load_balancing_weight: 1,
             health_status: HealthStatus::Unknown,
             health_check: None,
+            hash_key: None,
         };
         Config {
             name: name.into(),
@@ -528,7 +542,7 @@ pub(crate) mod tests {
         let cluster = Cluster::build(Arc::new(config("c", Discovery::Static, &[ip(1)])), &stats, None);
         let mut balancers = WorkerBalancers::with_seed(1);
         let port = |balancers: &mut WorkerBalancers| {
-            balancers.pick(&cluster, None).map(|endpoint| endpoint.address().ip().unwrap().port())
+            balancers.pick(&cluster, None, None).map(|endpoint| endpoint.address().ip().unwrap().port())
         };
         assert_eq!(port(&mut balancers), Some(1));
         cluster.replace_endpoints(vec![endpoint::tests::endpoint(cluster.registry(), 9, 1, 0)]);
@@ -550,7 +564,7 @@ pub(crate) mod tests {
         assert_eq!(cluster.stats().membership_healthy().value(), 2);
         let mut balancers = WorkerBalancers::with_seed(1);
         for _ in 0..20 {
-            assert_ne!(balancers.pick(&cluster, None).unwrap().address(), host.address());
+            assert_ne!(balancers.pick(&cluster, None, None).unwrap().address(), host.address());
         }
     }
 
@@ -560,13 +574,13 @@ pub(crate) mod tests {
         let cluster = Cluster::build(Arc::new(config("Pass", Discovery::OriginalDst, &[])), &stats, None);
         let mut balancers = [WorkerBalancers::with_seed(1), WorkerBalancers::with_seed(2)];
         let destination = |n: u8| Some(OriginalDst(([10, 0, 0, n], 80).into()));
-        assert!(balancers[0].pick(&cluster, None).is_none(), "no restored address, no host");
+        assert!(balancers[0].pick(&cluster, None, None).is_none(), "no restored address, no host");
 
-        let first = balancers[0].pick(&cluster, destination(1)).unwrap();
+        let first = balancers[0].pick(&cluster, destination(1), None).unwrap();
         assert_eq!(&*first.hostname, "Pass10.0.0.1:80");
-        let same = balancers[1].pick(&cluster, destination(1)).unwrap();
+        let same = balancers[1].pick(&cluster, destination(1), None).unwrap();
         assert!(Arc::ptr_eq(&first, &same), "workers share hosts");
-        let used = balancers[0].pick(&cluster, destination(2)).unwrap().host.connecting();
+        let used = balancers[0].pick(&cluster, destination(2), None).unwrap().host.connecting();
         assert_eq!(cluster.stats().membership_total().value(), 2);
 
         cluster.sweep();
@@ -575,7 +589,7 @@ pub(crate) mod tests {
         assert_eq!(cluster.endpoints().len(), 1, "the one with a connection stays");
         assert_eq!(cluster.stats().membership_total().value(), 1);
 
-        let again = balancers[1].pick(&cluster, destination(1)).unwrap();
+        let again = balancers[1].pick(&cluster, destination(1), None).unwrap();
         assert!(!Arc::ptr_eq(&first.host, &again.host), "a swept host is not used again");
         drop(used);
         cluster.sweep();

@@ -26,8 +26,8 @@ pub use block::{Block, Counter, Gauge, GaugeGuard, Kind, SharedCounter, SharedGa
 pub use blocks::{
     AccessLogStats, AdminListenerStats, ClientTlsStats, ClusterManagerStats, ClusterStats, ConfigStats,
     ControlPlaneStats, FilesystemStats, HealthCheckStats, HttpInspectorStats, HttpStats,
-    ListenerManagerStats, ListenerStats, OutlierStats, ProxyProtocolStats, PumpStats, RdsStats, RootStats,
-    RuntimeStats, SdsStats, ServerStats, TcpProxyStats, TlsInspectorStats,
+    ListenerManagerStats, ListenerStats, MaglevStats, OutlierStats, ProxyProtocolStats, PumpStats, RdsStats,
+    RingHashStats, RootStats, RuntimeStats, SdsStats, ServerStats, TcpProxyStats, TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
@@ -116,6 +116,16 @@ impl Stats {
     /// `cluster.<name>.health_check.*`
     pub fn health_check(&self, name: &str) -> HealthCheckStats {
         HealthCheckStats::from_block(self.block(HealthCheckStats::LAYOUT, name))
+    }
+
+    /// `cluster.<name>.ring_hash_lb.*`
+    pub fn ring_hash(&self, name: &str) -> RingHashStats {
+        RingHashStats::from_block(self.block(RingHashStats::LAYOUT, name))
+    }
+
+    /// `cluster.<name>.maglev_lb.*`
+    pub fn maglev(&self, name: &str) -> MaglevStats {
+        MaglevStats::from_block(self.block(MaglevStats::LAYOUT, name))
     }
 
     /// `cluster.<name>.outlier_detection.*`

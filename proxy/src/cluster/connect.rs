@@ -17,7 +17,7 @@ use socket2::{SockAddr, Socket};
 use super::circuit_breaker::Permit;
 use super::endpoint::Endpoint;
 use super::outlier::Outcome;
-use super::{Cluster, WorkerBalancers};
+use super::{Cluster, WorkerBalancers, hashing};
 use crate::addr::OriginalDst;
 use crate::config;
 use crate::config::tcp_proxy::{Backoff, ClusterChoice, TcpProxy};
@@ -222,7 +222,12 @@ fn choose(
         cluster.stats().upstream_cx_connect_attempts_exceeded().inc();
         return Err(Failure::ConnectFailed);
     }
-    let Some(endpoint) = dialer.balancers().borrow_mut().pick(&cluster, destination) else {
+    let hash = hashing::of_connection(
+        &cluster.config().lb_policy,
+        proxy.hash_policy.as_ref(),
+        record.downstream_remote,
+    );
+    let Some(endpoint) = dialer.balancers().borrow_mut().pick(&cluster, destination, hash) else {
         record.flags.set(ResponseFlag::NoHealthyUpstream);
         cluster.stats().upstream_cx_none_healthy().inc();
         return Err(Failure::NoHealthyUpstream);

@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use super::hashing::{Counts, Table};
 use super::host::HostRegistry;
 pub use super::host::{HealthFlag, Host};
 use super::priority::{Availability, Loads};
 use crate::addr::EndpointAddr;
+use crate::config::cluster::LbPolicy;
 use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress, HealthStatus, Locality};
 use crate::config::health_check::EndpointHealthCheck;
 
@@ -30,6 +32,8 @@ pub struct Endpoint {
     pub health_status: HealthStatus,
     /// Where active health checks go, if not to its own address.
     pub health_check: Option<Arc<EndpointHealthCheck>>,
+    /// What RING_HASH and MAGLEV know it by, if not by its address.
+    pub hash_key: Option<Arc<str>>,
 }
 
 /// Whether a balancer may use an endpoint.
@@ -79,6 +83,8 @@ pub struct HostSet {
     version: u64,
     priorities: Vec<PriorityHosts>,
     loads: Loads,
+    /// By priority; empty unless the policy hashes.
+    tables: Vec<Table>,
 }
 
 /// The endpoints of one priority.
@@ -157,7 +163,7 @@ impl HostSet {
             })
             .collect();
         let loads = Loads::new(&availability, overprovisioning_factor, healthy_panic_threshold);
-        Self { version, priorities, loads }
+        Self { version, priorities, loads, tables: Vec::new() }
     }
 
     /// Weighs localities: the share of each is its weight times its health, as for priorities.
@@ -167,6 +173,17 @@ impl HostSet {
             at.healthy_localities = localities(&at.hosts, &at.healthy, overprovisioning_factor);
             at.degraded_localities = localities(&at.hosts, &at.degraded, overprovisioning_factor);
         }
+        self
+    }
+
+    /// Builds the tables of a policy that hashes: once for each host set, by whoever replaces it. What did not change since
+    /// `previous` is taken over.
+    #[must_use]
+    pub fn hashing(mut self, policy: &LbPolicy, locality_weighted: bool, previous: Option<&Self>) -> Self {
+        let previous = |priority| previous.and_then(|set| set.table(priority));
+        self.tables = (0..self.priorities.len())
+            .filter_map(|priority| Table::new(policy, &self, priority, locality_weighted, previous(priority)))
+            .collect();
         self
     }
 
@@ -198,6 +215,16 @@ impl HostSet {
             Source::Healthy => &at.healthy,
             Source::Degraded => &at.degraded,
         }
+    }
+
+    /// What a priority's connections are spread over, if the policy hashes.
+    pub fn table(&self, priority: usize) -> Option<&Table> {
+        self.tables.get(priority)
+    }
+
+    /// What the tables' gauges show: the last priority that has hosts, as in Envoy.
+    pub fn hash_counts(&self) -> Option<Counts> {
+        self.tables.iter().rev().find_map(Table::counts)
     }
 
     /// One list of endpoints by locality. Empty where localities are not weighted, or all weights are 0.
@@ -234,6 +261,7 @@ impl HostSet {
                     && a.locality_weight == b.locality_weight
                     && a.health_status == b.health_status
                     && a.health_check == b.health_check
+                    && a.hash_key == b.hash_key
             })
     }
 }
@@ -322,6 +350,7 @@ pub(super) fn endpoints_of<'a>(
                         priority: group.priority,
                         health_status: endpoint.health_status,
                         health_check: endpoint.health_check.clone(),
+                        hash_key: endpoint.hash_key.clone(),
                     });
                 }
             }
@@ -344,6 +373,7 @@ pub(super) mod tests {
             priority,
             health_status: HealthStatus::Unknown,
             health_check: None,
+            hash_key: None,
         }
     }
 

@@ -6,6 +6,8 @@
 //!   connections wins; else earliest deadline first with weight / (active + 1) ^ bias. Active counts include
 //!   connections that are still being opened, so that a host that doesn't answer doesn't look idle.
 //! - RANDOM: any host of the list, whatever its weight, as in Envoy.
+//! - RING_HASH, MAGLEV: the host that a hash of the connection belongs to (`hashing`), by a table that comes with the host set.
+//!   A connection of which nothing is hashed gets a random number for it.
 //!
 //! Where localities are weighted, a locality is drawn by weighted round robin first, and the policy chooses among its hosts.
 
@@ -16,6 +18,7 @@ use fastrand::Rng;
 
 use super::edf::{self, Edf, Instant, Turn};
 use super::endpoint::{Endpoint, HostSet, LocalityHosts, Source};
+use super::hashing::Probe;
 use super::original_dst::WorkerHosts;
 use super::{Cluster, ClusterId};
 use crate::addr::OriginalDst;
@@ -26,6 +29,7 @@ use crate::config::cluster::LbPolicy;
 pub struct WorkerBalancers {
     rng: Rng,
     by_cluster: HashMap<ClusterId, State>,
+    probe: Probe,
 }
 
 #[derive(Debug)]
@@ -43,13 +47,20 @@ impl Default for WorkerBalancers {
 impl WorkerBalancers {
     /// Balancers whose random choices follow from a seed.
     pub fn with_seed(seed: u64) -> Self {
-        Self { rng: Rng::with_seed(seed), by_cluster: HashMap::new() }
+        Self { rng: Rng::with_seed(seed), by_cluster: HashMap::new(), probe: Probe::default() }
     }
 
     /// The endpoint for the next connection. `None`: there is no usable one (flag UH).
     ///
-    /// `destination` is the restored original destination, which a cluster of type ORIGINAL_DST needs.
-    pub fn pick(&mut self, cluster: &Cluster, destination: Option<OriginalDst>) -> Option<Arc<Endpoint>> {
+    /// `destination` is the restored original destination, which a cluster of type ORIGINAL_DST needs; `hash` is what
+    /// [`hashing::of_connection`](super::hashing::of_connection) says of the connection. A permit for it is taken from the
+    /// circuit breaker before.
+    pub fn pick(
+        &mut self,
+        cluster: &Cluster,
+        destination: Option<OriginalDst>,
+        hash: Option<u64>,
+    ) -> Option<Arc<Endpoint>> {
         if let Some(hosts) = cluster.original_dst_hosts() {
             let state = self
                 .by_cluster
@@ -64,7 +75,12 @@ impl WorkerBalancers {
         });
         let State::Balancer(balancer) = state else { return None };
         balancer.update(&set);
-        let pick = balancer.pick(&mut self.rng);
+        let pick = if balancer.policy.hashing().is_some() {
+            let hash = hash.unwrap_or_else(|| self.rng.u64(..));
+            balancer.pick_hashed(hash, cluster.breaker().connections(), &mut self.probe)
+        } else {
+            balancer.pick(&mut self.rng)
+        };
         if pick.panic {
             cluster.stats().lb_healthy_panic().inc();
         }
@@ -173,6 +189,18 @@ impl Balancer {
         Pick { endpoint: self.pick_from(priority, source, rng), panic }
     }
 
+    /// The endpoint for a hash, by the set's tables. `active` are the connections of the cluster, with the new one.
+    pub fn pick_hashed(&self, hash: u64, active: u32, probe: &mut Probe) -> Pick {
+        let loads = self.set.loads();
+        let (priority, _) = match loads.only() {
+            Some(priority) => (priority, false),
+            None => loads.choose((hash % 100) as u8),
+        };
+        let table = self.set.table(priority);
+        let endpoint = table.and_then(|table| table.pick_bounded(hash, active, probe)).cloned();
+        Pick { endpoint, panic: loads.panic[priority] }
+    }
+
     fn pick_from(&mut self, priority: usize, source: Source, rng: &mut Rng) -> Option<Arc<Endpoint>> {
         let at = priority * SOURCES + source as usize;
         let (policy, start) = (self.policy, self.start);
@@ -219,7 +247,10 @@ impl Schedule {
                 let first = |endpoint| rng.f64() * later(Instant(0.0), endpoint, active_request_bias).0;
                 Self::LeastLoaded(Edf::new(hosts.iter().map(first).map(Instant)))
             }
-            LbPolicy::Random | LbPolicy::ClusterProvided => Self::Even,
+            // Those that hash do not come here.
+            LbPolicy::Random | LbPolicy::RingHash(_) | LbPolicy::Maglev(_) | LbPolicy::ClusterProvided => {
+                Self::Even
+            }
         }
     }
 
@@ -238,7 +269,7 @@ impl Schedule {
                 edf.pick(|index, now| later(*now, &hosts[index as usize], active_request_bias))? as usize
             }
             (_, LbPolicy::LeastRequest { choice_count, .. }) => least_of(hosts, choice_count, rng),
-            (_, LbPolicy::Random) => rng.usize(..hosts.len()),
+            (_, LbPolicy::Random | LbPolicy::RingHash(_) | LbPolicy::Maglev(_)) => rng.usize(..hosts.len()),
             (_, LbPolicy::RoundRobin | LbPolicy::ClusterProvided) => {
                 let index = *turn % hosts.len();
                 *turn = turn.wrapping_add(1);

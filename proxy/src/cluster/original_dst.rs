@@ -41,6 +41,7 @@ impl OriginalDstHosts {
             priority: 0,
             health_status: HealthStatus::Unknown,
             health_check: None,
+            hash_key: None,
         });
         hosts.insert(destination.0, Arc::clone(&endpoint));
         (endpoint, true)

@@ -126,10 +126,81 @@ pub enum LbPolicy {
         /// Weight of active connections when endpoint weights differ; default 1.0.
         active_request_bias: f64,
     },
-    /// Weighted random.
+    /// Random, whatever the weights.
     Random,
+    /// What is hashed of a connection falls on a ring of points, of which each endpoint has as many as its weight asks for.
+    RingHash(RingHash),
+    /// What is hashed of a connection is a place in a table, in which each endpoint has as many as its weight asks for.
+    Maglev(Maglev),
     /// The cluster itself decides (ORIGINAL_DST).
     ClusterProvided,
+}
+
+impl LbPolicy {
+    /// What RING_HASH and MAGLEV have in common. `None`: it does not hash.
+    pub fn hashing(&self) -> Option<&ConsistentHashing> {
+        match self {
+            Self::RingHash(ring) => Some(&ring.hashing),
+            Self::Maglev(maglev) => Some(&maglev.hashing),
+            Self::RoundRobin | Self::LeastRequest { .. } | Self::Random | Self::ClusterProvided => None,
+        }
+    }
+}
+
+/// `ring_hash_lb_config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingHash {
+    /// Points on the ring, at least; at most 8,388,608. Default 1,024.
+    pub minimum_ring_size: u64,
+    /// Points on the ring, at most; from `minimum_ring_size` to 8,388,608, which is the default.
+    pub maximum_ring_size: u64,
+    /// What places an endpoint's points.
+    pub hash_function: HashFunction,
+    /// What it shares with MAGLEV.
+    pub hashing: ConsistentHashing,
+}
+
+/// `hash_function` of a ring. What is hashed of a connection is hashed by xxHash whatever is set here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HashFunction {
+    /// xxHash, 64 bits.
+    #[default]
+    XxHash,
+    /// MurmurHash2, 64 bits, as libstdc++ has it in `std::hash`.
+    MurmurHash2,
+}
+
+/// `maglev_lb_config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Maglev {
+    /// Places in the table: a prime, at most 5,000,011. Default 65,537.
+    pub table_size: u64,
+    /// What it shares with RING_HASH.
+    pub hashing: ConsistentHashing,
+}
+
+/// `consistent_hashing_lb_config`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConsistentHashing {
+    /// Endpoints are known by their host name instead of their address.
+    pub use_hostname_for_hashing: bool,
+    /// How much more than its share an endpoint may have of the connections, in percent of the share; at least 100.
+    /// `None`: any number.
+    pub hash_balance_factor: Option<u32>,
+    /// What is hashed of a connection.
+    pub hash_policy: ClusterHashPolicy,
+}
+
+/// What the cluster itself says of what is hashed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClusterHashPolicy {
+    /// Nothing: the `hash_policy` of the tcp_proxy holds.
+    #[default]
+    Unset,
+    /// The downstream address without its port, whatever the tcp_proxy says; so often (Envoy mixes the hashes of all entries).
+    SourceIp(u8),
+    /// Only what HTTP requests have: connections go to random endpoints.
+    Nothing,
 }
 
 /// Circuit breaker thresholds. Envoy's default is 1,024 each.

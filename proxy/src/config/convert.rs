@@ -25,7 +25,7 @@
 //! | `Listener.filter_chain_matcher`, `fcds_config`, `api_listener`, `udp_listener_config`, `internal_listener` | refused | there is nothing sensible to serve instead |
 //! | LOGICAL_DNS clusters, LEDS, ECDS, `lds_resources_locator`, `cds_resources_locator` | refused | the proxy would report ready without its configuration |
 //! | `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
-//! | RING_HASH, MAGLEV | warning, RANDOM is used | that is what Envoy's do when nothing is hashed |
+//! | `hash_policy` of TcpProxy with `filter_state` | warning, connections are spread at random | nothing sets filter state; Envoy's spread likewise without the object |
 //! | `tcp_health_check` | done; not in clusters with TLS or pipes and of type ORIGINAL_DST (warning); several checks for one cluster are refused | half of the checks would let through what the others stop |
 //! | HTTP, gRPC and custom health checks, zone awareness, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
 //! | `outlier_detection` of an ORIGINAL_DST cluster | warning, nothing | Envoy's balancer does not look at the health of such endpoints either |

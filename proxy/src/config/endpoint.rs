@@ -52,6 +52,8 @@ pub struct LbEndpoint {
     pub health_status: HealthStatus,
     /// Where it is checked, if not at its own address.
     pub health_check: Option<Arc<EndpointHealthCheck>>,
+    /// What RING_HASH and MAGLEV know it by (`hash_key` of the metadata `envoy.lb`), if not by its address.
+    pub hash_key: Option<Arc<str>>,
 }
 
 /// Where an endpoint is.

@@ -66,6 +66,6 @@ pub struct Backoff {
 pub enum HashPolicy {
     /// The downstream address without its port.
     SourceIp,
-    /// A filter state object (never set here, so connections hash at random).
+    /// A filter state object. Nothing sets one here, so that connections hash at random, as in Envoy without it.
     FilterState(String),
 }

@@ -278,6 +278,7 @@ mod tests {
             load_balancing_weight: 1,
             health_status: HealthStatus::default(),
             health_check: None,
+            hash_key: None,
         });
         let locality = LocalityLbEndpoints { endpoints: endpoints.collect(), ..Default::default() };
         Arc::new(Cluster {

@@ -35,6 +35,7 @@ pub fn compile(
             Ok(choices) if choice_count <= balance::MAX_CHOICES => (Policy::LeastRequest, choices),
             _ => return Err(ClusterObstacle::ChoiceCount(choice_count)),
         },
+        LbPolicy::RingHash(_) | LbPolicy::Maglev(_) => return Err(ClusterObstacle::Hashes),
     };
     let routes = routes(set);
     if routes.len() > MAX_ROUTES as usize {

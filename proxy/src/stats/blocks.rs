@@ -144,6 +144,37 @@ stats_block! {
 }
 
 stats_block! {
+    /// `cluster.<name>.ring_hash_lb.*`, of clusters with RING_HASH.
+    RingHashStats: "cluster", label "envoy_cluster_name", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {}
+    shared_gauges {
+        max_hashes_per_host = "ring_hash_lb.max_hashes_per_host",
+        min_hashes_per_host = "ring_hash_lb.min_hashes_per_host",
+        size = "ring_hash_lb.size",
+    }
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
+    /// `cluster.<name>.maglev_lb.*`, of clusters with MAGLEV.
+    MaglevStats: "cluster", label "envoy_cluster_name", per_worker [];
+    counters {}
+    gauges {}
+    histograms {}
+    shared_counters {}
+    shared_gauges {
+        max_entries_per_host = "maglev_lb.max_entries_per_host",
+        min_entries_per_host = "maglev_lb.min_entries_per_host",
+    }
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
     /// `cluster.<name>.health_check.*`, of clusters with active health checks.
     HealthCheckStats: "cluster", label "envoy_cluster_name", per_worker [];
     counters {}

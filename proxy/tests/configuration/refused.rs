@@ -325,11 +325,28 @@ fn clusters() {
         "LOAD_BALANCING_POLICY_CONFIG needs the field load_balancing_policy; set it",
     );
     refused(
+        &one_cluster(json!({"lb_policy": "MAGLEV", "maglev_lb_config": {"table_size": 65_536}})),
+        &format!("{C}.maglev_lb_config.table_size"),
+        "the table size of Maglev must be a prime number, and 65536 is not one",
+    );
+    let by_name = json!({"consistent_hashing_lb_config": {"use_hostname_for_hashing": true}});
+    refused(
+        &one_cluster(json!({"lb_policy": "MAGLEV", "common_lb_config": by_name})),
+        &format!("{C}.common_lb_config.consistent_hashing_lb_config.use_hostname_for_hashing"),
+        "Envoy takes this with type STRICT_DNS only; give endpoints a hash_key in the metadata envoy.lb, or set \
+         use_hostname_for_hashing in load_balancing_policy",
+    );
+    refused(
+        &one_cluster(json!({"lb_policy": "RING_HASH", "ring_hash_lb_config": {"maximum_ring_size": 1023}})),
+        &format!("{C}.ring_hash_lb_config"),
+        "ring hash: minimum_ring_size (1024) > maximum_ring_size (1023)",
+    );
+    refused(
         &one_cluster(
             json!({"load_balancing_policy": {"policies": [{"typed_extension_config": in_struct("x", "x.y", json!({}))}]}}),
         ),
         &format!("{C}.load_balancing_policy"),
-        "none of these load balancing policies is supported in this version: [x]; use round_robin, least_request or random",
+        "none of these load balancing policies is supported in this version: [x]; use round_robin, least_request, random, ring_hash or maglev",
     );
     refused(
         &one_cluster(

@@ -1,7 +1,9 @@
 //! What is accepted, with or without a warning, and what it then means.
 
 use serde_json::{Value, json};
-use tidegate::config::cluster::{LbPolicy, Thresholds};
+use tidegate::config::cluster::{
+    ClusterHashPolicy, ConsistentHashing, HashFunction, LbPolicy, Maglev, RingHash, Thresholds,
+};
 use tidegate::config::filter_chain::Terminal;
 use tidegate::config::health_check::ProxyProtocol;
 use tidegate::config::listener::ListenerFilter;
@@ -132,13 +134,68 @@ fn listener_spellings() {
 }
 
 #[test]
-fn hashing_load_balancers_fall_back_to_random() {
-    let bootstrap = one_cluster(json!({"lb_policy": "MAGLEV"}));
-    warned(
-        &bootstrap,
-        &["static_resources.clusters[0].lb_policy: MAGLEV is not active in this version: RANDOM is used"],
+fn hashing_load_balancers() {
+    let policy = |cluster: serde_json::Value| {
+        load_json(&one_cluster(cluster)).unwrap().bootstrap.clusters[0].lb_policy
+    };
+    let plain = ConsistentHashing::default();
+    assert_eq!(
+        policy(json!({"lb_policy": "MAGLEV"})),
+        LbPolicy::Maglev(Maglev { table_size: 65_537, hashing: plain })
     );
-    assert_eq!(load_json(&bootstrap).unwrap().bootstrap.clusters[0].lb_policy, LbPolicy::Random);
+    assert_eq!(
+        policy(json!({"lb_policy": "RING_HASH"})),
+        LbPolicy::RingHash(RingHash {
+            minimum_ring_size: 1024,
+            maximum_ring_size: 8 << 20,
+            hash_function: HashFunction::XxHash,
+            hashing: plain,
+        })
+    );
+    let hashing = ConsistentHashing { hash_balance_factor: Some(150), ..plain };
+    let common = json!({"consistent_hashing_lb_config": {"hash_balance_factor": 150}});
+    assert_eq!(
+        policy(
+            json!({"lb_policy": "MAGLEV", "maglev_lb_config": {"table_size": 251}, "common_lb_config": common})
+        ),
+        LbPolicy::Maglev(Maglev { table_size: 251, hashing })
+    );
+    let ring = LbPolicy::RingHash(RingHash {
+        minimum_ring_size: 5,
+        maximum_ring_size: 7,
+        hash_function: HashFunction::MurmurHash2,
+        hashing,
+    });
+    let fields = json!({"minimum_ring_size": 5, "maximum_ring_size": 7, "hash_function": "MURMUR_HASH_2"});
+    assert_eq!(
+        policy(json!({"lb_policy": "RING_HASH", "ring_hash_lb_config": fields, "common_lb_config": common})),
+        ring
+    );
+    let typed = |kind: &str, fields| {
+        let config = extension("x", &format!("envoy.extensions.load_balancing_policies.{kind}"), fields);
+        policy(json!({"load_balancing_policy": {"policies": [{"typed_extension_config": config}]}}))
+    };
+    let mut fields = fields;
+    fields["consistent_hashing_lb_config"] = json!({"hash_balance_factor": 150});
+    assert_eq!(typed("ring_hash.v3.RingHash", fields), ring);
+    let by_name = json!({"consistent_hashing_lb_config": {"use_hostname_for_hashing": true}});
+    let named = ConsistentHashing { use_hostname_for_hashing: true, ..plain };
+    assert_eq!(
+        typed("maglev.v3.Maglev", by_name),
+        LbPolicy::Maglev(Maglev { table_size: 65_537, hashing: named })
+    );
+    let source_ip = json!({"connection_properties": {"source_ip": true}});
+    let header = json!({"header": {"header_name": "x"}});
+    for (policies, hash_policy) in [
+        (json!([]), ClusterHashPolicy::Unset),
+        (json!([source_ip]), ClusterHashPolicy::SourceIp(1)),
+        (json!([header, source_ip, source_ip]), ClusterHashPolicy::SourceIp(2)),
+        (json!([header]), ClusterHashPolicy::Nothing),
+    ] {
+        let fields = json!({"table_size": 7, "consistent_hashing_lb_config": {"hash_policy": policies}});
+        let hashing = ConsistentHashing { hash_policy, ..plain };
+        assert_eq!(typed("maglev.v3.Maglev", fields), LbPolicy::Maglev(Maglev { table_size: 7, hashing }));
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod connect;
 mod data;
+mod hashing;
 mod health;
 mod logs;
 mod matching;
@@ -20,6 +21,7 @@ pub(super) fn all() -> Vec<Case> {
         routing::cases(),
         logs::cases(),
         health::cases(),
+        hashing::cases(),
     ]
     .into_iter()
     .flatten()

@@ -345,7 +345,7 @@ pub(super) fn note_stats(
     }
 }
 
-/// What outlier detection and health checks found: their stats, and `/clusters`.
+/// What outlier detection and health checks found, and what hashing tables have: their stats, and `/clusters`.
 fn note_health(
     observation: &mut Observation,
     case: &Case,
@@ -356,8 +356,8 @@ fn note_health(
     let id = Case::id(number);
     for (name, value) in stats {
         let Some(name) = name.strip_prefix(&format!("cluster.{id}.")) else { continue };
-        let is_health = name.starts_with("outlier_detection.") || name.starts_with("health_check.");
-        if is_health && !case.ignored.contains(&name) {
+        let groups = ["outlier_detection.", "health_check.", "ring_hash_lb.", "maglev_lb."];
+        if groups.iter().any(|group| name.starts_with(group)) && !case.ignored.contains(&name) {
             observation.insert(format!("cluster.{name}"), json!(value));
         }
     }

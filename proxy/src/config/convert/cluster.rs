@@ -17,7 +17,9 @@ use super::listener::BUFFER_LIMIT;
 use super::net::keepalive;
 use super::transport_socket::{self, cluster_tls};
 use super::{Report, each, enumeration, inactive, optional_duration};
-use crate::config::cluster::{Cluster, Discovery, Dns, Eds, LbPolicy, LookupFamily, Thresholds};
+use crate::config::cluster::{
+    Cluster, ClusterHashPolicy, ConsistentHashing, Discovery, Dns, Eds, LbPolicy, LookupFamily, Thresholds,
+};
 use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress};
 use crate::config::health_check::HealthCheck;
 use crate::config::listener::TcpKeepalive;
@@ -126,13 +128,14 @@ pub(in crate::config) fn cluster(
         lookup_family: lookup_family(enumeration(dns_lookup_family, path, "dns_lookup_family", report)?),
     };
     let discovery = discovery(cluster_discovery_type, &mut dns, path, report);
-    let Common { healthy_panic_threshold, ignore_new_hosts, locality_weighted } =
+    let Common { healthy_panic_threshold, ignore_new_hosts, locality_weighted, hashing } =
         common_lb(common_lb_config, path, report);
     let mut locality_weighted = locality_weighted;
     let lb_policy = lb_policy::lb_policy(
         lb_policy,
         load_balancing_policy,
         lb_config,
+        hashing,
         &mut locality_weighted,
         path,
         report,
@@ -144,6 +147,13 @@ pub(in crate::config) fn cluster(
     let cleanup_interval = optional_duration(cleanup_interval, path, "cleanup_interval", report);
 
     let (discovery, lb_policy) = (discovery?, lb_policy?);
+    if hashing.use_hostname_for_hashing && discovery != Discovery::StrictDns {
+        report.invalid(
+            &path.field("common_lb_config").field("consistent_hashing_lb_config").field("use_hostname_for_hashing"),
+            "Envoy takes this with type STRICT_DNS only; give endpoints a hash_key in the metadata envoy.lb, or set \
+             use_hostname_for_hashing in load_balancing_policy",
+        );
+    }
     let outlier_detection = outlier::outlier_detection(outlier_detection, discovery, path, report);
     check_combination(&name, discovery, lb_policy, assignment.is_some(), path, report);
     let transport_sockets = transport_socket::matches(transport_socket_matches);
@@ -348,6 +358,7 @@ struct Common {
     healthy_panic_threshold: f64,
     ignore_new_hosts: bool,
     locality_weighted: bool,
+    hashing: ConsistentHashing,
 }
 
 fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report: &mut Report<'_>) -> Common {
@@ -356,6 +367,7 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
             healthy_panic_threshold: HEALTHY_PANIC_THRESHOLD,
             ignore_new_hosts: false,
             locality_weighted: false,
+            hashing: ConsistentHashing::default(),
         };
     };
     let path = path.field("common_lb_config");
@@ -368,8 +380,13 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
         override_host_status,
         locality_config_specifier,
     } = config;
-    inactive!(report, &path, "CommonLbConfig";
-        consistent_hashing_lb_config, override_host_status);
+    inactive!(report, &path, "CommonLbConfig"; override_host_status);
+    let hashing = consistent_hashing_lb_config.map_or_else(ConsistentHashing::default, |config| {
+        let common_lb_config::ConsistentHashingLbConfig { use_hostname_for_hashing, hash_balance_factor } =
+            config;
+        let hash_policy = ClusterHashPolicy::Unset;
+        ConsistentHashing { use_hostname_for_hashing, hash_balance_factor, hash_policy }
+    });
     let locality_weighted = match locality_config_specifier {
         None => false,
         Some(common_lb_config::LocalityConfigSpecifier::ZoneAwareLbConfig(_)) => {
@@ -383,6 +400,7 @@ fn common_lb(config: Option<parts::CommonLbConfig>, path: &FieldPath<'_>, report
             .map_or(HEALTHY_PANIC_THRESHOLD, |percent| percent.value),
         ignore_new_hosts: ignore_new_hosts_until_first_hc,
         locality_weighted,
+        hashing,
     }
 }
 

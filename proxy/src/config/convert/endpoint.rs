@@ -7,6 +7,7 @@ use tidegate_api::endpoint as api;
 use tidegate_api::endpoint::cluster_load_assignment::Policy;
 use tidegate_api::endpoint::lb_endpoint::HostIdentifier;
 use tidegate_api::endpoint::locality_lb_endpoints::LbConfig;
+use tidegate_api::wkt::value::Kind;
 
 use super::net::host_and_port;
 use super::{Report, each, enumeration, inactive};
@@ -150,13 +151,31 @@ fn lb_endpoint(
         core::HealthStatus::Degraded => HealthStatus::Degraded,
     };
     let (address, hostname, health_check) = host(endpoint, of.discovery, &path.field(field), report)?;
+    let hash_key = metadata.and_then(|metadata| hash_key(metadata, &path.field("metadata"), report));
     Some(LbEndpoint {
         address,
         hostname,
         load_balancing_weight: load_balancing_weight.unwrap_or(1).max(1),
         health_status,
         health_check,
+        hash_key,
     })
+}
+
+/// `hash_key` of the filter metadata `envoy.lb`. Only the endpoint's own counts in Envoy, not that of its locality.
+fn hash_key(mut metadata: core::Metadata, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<Arc<str>> {
+    let key = metadata.filter_metadata.get_mut("envoy.lb")?.fields.remove("hash_key")?;
+    match key.kind? {
+        Kind::StringValue(key) if key.is_empty() => None,
+        Kind::StringValue(key) => Some(key.into()),
+        _ => {
+            report.warn(
+                &path.field("filter_metadata"),
+                "hash_key of envoy.lb is not a string and is not used, as in Envoy; write it in quotes",
+            );
+            None
+        }
+    }
 }
 
 fn host(

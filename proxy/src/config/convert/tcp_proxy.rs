@@ -233,7 +233,12 @@ fn hash(policy: envoy_type::HashPolicy, path: &FieldPath<'_>, report: &mut Repor
     match policy_specifier {
         Some(PolicySpecifier::SourceIp(envoy_type::hash_policy::SourceIp {})) => Some(HashPolicy::SourceIp),
         Some(PolicySpecifier::FilterState(envoy_type::hash_policy::FilterState { key })) => {
-            report.inactive("HashPolicy", path, "filter_state");
+            report.warn_once(
+                "HashPolicy.filter_state".to_owned(),
+                &path.field("filter_state"),
+                "no filter of this version sets filter state: there is nothing to hash, and RING_HASH and MAGLEV choose at \
+                 random, as Envoy does for an object that is not there; use source_ip if a client is to keep its endpoint",
+            );
             Some(HashPolicy::FilterState(key))
         }
         None => {

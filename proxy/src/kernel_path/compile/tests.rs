@@ -149,6 +149,7 @@ impl State {
                 priority: member.priority,
                 health_status: member.health,
                 health_check: None,
+                hash_key: None,
             }
         };
         let endpoints: Vec<_> = self.members.iter().enumerate().map(endpoint).collect();
@@ -360,6 +361,7 @@ fn ipv6_and_mapped_addresses() {
         priority: 0,
         health_status: HealthStatus::Healthy,
         health_check: None,
+        hash_key: None,
     };
     let addresses = ["[2001:db8::1]:1", "[::ffff:10.0.0.1]:2", "10.0.0.1:3"];
     let set = Arc::new(HostSet::new(1, addresses.map(endpoint).into(), 140, 50.0));

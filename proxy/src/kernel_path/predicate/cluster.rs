@@ -82,6 +82,9 @@ fn look_at_config(cluster: &config::cluster::Cluster, add: &mut impl FnMut(O)) {
     {
         add(O::ChoiceCount(*choice_count));
     }
+    if lb_policy.hashing().is_some() {
+        add(O::Hashes);
+    }
     if upstream_keepalive.is_some() {
         add(O::Keepalive);
     }

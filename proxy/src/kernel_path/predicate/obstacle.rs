@@ -88,6 +88,8 @@ pub enum ClusterObstacle {
     ChoiceCount(u32),
     /// LEAST_REQUEST with endpoints of different weights.
     LeastRequestWeights,
+    /// RING_HASH or MAGLEV.
+    Hashes,
     /// `upstream_connection_options.tcp_keepalive`.
     Keepalive,
     /// `tidegate.cluster.v1.EndpointRemoval` with action CLOSE. Soft.
@@ -196,6 +198,7 @@ impl fmt::Display for ClusterObstacle {
             Self::LeastRequestWeights => f.write_str(
                 "LEAST_REQUEST with different load_balancing_weight; use ROUND_ROBIN, or equal weights",
             ),
+            Self::Hashes => f.write_str("RING_HASH and MAGLEV hash connections, which only the proxy does"),
             Self::Keepalive => {
                 f.write_str("upstream_connection_options.tcp_keepalive is for sockets of the proxy")
             }

@@ -32,8 +32,7 @@ pub(super) fn look_at(proxy: &TcpProxy, found: &mut Obstacles) {
         access_log_flush_interval,
         flush_access_log_on_connected,
         flush_access_log_on_start,
-        // No balancer here hashes: RING_HASH and MAGLEV draw at random on both paths.
-        hash_policy: _,
+        hash_policy: _, // has a meaning only for clusters that hash, which do not take the kernel path
     } = proxy;
     if let Some(timeout) = idle_timeout {
         found.add(Obstacle::IdleTimeout(*timeout));

@@ -386,6 +386,8 @@ fn clusters() {
             json!({"lb_policy": "LEAST_REQUEST", "load_assignment": assignment(vec![json!({"lb_endpoints": weighted})])}),
             O::LeastRequestWeights,
         ),
+        (json!({"lb_policy": "MAGLEV"}), O::Hashes),
+        (json!({"lb_policy": "RING_HASH"}), O::Hashes),
         (
             json!({"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "load_assignment": null}),
             O::OriginalDst,

@@ -56,7 +56,7 @@ impl Upstream {
             cluster.stats().upstream_cx_overflow().inc();
             return Err(DialError::Overflow(name.to_owned()));
         };
-        let Some(endpoint) = self.balancers.borrow_mut().pick(cluster, None) else {
+        let Some(endpoint) = self.balancers.borrow_mut().pick(cluster, None, None) else {
             cluster.stats().upstream_cx_none_healthy().inc();
             return Err(DialError::NoEndpoint(name.to_owned()));
         };

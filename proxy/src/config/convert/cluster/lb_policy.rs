@@ -7,10 +7,12 @@ use tidegate_api::core::RuntimeDouble;
 use tidegate_api::envoy::extensions::load_balancing_policies as policies;
 
 use super::lb_config_field;
-use crate::config::cluster::LbPolicy;
+use crate::config::cluster::{ConsistentHashing, LbPolicy};
 use crate::config::convert::extension::Extension;
 use crate::config::convert::{Report, enumeration, inactive};
 use crate::config::proto::FieldPath;
+
+mod hashing;
 
 /// Envoy's defaults.
 const CHOICE_COUNT: u32 = 2;
@@ -21,6 +23,7 @@ pub(super) fn lb_policy(
     lb_policy: i32,
     typed: Option<api::LoadBalancingPolicy>,
     config: Option<LbConfig>,
+    hashing: ConsistentHashing,
     locality_weighted: &mut bool,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
@@ -38,33 +41,30 @@ pub(super) fn lb_policy(
             inactive!(report, &path, "LeastRequestLbConfig"; slow_start_config);
             Some(least_request(choice_count, active_request_bias))
         }
+        (Enum::RingHash, config) => {
+            let config = match config {
+                Some(LbConfig::RingHashLbConfig(config)) => config,
+                _ => parts::RingHashLbConfig::default(),
+            };
+            hashing::ring_hash(&config, hashing, &path.field("ring_hash_lb_config"), report)
+        }
+        (Enum::Maglev, config) => {
+            let config = match config {
+                Some(LbConfig::MaglevLbConfig(config)) => config,
+                _ => parts::MaglevLbConfig::default(),
+            };
+            let parts::MaglevLbConfig { table_size } = config;
+            hashing::maglev(table_size, hashing, &path.field("maglev_lb_config"), report)
+        }
         (policy, config) => {
-            if let Some(config) = config {
-                // Envoy does not read the settings of a policy that is not chosen.
-                check_config(&config, path, report);
+            // Envoy does not read the settings of a policy that is not chosen.
+            if let Some(config @ (LbConfig::OriginalDstLbConfig(_) | LbConfig::RoundRobinLbConfig(_))) =
+                &config
+            {
+                report.inactive("Cluster", path, lb_config_field(config));
             }
             plain(policy, path, report)
         }
-    }
-}
-
-fn check_config(config: &LbConfig, path: &FieldPath<'_>, report: &mut Report<'_>) {
-    let field = lb_config_field(config);
-    match config {
-        LbConfig::OriginalDstLbConfig(_) | LbConfig::RoundRobinLbConfig(_) => {
-            report.inactive("Cluster", path, field);
-        }
-        LbConfig::RingHashLbConfig(ring) => {
-            if let (Some(min), Some(max)) = (ring.minimum_ring_size, ring.maximum_ring_size)
-                && min > max
-            {
-                report.invalid(
-                    &path.field(field),
-                    format!("minimum_ring_size ({min}) is greater than maximum_ring_size ({max})"),
-                );
-            }
-        }
-        LbConfig::MaglevLbConfig(_) | LbConfig::LeastRequestLbConfig(_) => {}
     }
 }
 
@@ -74,10 +74,8 @@ fn plain(policy: Enum, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<
         Enum::Random => Some(LbPolicy::Random),
         Enum::LeastRequest => Some(least_request(None, None)),
         Enum::ClusterProvided => Some(LbPolicy::ClusterProvided),
-        Enum::RingHash | Enum::Maglev => {
-            Some(random_instead(policy.as_str_name(), &path.field("lb_policy"), report))
-        }
-        Enum::LoadBalancingPolicyConfig => {
+        // Those that hash are converted before.
+        Enum::RingHash | Enum::Maglev | Enum::LoadBalancingPolicyConfig => {
             report.invalid(
                 &path.field("lb_policy"),
                 "LOAD_BALANCING_POLICY_CONFIG needs the field load_balancing_policy; set it",
@@ -85,15 +83,6 @@ fn plain(policy: Enum, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<
             None
         }
     }
-}
-
-fn random_instead(name: &str, path: &FieldPath<'_>, report: &mut Report<'_>) -> LbPolicy {
-    report.warn_once(
-        format!("lb_policy {name}"),
-        path,
-        format!("{name} is not active in this version: RANDOM is used"),
-    );
-    LbPolicy::Random
 }
 
 fn least_request(choice_count: Option<u32>, bias: Option<RuntimeDouble>) -> LbPolicy {
@@ -132,7 +121,7 @@ fn typed_policy(
         path,
         format!(
             "none of these load balancing policies is supported in this version: [{}]; use round_robin, \
-                 least_request or random",
+                 least_request, random, ring_hash or maglev",
             names.join(", ")
         ),
     );
@@ -160,9 +149,10 @@ fn known(
         Some(LbPolicy::Random)
     } else if config.is::<policies::cluster_provided::v3::ClusterProvided>() {
         Some(LbPolicy::ClusterProvided)
-    } else if config.is::<policies::ring_hash::v3::RingHash>() || config.is::<policies::maglev::v3::Maglev>()
-    {
-        Some(random_instead(&config.type_name, path, report))
+    } else if config.is::<policies::ring_hash::v3::RingHash>() {
+        hashing::typed_ring_hash(config.decode(path, report)?, locality_weighted, path, report)
+    } else if config.is::<policies::maglev::v3::Maglev>() {
+        hashing::typed_maglev(config.decode(path, report)?, locality_weighted, path, report)
     } else if config.is::<policies::wrr_locality::v3::WrrLocality>() {
         let policies::wrr_locality::v3::WrrLocality { endpoint_picking_policy } =
             config.decode(path, report)?;
