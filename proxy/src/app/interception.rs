@@ -21,6 +21,14 @@ const EBPF_LOG_INTERVAL: Duration = Duration::from_millis(100);
 impl Proxy {
     /// Starts intercepting, if that is wanted and possible.
     pub(super) fn intercept(&mut self) -> anyhow::Result<()> {
+        self.start_interception()?;
+        if self.interception.is_none() {
+            self.update_kernel_path();
+        }
+        Ok(())
+    }
+
+    fn start_interception(&mut self) -> anyhow::Result<()> {
         if self.args.no_interception {
             tracing::info!("interception is off: bound listeners, iptables REDIRECT and TPROXY are served");
             return Ok(());

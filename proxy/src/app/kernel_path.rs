@@ -178,6 +178,8 @@ impl Proxy {
         }
         if let Some(path) = &mut self.kernel_path {
             path.manager.apply(&snapshot);
+        } else if !self.accepting {
+            // It may become available yet.
         } else if self.is_asked_for(&snapshot) {
             self.show_unavailable();
         } else {

@@ -84,7 +84,17 @@ pub(super) struct Target {
     block: Block,
     pub(super) hosts: HashMap<SocketAddr, HostEntry>,
     seen: Seen,
+    /// Nothing had happened at the last look.
+    quiet: bool,
     gone: Option<Instant>,
+}
+
+impl Target {
+    fn observe_hosts(&mut self, tables: &Tables) {
+        for entry in self.hosts.values_mut() {
+            entry.seen.news(tables.host(entry.index).tally).of_host(&entry.host, &self.cluster);
+        }
+    }
 }
 
 /// A host of such a cluster.
@@ -318,6 +328,7 @@ impl Manager {
                     block,
                     hosts: entries,
                     seen: Seen::default(),
+                    quiet: false,
                     gone: None,
                 };
                 self.names.targets.insert(index, Arc::clone(name));
@@ -405,20 +416,20 @@ impl Manager {
             service.seen.news(tables.service(service.index).tally).of_service(&service.plan);
         }
         for target in self.targets.values_mut() {
-            target.seen.news(tables.cluster(target.index).tally).of_cluster(&target.cluster);
-            for entry in target.hosts.values_mut() {
-                entry.seen.news(tables.host(entry.index).tally).of_host(&entry.host, &target.cluster);
+            let news = target.seen.news(tables.cluster(target.index).tally);
+            news.of_cluster(&target.cluster);
+            // What happens to a host is counted for its cluster first: the look after the last news may find more of it.
+            let was_quiet = std::mem::replace(&mut target.quiet, news.is_nothing());
+            if !(was_quiet && target.quiet) {
+                target.observe_hosts(tables);
             }
         }
     }
 
     /// The same for what outlier detection waits for.
     pub fn observe_outliers(&mut self) {
-        let tables = &self.tables;
         for target in self.targets.values_mut().filter(|target| target.cluster.outlier().is_some()) {
-            for entry in target.hosts.values_mut() {
-                entry.seen.news(tables.host(entry.index).tally).of_host(&entry.host, &target.cluster);
-            }
+            target.observe_hosts(&self.tables);
         }
     }
 

@@ -68,7 +68,7 @@ impl Seen {
 }
 
 impl News {
-    fn is_nothing(&self) -> bool {
+    pub(super) fn is_nothing(&self) -> bool {
         *self == Self::default()
     }
 
