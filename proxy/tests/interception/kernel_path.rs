@@ -16,23 +16,28 @@ use tidegate_common::{Destination, End, FlowEvent, FlowFlag, Reason, RuleValue, 
 
 use crate::lab::*;
 
-const SERVICE: &str = "172.16.0.1:50001";
+pub(crate) const SERVICE: &str = "172.16.0.1:50001";
 const SERVICE_V6: &str = "[fd99::1]:50001";
 const CLUSTER: u32 = 1;
 
 /// One service of one cluster, with hosts 1, 2, … in turn.
-struct Path {
-    interceptor: Interceptor,
-    tables: Arc<Tables>,
-    events: FlowEvents,
+pub(crate) struct Path {
+    pub(crate) interceptor: Interceptor,
+    pub(crate) tables: Arc<Tables>,
+    pub(crate) events: FlowEvents,
     next_block: u32,
 }
 
 impl Path {
     fn new(lab: &Lab) -> Self {
+        Self::with_room_for_events(lab, 1 << 16)
+    }
+
+    /// `bytes` for records that wait.
+    pub(crate) fn with_room_for_events(lab: &Lab, bytes: u32) -> Self {
         let mut options = lab.options();
         options.sizes.tables =
-            TableSizes { services: 4, clusters: 4, hosts: 16, arena: 4_096, events: 1 << 16 };
+            TableSizes { services: 4, clusters: 4, hosts: 16, arena: 4_096, events: bytes };
         let mut interceptor =
             Interceptor::load(&options).unwrap_or_else(|error| panic!("{error}: {error:?}"));
         let tables = interceptor.tables();
@@ -52,7 +57,7 @@ impl Path {
     }
 
     /// Hosts 1, 2, … are these.
-    fn endpoints(&mut self, endpoints: &[SocketAddr], max_connections: u32, timeout_ms: u32) {
+    pub(crate) fn endpoints(&mut self, endpoints: &[SocketAddr], max_connections: u32, timeout_ms: u32) {
         let hosts_at = 3 + endpoints.len() as u32;
         let list = List { kind: ListKind::Even as u8, len: endpoints.len() as u32, total: 0 };
         let mut words = vec![0, Route { below: 100, panic: false, list: 2 }.encode(), list.encode()];

@@ -5,4 +5,5 @@ mod capture;
 mod kernel_path;
 mod lab;
 mod policy;
+mod records;
 mod takeover;
