@@ -3,6 +3,7 @@
 
 mod endpoints;
 mod life;
+mod log;
 
 use std::net::SocketAddr;
 
