@@ -18,7 +18,7 @@ fn picks(bencher: Bencher, cluster: &Cluster, destination: Option<OriginalDst>) 
     let mut balancers = WorkerBalancers::with_seed(1);
     bencher.counter(ItemsCount::new(PICKS)).bench_local(|| {
         for _ in 0..PICKS {
-            divan::black_box(balancers.pick(cluster, destination));
+            divan::black_box(balancers.pick(cluster, destination, None));
         }
     });
 }

@@ -113,6 +113,7 @@ pub fn cluster(
         load_balancing_weight: weight(port),
         health_status: HealthStatus::Healthy,
         health_check: None,
+        hash_key: None,
     };
     let config = ClusterConfig {
         name: "bench".into(),

@@ -59,7 +59,7 @@ fn chain(connections: Connections) -> Work {
 fn pick(policy: LbPolicy) -> Work {
     let cluster = cluster(Discovery::Static, policy, MANY as u16, |_| 1);
     let mut balancers = WorkerBalancers::with_seed(1);
-    Box::new(move |_| _ = black_box(balancers.pick(&cluster, None)))
+    Box::new(move |_| _ = black_box(balancers.pick(&cluster, None, None)))
 }
 
 /// Callgrind counts inside of this one only: its name is how it is found.

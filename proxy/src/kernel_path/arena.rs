@@ -55,7 +55,12 @@ impl Arena {
 
     /// Nobody finds it from now on.
     pub(super) fn retire(&mut self, block: Block, now: Instant) {
-        self.resting.push_back((now, block));
+        self.retire_all([block], now);
+    }
+
+    /// The same for all of these.
+    pub(super) fn retire_all(&mut self, blocks: impl IntoIterator<Item = Block>, now: Instant) {
+        self.resting.extend(blocks.into_iter().map(|block| (now, block)));
     }
 
     /// It was never found by anybody.

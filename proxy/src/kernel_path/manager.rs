@@ -483,7 +483,7 @@ impl Manager {
             if over {
                 let block = service_block(tables, index);
                 tables.clear_service(index);
-                block.map(|block| arena.retire(block, now));
+                arena.retire_all(block, now);
             }
             over
         });
@@ -492,7 +492,7 @@ impl Manager {
             if over {
                 let block = cluster_block(tables, index);
                 tables.clear_cluster(index);
-                block.map(|block| arena.retire(block, now));
+                arena.retire_all(block, now);
             }
             over
         });
