@@ -79,7 +79,7 @@ impl FlowSockets {
     ///
     /// Errors: what keeps it from looking into a namespace, or from ending a connection ([`SocketDiag::destroy`]). The
     /// other namespaces are done first.
-    pub fn end(&self, host: FlowHost, mut note: impl FnMut(FlowId)) -> io::Result<usize> {
+    pub fn end(&self, host: FlowHost, mut note: impl FnMut(FlowId, bool)) -> io::Result<usize> {
         let (mut ended, mut failed) = (0, None);
         for namespace in self.namespaces.all() {
             match self.end_in(&namespace, host, &mut note) {
@@ -90,7 +90,12 @@ impl FlowSockets {
         failed.map_or(Ok(ended), Err)
     }
 
-    fn end_in(&self, namespace: &NetNs, host: FlowHost, note: &mut impl FnMut(FlowId)) -> io::Result<usize> {
+    fn end_in(
+        &self,
+        namespace: &NetNs,
+        host: FlowHost,
+        note: &mut impl FnMut(FlowId, bool),
+    ) -> io::Result<usize> {
         let diag = {
             let _inside = namespace.enter()?;
             SocketDiag::open()?
@@ -98,12 +103,17 @@ impl FlowSockets {
         let connections = diag.connections_to(host.address, Some(self.map.as_fd()))?;
         let mut ended = 0;
         for connection in connections.iter().filter(|connection| is_to(connection, host)) {
-            note(FlowId {
+            let flow = FlowId {
                 netns_cookie: namespace.cookie(),
                 client: connection.local,
                 endpoint: connection.remote,
-            });
-            ended += usize::from(diag.destroy(connection)?);
+            };
+            note(flow, true);
+            if diag.destroy(connection)? {
+                ended += 1;
+            } else {
+                note(flow, false);
+            }
         }
         Ok(ended)
     }

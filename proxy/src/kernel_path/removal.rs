@@ -2,8 +2,8 @@
 //! ([`crate::cluster::removal`]). Their sockets are the applications': the kernel ends them, with a RST.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tidegate_common::FlowEvent;
 
@@ -17,13 +17,24 @@ use crate::intercept::tables::Tables;
 const LOOKS: u32 = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
+/// A record that has not come after this time was lost.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Why connections were ended, until their records arrive. All clones are one.
 #[derive(Clone, Debug, Default)]
-pub struct Reasons(Arc<Mutex<HashMap<FlowId, Reason>>>);
+pub struct Reasons(Arc<Mutex<HashMap<FlowId, (Reason, Instant)>>>);
 
 impl Reasons {
     fn note(&self, flow: FlowId, reason: Reason) {
-        self.lock().insert(flow, reason);
+        self.lock().insert(flow, (reason, Instant::now()));
+    }
+
+    fn forget(&self, flow: &FlowId) {
+        self.lock().remove(flow);
+    }
+
+    fn sweep(&self) {
+        self.lock().retain(|_, (_, since)| since.elapsed() < PATIENCE);
     }
 
     /// Why the connection of this record was ended, if it was.
@@ -32,15 +43,16 @@ impl Reasons {
         if reasons.is_empty() {
             return None;
         }
-        reasons.remove(&FlowId {
+        let reason = reasons.remove(&FlowId {
             netns_cookie: event.netns_cookie,
             client: (event.client.to_ip(), event.client_port).into(),
             endpoint: (event.endpoint.to_ip(), event.endpoint_port).into(),
-        })
+        });
+        reason.map(|(reason, _)| reason)
     }
 
     /// The map is consistent after every statement, so a panic while it was locked spoils nothing.
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<FlowId, Reason>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<FlowId, (Reason, Instant)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -59,6 +71,7 @@ pub struct Doomed {
 /// Ends them. Waits, and moves through network namespaces: for a thread of its own.
 pub fn end(doomed: &Doomed, sockets: &FlowSockets, tables: &Tables, reasons: &Reasons) {
     let Doomed { cluster, loss, hosts } = doomed;
+    reasons.sweep();
     let mut ended = 0;
     for look in 0..LOOKS {
         let left = hosts.iter().filter(|(host, at)| {
@@ -69,7 +82,14 @@ pub fn end(doomed: &Doomed, sockets: &FlowSockets, tables: &Tables, reasons: &Re
         let mut any = false;
         for (_, host) in left {
             any = true;
-            match sockets.end(*host, |flow| reasons.note(flow, loss.reason)) {
+            let note = |flow: FlowId, ends: bool| {
+                if ends {
+                    reasons.note(flow, loss.reason);
+                } else {
+                    reasons.forget(&flow);
+                }
+            };
+            match sockets.end(*host, note) {
                 Ok(count) => ended += count,
                 Err(error) => {
                     tracing::warn!(
@@ -80,7 +100,8 @@ pub fn end(doomed: &Doomed, sockets: &FlowSockets, tables: &Tables, reasons: &Re
                 }
             }
         }
-        if !any {
+        // One that has chosen and not sent its SYN yet does not count as connected.
+        if !any && (look > 0 || loss.reason != Reason::Removed) {
             break;
         }
         std::thread::sleep(BETWEEN_LOOKS);
