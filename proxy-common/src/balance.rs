@@ -1,13 +1,14 @@
 //! Choosing an endpoint in connect(2): the layout of a compiled cluster, and the choice itself.
 //!
 //! A cluster is compiled into a *block* of 64-bit words, which is written as a whole and never changed. The eBPF
-//! programs and the agent's tests run the same [`choose`] on it; only where the words come from differs ([`Table`]).
+//! programs and the agent's tests run the same [`locate`] on it; only where the words come from differs ([`Table`]).
 //!
 //! | word | what |
 //! |---|---|
 //! | [`Head`] | policy, number of routes |
 //! | [`Route`]s | share of the load in percent, and the list that gets it: a priority's healthy, degraded or all hosts |
 //! | [`List`] and its entries | endpoints, or lists (localities) by weight |
+//! | or a [`List`] and its [`Places`] | a table (MAGLEV) or a ring (RING_HASH) of endpoints |
 //! | three words for each endpoint | address, port, index of its host |
 //!
 //! Offsets are counted in words from the start of the block.
@@ -22,6 +23,8 @@ pub const MAX_ENTRIES: u32 = 1 << 16;
 pub const MAX_CHOICES: u32 = 8;
 /// Clusters of a service.
 pub const MAX_CLUSTERS: u32 = 16;
+/// Points of a ring. The search takes a step for each bit.
+pub const MAX_POINTS: u32 = 1 << 16;
 /// Words of an endpoint.
 pub const ENDPOINT_WORDS: u32 = 3;
 
@@ -35,6 +38,8 @@ pub enum Policy {
     LeastRequest = 1,
     /// Any.
     Random = 2,
+    /// By what is hashed of the connection; also among routes.
+    Hash = 3,
 }
 
 /// First word of a block.
@@ -107,6 +112,11 @@ pub enum ListKind {
     Weighted = 1,
     /// Lists with bounds, one for each locality; these lists are [`Self::Even`] or [`Self::Weighted`].
     Localities = 2,
+    /// [`Places`], then indexes of endpoints: the remainder of the hash is a place.
+    Table = 3,
+    /// [`Places`], then points in ascending order, then as many indexes of endpoints: a hash belongs to the point that is
+    /// the next from it, after the last point to the first.
+    Ring = 4,
 }
 
 /// First word of a list; its [`Entry`]s follow.
@@ -114,9 +124,11 @@ pub enum ListKind {
 pub struct List {
     /// A [`ListKind`].
     pub kind: u8,
-    /// How many entries; at most [`MAX_ENTRIES`]. An empty list has no endpoint to offer.
+    /// How many entries; at most [`MAX_ENTRIES`]. Of a table or a ring: how many endpoints. An empty list has no endpoint to
+    /// offer.
     pub len: u32,
-    /// Sum of all weights: the bound of the last entry. Unused in an even list.
+    /// Sum of all weights: the bound of the last entry. Unused in an even list. Of a table: how many places; of a ring: how
+    /// many points, at most [`MAX_POINTS`].
     pub total: u32,
 }
 
@@ -157,6 +169,44 @@ impl Entry {
     }
 }
 
+/// Second word of a table or a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Where the endpoints are, one after the other.
+    pub endpoints: u32,
+    /// An index has 16 bits, otherwise 8; a word has as many of them as fit, the first in its lowest bits.
+    pub wide: bool,
+}
+
+impl Places {
+    /// As a word.
+    #[inline(always)]
+    pub const fn encode(self) -> u64 {
+        self.endpoints as u64 | (self.wide as u64) << 32
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Self {
+        Self { endpoints: word as u32, wide: (word >> 32) & 1 == 1 }
+    }
+
+    /// How many indexes a word has.
+    pub const fn per_word(self) -> usize {
+        if self.wide { 4 } else { 8 }
+    }
+
+    /// The endpoint at a place. `first` is where the indexes are.
+    #[inline(always)]
+    fn endpoint(self, table: &impl Table, first: u32, place: u32) -> Option<u32> {
+        let wide = self.wide as u32;
+        let word = table.word(first + (place >> (3 - wide)))?;
+        let (bits, in_word) = (8 << wide, place & ((8 >> wide) - 1));
+        let index = word >> (in_word * bits) & ((1 << bits) - 1);
+        Some(self.endpoints + index as u32 * ENDPOINT_WORDS)
+    }
+}
+
 /// An endpoint, [`ENDPOINT_WORDS`] words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {
@@ -179,11 +229,17 @@ impl Endpoint {
         ]
     }
 
+    /// From words.
     #[inline(always)]
-    fn read(table: &impl Table, at: u32) -> Option<Self> {
-        let (a, b, c) = (table.word(at)?, table.word(at + 1)?, table.word(at + 2)?);
+    pub const fn decode([a, b, c]: [u64; ENDPOINT_WORDS as usize]) -> Self {
         let addr = Addr::from_words([a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]);
-        Some(Self { addr, port: c as u16, host: (c >> 32) as u32 })
+        Self { addr, port: c as u16, host: (c >> 32) as u32 }
+    }
+
+    /// The words at this offset.
+    #[inline(always)]
+    pub fn words(table: &impl Table, at: u32) -> Option<[u64; ENDPOINT_WORDS as usize]> {
+        Some([table.word(at)?, table.word(at + 1)?, table.word(at + 2)?])
     }
 
     #[inline(always)]
@@ -192,8 +248,8 @@ impl Endpoint {
     }
 }
 
-/// First word of a service's block; one [`Entry`] for each of its clusters follows, with bounds by weight and the index
-/// of the cluster in the place of an offset.
+/// First word of a service's block; one [`Entry`] for each of its clusters follows, with bounds by weight and a
+/// [`Member`] in the place of an offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServiceHead {
     /// How many clusters, at most [`MAX_CLUSTERS`]; at least 1.
@@ -216,12 +272,36 @@ impl ServiceHead {
     }
 }
 
-/// The index of the cluster for the next connection of a service: drawn by weight. None: the block is no block.
+/// A cluster of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Index of the cluster, below 2^31.
+    pub cluster: u32,
+    /// Its policy hashes the source address of connections of this service: where that is not known, the proxy takes them.
+    pub by_source: bool,
+}
+
+impl Member {
+    const BY_SOURCE: u32 = 1 << 31;
+
+    /// As an offset.
+    pub const fn encode(self) -> u32 {
+        if self.by_source { self.cluster | Self::BY_SOURCE } else { self.cluster }
+    }
+
+    /// From an offset.
+    #[inline(always)]
+    pub const fn decode(offset: u32) -> Self {
+        Self { cluster: offset & !Self::BY_SOURCE, by_source: offset & Self::BY_SOURCE != 0 }
+    }
+}
+
+/// The cluster for the next connection of a service: drawn by weight. None: the block is no block.
 #[inline(always)]
-pub fn choose_cluster(table: &impl Table) -> Option<u32> {
+pub fn choose_cluster(table: &impl Table) -> Option<Member> {
     let head = ServiceHead::decode(table.word(0)?);
     if head.clusters == 1 {
-        return Some(Entry::decode(table.word(1)?).offset);
+        return Some(Member::decode(Entry::decode(table.word(1)?).offset));
     }
     let roll = scale(table.random(), head.total);
     for i in 0..MAX_CLUSTERS {
@@ -230,7 +310,7 @@ pub fn choose_cluster(table: &impl Table) -> Option<u32> {
         }
         let entry = Entry::decode(table.word(1 + i)?);
         if roll < entry.bound {
-            return Some(entry.offset);
+            return Some(Member::decode(entry.offset));
         }
     }
     None
@@ -246,6 +326,8 @@ pub trait Table {
     fn turn(&self) -> u32;
     /// Active connections of a host.
     fn active(&self, host: u32) -> u64;
+    /// What is hashed of the connection, or a random number. Asked for once at most.
+    fn hash(&self) -> u64;
 }
 
 /// What a pick gave.
@@ -269,14 +351,60 @@ pub enum NoPick {
     Broken,
 }
 
+/// Where the endpoint for the next connection is, before it is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// Its offset.
+    pub at: u32,
+    /// It was chosen regardless of health.
+    pub panic: bool,
+}
+
+/// Numbers of [`NoPick`] in the place of an offset, where no block has an endpoint.
+const NO_HOST: u32 = u32::MAX;
+const BROKEN: u32 = u32::MAX - 1;
+
+impl Located {
+    /// What [`locate`] says, as a word: what a function of an eBPF program can return.
+    #[inline(always)]
+    pub const fn encode(located: Result<Self, NoPick>) -> u64 {
+        let (at, panic) = match located {
+            Ok(Self { at, panic }) => (at, panic),
+            Err(NoPick::NoHost { panic }) => (NO_HOST, panic),
+            Err(NoPick::Broken) => (BROKEN, false),
+        };
+        at as u64 | (panic as u64) << 32
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Result<Self, NoPick> {
+        let panic = (word >> 32) & 1 == 1;
+        match word as u32 {
+            NO_HOST => Err(NoPick::NoHost { panic }),
+            BROKEN => Err(NoPick::Broken),
+            at => Ok(Self { at, panic }),
+        }
+    }
+}
+
 /// The endpoint for the next connection.
-#[inline(always)]
 pub fn choose(table: &impl Table) -> Result<Pick, NoPick> {
+    let Located { at, panic } = locate(table)?;
+    let words = Endpoint::words(table, at).ok_or(NoPick::Broken)?;
+    Ok(Pick { endpoint: Endpoint::decode(words), panic })
+}
+
+/// Where the endpoint for the next connection is.
+#[inline(always)]
+pub fn locate(table: &impl Table) -> Result<Located, NoPick> {
     let head = Head::decode(table.word(0).ok_or(NoPick::Broken)?);
     if head.routes == 0 {
         return Err(NoPick::NoHost { panic: false });
     }
-    let route = route(table, head.routes).ok_or(NoPick::Broken)?;
+    let by_hash = head.policy == Policy::Hash as u8;
+    let hash = if by_hash { table.hash() } else { 0 };
+    let route = route(table, head.routes, by_hash, hash).ok_or(NoPick::Broken)?;
     let turn = table.turn();
     let none = NoPick::NoHost { panic: route.panic };
     let mut list_at = route.list;
@@ -292,6 +420,7 @@ pub fn choose(table: &impl Table) -> Result<Pick, NoPick> {
         }
     }
     let at = match head.policy {
+        _ if by_hash => hashed(table, list_at, list, hash),
         _ if list.kind == ListKind::Weighted as u8 => weighted(table, list_at, list, spread(turn, HOST_STEP)),
         policy if policy == Policy::LeastRequest as u8 => {
             least_loaded(table, list_at, list.len, head.choices)
@@ -301,16 +430,15 @@ pub fn choose(table: &impl Table) -> Result<Pick, NoPick> {
         }
         _ => entry(table, list_at, turn % list.len).map(|entry| entry.offset),
     };
-    let endpoint = at.and_then(|at| Endpoint::read(table, at)).ok_or(NoPick::Broken)?;
-    Ok(Pick { endpoint, panic: route.panic })
+    Ok(Located { at: at.ok_or(NoPick::Broken)?, panic: route.panic })
 }
 
 #[inline(always)]
-fn route(table: &impl Table, routes: u8) -> Option<Route> {
+fn route(table: &impl Table, routes: u8, by_hash: bool, hash: u64) -> Option<Route> {
     if routes == 1 {
         return Some(Route::decode(table.word(1)?));
     }
-    let roll = scale(table.random(), 100);
+    let roll = if by_hash { (hash % 100) as u32 } else { scale(table.random(), 100) };
     for i in 0..MAX_ROUTES {
         if i >= routes as u32 {
             break;
@@ -365,6 +493,33 @@ fn weighted(table: &impl Table, at: u32, list: List, position: u32) -> Option<u3
     Some(entry(table, at, low)?.offset)
 }
 
+/// Where the endpoint is that a hash belongs to.
+#[inline(always)]
+fn hashed(table: &impl Table, at: u32, list: List, hash: u64) -> Option<u32> {
+    let places = Places::decode(table.word(at + 1)?);
+    let first = at + 2;
+    if list.total == 0 {
+        return None;
+    }
+    if list.kind == ListKind::Table as u8 {
+        return places.endpoint(table, first, (hash % list.total as u64) as u32);
+    }
+    // The first point that is not before the hash.
+    let (mut low, mut high) = (0, list.total);
+    for _ in 0..=MAX_POINTS.ilog2() {
+        if low >= high {
+            break;
+        }
+        let middle = u32::midpoint(low, high);
+        if table.word(first + middle)? < hash {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    places.endpoint(table, first + list.total, if low == list.total { 0 } else { low })
+}
+
 /// The first drawn on a tie; the draws need not differ.
 #[inline(always)]
 fn least_loaded(table: &impl Table, at: u32, len: u32, choices: u8) -> Option<u32> {
@@ -413,6 +568,9 @@ mod tests {
         }
         fn active(&self, host: u32) -> u64 {
             self.active[host as usize]
+        }
+        fn hash(&self) -> u64 {
+            (self.random() as u64) << 32 | self.random() as u64
         }
     }
 
@@ -493,6 +651,47 @@ mod tests {
         let table = table(Policy::RoundRobin, &[(30, false), (100, true)], &[1; 2]);
         let panics = (0..10_000).filter(|_| choose(&table).unwrap().panic).count();
         assert!((6_800..7_200).contains(&panics), "{panics}");
+    }
+
+    #[test]
+    fn what_a_function_returns_is_what_it_found() {
+        let found = |at, panic| Ok(Located { at, panic });
+        let errors =
+            [NoPick::NoHost { panic: false }, NoPick::NoHost { panic: true }, NoPick::Broken].map(Err);
+        for located in [found(2, false), found(u32::MAX - 2, true)].into_iter().chain(errors) {
+            assert_eq!(Located::decode(Located::encode(located)), located);
+        }
+        for member in [true, false].map(|by_source| Member { cluster: 0x7fff_fffe, by_source }) {
+            assert_eq!(Member::decode(member.encode()), member);
+        }
+    }
+
+    #[test]
+    fn a_hash_belongs_to_the_next_point() {
+        // A ring of the points 10, 20, 30 for the hosts 2, 0, 1.
+        let mut words = vec![0, Route { below: 100, panic: false, list: 11 }.encode()];
+        for i in 0..3 {
+            words.extend(Endpoint { addr: Addr::from_v4_be(i), port: i as u16 + 1, host: i }.encode());
+        }
+        words.push(List { kind: ListKind::Ring as u8, len: 3, total: 3 }.encode());
+        words.push(Places { endpoints: 2, wide: true }.encode());
+        words.extend([10, 20, 30, 2 | 1 << 32]);
+        let mut table = Words { words, turn: Cell::new(0), random: Cell::new(1), active: vec![0; 3] };
+        table.words[0] = Head { policy: Policy::Hash as u8, choices: 0, routes: 1, words: 17 }.encode();
+        for (hash, host) in [(0, 2), (10, 2), (11, 0), (20, 0), (21, 1), (30, 1), (31, 2), (u64::MAX, 2)] {
+            let list = List::decode(table.words[11]);
+            let at = hashed(&table, 11, list, hash).unwrap();
+            assert_eq!(Endpoint::decode(Endpoint::words(&table, at).unwrap()).host, host, "{hash}");
+        }
+        // The same hosts in a table of five places.
+        table.words[11] = List { kind: ListKind::Table as u8, len: 3, total: 5 }.encode();
+        table.words[12] = Places { endpoints: 2, wide: false }.encode();
+        table.words[13] = u64::from_le_bytes([1, 0, 2, 2, 0, 0, 0, 0]);
+        for (hash, host) in [(0, 1), (1, 0), (3, 2), (4, 0), (5, 1), (u64::MAX, 1)] {
+            let list = List::decode(table.words[11]);
+            let at = hashed(&table, 11, list, hash).unwrap();
+            assert_eq!(Endpoint::decode(Endpoint::words(&table, at).unwrap()).host, host, "{hash}");
+        }
     }
 
     #[test]

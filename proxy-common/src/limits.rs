@@ -1,5 +1,5 @@
 /// Version of every layout in this crate; names the pin directory of the maps.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Default size of the in-flight map, entries. One per handshake in progress on the node: 65,536 handshakes of
 /// 1 ms are 65 million connections per second. The memory is taken up front (about 8 MB).

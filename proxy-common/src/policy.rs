@@ -1,4 +1,4 @@
-use core::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::Addr;
 
@@ -146,9 +146,15 @@ pub struct Enrolment {
     pub capture_port: u16,
     /// An [`EnrolState`].
     pub state: u16,
+    /// Zero.
+    pub reserved: u32,
+    /// What balancers hash of connections from `source_v4` (or what stands in for it); 0: it is not known here.
+    pub hash_v4: u64,
+    /// The same of `source_v6`.
+    pub hash_v6: u64,
 }
 
-const _: () = assert!(size_of::<Enrolment>() == 36 && align_of::<Enrolment>() == 4);
+const _: () = assert!(size_of::<Enrolment>() == 56 && align_of::<Enrolment>() == 8);
 
 impl Enrolment {
     /// A namespace whose capture listener waits on `capture_port`.
@@ -158,6 +164,20 @@ impl Enrolment {
             source_v6: v6.map_or(Addr::ZERO, Addr::from),
             capture_port,
             state: EnrolState::Captured as u16,
+            reserved: 0,
+            hash_v4: 0,
+            hash_v6: 0,
+        }
+    }
+
+    /// The same record, with what balancers hash of its addresses.
+    #[must_use]
+    pub fn hashed(self, hash: impl Fn(IpAddr) -> u64) -> Self {
+        let of = |addr: Addr, instead: IpAddr| hash(if addr.is_zero() { instead } else { addr.to_ip() });
+        Self {
+            hash_v4: of(self.source_v4, Ipv4Addr::LOCALHOST.into()),
+            hash_v6: of(self.source_v6, Ipv6Addr::LOCALHOST.into()),
+            ..self
         }
     }
 
@@ -174,6 +194,9 @@ impl Enrolment {
             source_v6: Addr::ZERO,
             capture_port: 0,
             state: EnrolState::Excluded as u16,
+            reserved: 0,
+            hash_v4: 0,
+            hash_v6: 0,
         }
     }
 

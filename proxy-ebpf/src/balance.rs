@@ -5,7 +5,7 @@ use core::ptr::addr_of;
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use tidegate_common::{
     Addr, ClusterState, HostState, Reason, ServiceState,
-    balance::{Endpoint, NoPick, Table, choose, choose_cluster},
+    balance::{ENDPOINT_WORDS, Endpoint, Located, NoPick, Table, choose_cluster, locate},
 };
 
 use crate::{
@@ -25,6 +25,7 @@ pub struct Choice {
 struct Block {
     start: u32,
     turn: u32,
+    hash: u64,
 }
 
 impl Table for Block {
@@ -49,20 +50,44 @@ impl Table for Block {
         // SAFETY: an aligned word of a map that others add to.
         host_state(host).map_or(u64::MAX, |host| unsafe { addr_of!((*host).tally.active).read_volatile() })
     }
+
+    #[inline(always)]
+    fn hash(&self) -> u64 {
+        self.hash
+    }
 }
 
-/// Chooses the endpoint for a connection to `addr` that belongs to a service. Counts what it refuses.
+/// A function of its own, and global: so the verifier goes through it once, and not for every way that leads to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn locate_endpoint(start: u32, turn: u32, hash: u64) -> u64 {
+    Located::encode(locate(&Block { start, turn, hash }))
+}
+
+/// Chooses the endpoint for a connection to `addr` that belongs to a service. Counts what it refuses. `source_hash` is
+/// what is hashed of the connection's source, 0 if that is not known. None: only the proxy can choose.
 #[inline(always)]
-pub fn balance(service: u32, addr: &Addr, refusal: Reason) -> Choice {
+pub fn balance(
+    service: u32,
+    addr: &Addr,
+    source_hash: impl FnOnce() -> u64,
+    refusal: Reason,
+) -> Option<Choice> {
     let mut choice = Choice { cluster: 0, outcome: Err(refusal) };
-    let Some(service) = SERVICES.get_ptr_mut(service) else { return choice };
+    let Some(service) = SERVICES.get_ptr_mut(service) else { return Some(choice) };
     // SAFETY (here and below): aligned words of maps; blocks are replaced as one word.
     let start = unsafe { addr_of!((*service).block).read_volatile() } as u32;
     if start == 0 {
-        return choice;
+        return Some(choice);
     }
-    let Some(index) = choose_cluster(&Block { start, turn: 0 }) else { return choice };
-    let Some(cluster) = CLUSTERS.get_ptr_mut(index) else { return choice };
+    let Some(member) = choose_cluster(&Block { start, turn: 0, hash: 0 }) else { return Some(choice) };
+    let index = member.cluster;
+    // Whatever is done with it: the verifier goes through the rest once then, and not once for each case.
+    let hash = if member.by_source { source_hash() } else { random_hash() };
+    if hash == 0 {
+        return None;
+    }
+    let Some(cluster) = CLUSTERS.get_ptr_mut(index) else { return Some(choice) };
     // SAFETY: as above.
     let (start, max, active, turn) = unsafe {
         (
@@ -73,7 +98,7 @@ pub fn balance(service: u32, addr: &Addr, refusal: Reason) -> Choice {
         )
     };
     if start == 0 {
-        return choice;
+        return Some(choice);
     }
     choice.cluster = index;
     if active >= max as u64 {
@@ -83,17 +108,20 @@ pub fn balance(service: u32, addr: &Addr, refusal: Reason) -> Choice {
             add(&raw mut (*service).tally.overflow, 1);
         }
         choice.outcome = Err(Reason::Overflow);
-        return choice;
+        return Some(choice);
     }
     // Two picks at one moment may have the same turn, as two workers of a proxy may.
     // SAFETY: as above.
     add(unsafe { &raw mut (*cluster).turn }, 1);
     // If this program is held up for seconds, what it reads may be another's block already: then once more, from the new
     // one.
-    let mut block = Block { start, turn: turn as u32 };
-    let mut picked = Err(NoPick::Broken);
+    let mut block = Block { start, turn: turn as u32, hash };
+    // Plain words: the compiler may pass on what it thinks undefined, and the verifier does not let it.
+    let mut located = Located::encode(Err(NoPick::Broken));
+    let mut words = [0; ENDPOINT_WORDS as usize];
     for _ in 0..2 {
-        picked = choose(&block);
+        located = locate_endpoint(block.start, block.turn, block.hash);
+        words = Endpoint::words(&block, located as u32).unwrap_or([0; ENDPOINT_WORDS as usize]);
         // SAFETY: as above.
         let now = unsafe { addr_of!((*cluster).block).read_volatile() } as u32;
         if now == block.start {
@@ -101,14 +129,16 @@ pub fn balance(service: u32, addr: &Addr, refusal: Reason) -> Choice {
         }
         block.start = now;
     }
-    match picked {
-        Ok(pick) => {
-            if pick.panic {
+    match Located::decode(located) {
+        Ok(Located { panic, .. }) => {
+            if panic {
                 // SAFETY: as above.
                 add(unsafe { &raw mut (*cluster).tally.panics }, 1);
             }
-            if pick.endpoint.addr.is_v4() == addr.is_v4() {
-                choice.outcome = Ok(pick.endpoint);
+            let endpoint = Endpoint::decode(words);
+            // Host 0 is nobody's: there were no such words.
+            if endpoint.host != 0 && endpoint.addr.is_v4() == addr.is_v4() {
+                choice.outcome = Ok(endpoint);
             }
         }
         Err(NoPick::NoHost { panic }) => {
@@ -124,7 +154,15 @@ pub fn balance(service: u32, addr: &Addr, refusal: Reason) -> Choice {
         }
         Err(NoPick::Broken) => {}
     }
-    choice
+    Some(choice)
+}
+
+/// Anything but 0, evenly from all numbers.
+#[inline(always)]
+fn random_hash() -> u64 {
+    // SAFETY: no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() };
+    (u64::from(random) | 1 << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 #[inline(always)]

@@ -16,7 +16,7 @@ use tidegate_common::{
 
 use crate::{
     announce::announce,
-    balance::balance,
+    balance::{Choice, balance},
     counters::count,
     flow::report_refusal,
     liveness::listener_waits,
@@ -52,32 +52,37 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
     // SAFETY: the context is the kernel's, valid while the program runs.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
     let (addr, port) = destination(ctx, family);
-    let decision = decide(ctx, sk, addr, port, place);
+    let mut decision = decide(ctx, sk, addr, port, place);
+    let mut choice = None;
+    if let Decision::Balance { service, enrolment } = decision {
+        let refusal = fail(Reason::NoTablePassed, Reason::NoTableRefused);
+        choice = balance(service, &addr, || source_hash(sk, family, enrolment, &addr), refusal);
+        if choice.is_none() {
+            // The proxy knows every source.
+            decision = match enrolment {
+                Some(enrolment) => Decision::capture(enrolment, &addr),
+                None => Decision::Leave(fail(Reason::NotEnrolledPassed, Reason::NotEnrolledRefused)),
+            };
+        }
+    }
     // A socket can be connected again (after a refusal, or AF_UNSPEC, which runs no hook): what an earlier connect
     // left behind must not outlive this one.
-    let reason = match decision {
-        Decision::Capture { addr: capture_addr, port: capture_port } => {
-            // SAFETY: no preconditions.
-            let client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-            let mut original =
-                OriginalDst { addr, port, role: Role::Client as u16, reserved: 0, client_cookie };
-            discard_flow(sk);
-            if store(&ORIGINAL_DST, sk, &mut original) {
-                rewrite(ctx, family, capture_addr, capture_port);
-                Reason::Captured
-            } else {
-                fail(Reason::StorageFailedPassed, Reason::StorageFailedRefused)
-            }
-        }
-        Decision::Balance { service } => {
+    let reason = match (decision, choice) {
+        (Decision::Balance { service, .. }, Some(choice)) => {
             discard(&ORIGINAL_DST, sk);
-            to_endpoint(ctx, sk, family, addr, port, service)
+            to_endpoint(ctx, sk, family, addr, port, service, choice)
         }
-        Decision::Leave(reason) => {
+        (Decision::Capture { addr: own, port: capture_port }, _) => {
+            discard_flow(sk);
+            capture(ctx, sk, family, (addr, port), (own, capture_port))
+        }
+        (Decision::Leave(reason), _) => {
             discard(&ORIGINAL_DST, sk);
             discard_flow(sk);
             reason
         }
+        // Not reached: without a choice it is another decision by now.
+        (Decision::Balance { .. }, None) => Reason::NoTablePassed,
     };
     count(reason);
     trace(ctx, addr, port, reason);
@@ -85,16 +90,78 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
 }
 
 /// What to do with a destination.
+#[derive(Clone, Copy)]
 enum Decision {
-    /// Rewrite to this address and port.
+    /// Rewrite to this address and port, if the proxy listens there.
     Capture { addr: Addr, port: u16 },
-    /// Rewrite to an endpoint of this service.
-    Balance { service: u32 },
+    /// Rewrite to an endpoint of this service. None: the namespace is not enrolled (yet).
+    Balance { service: u32, enrolment: Option<&'static Enrolment> },
     /// Not captured: pass or refuse, as the reason's errno says.
     Leave(Reason),
 }
 
-/// The kernel path: rewrites to an endpoint, or says why not.
+impl Decision {
+    /// To the proxy.
+    #[inline(always)]
+    fn capture(enrolment: &Enrolment, addr: &Addr) -> Self {
+        Self::Capture { addr: own_address(enrolment, addr), port: enrolment.capture_port }
+    }
+}
+
+/// The proxy's path: rewrites to its capture listener, or says why not.
+#[inline(always)]
+fn capture(
+    ctx: &SockAddrContext,
+    sk: *mut bpf_sock,
+    family: Family,
+    (addr, port): (Addr, u16),
+    (own, capture_port): (Addr, u16),
+) -> Reason {
+    // SAFETY: the verifier knows the socket's type; the field is readable in this hook.
+    if unsafe { addr_of!((*sk).bound_dev_if).read_volatile() } != 0 {
+        discard(&ORIGINAL_DST, sk);
+        return fail(Reason::BoundToDevicePassed, Reason::BoundToDeviceRefused);
+    }
+    // Last: of all checks the dearest, and only a connection that is captured needs it.
+    if !listener_waits(ctx, own, capture_port) {
+        discard(&ORIGINAL_DST, sk);
+        return fail(Reason::ListenerGonePassed, Reason::ListenerGoneRefused);
+    }
+    // SAFETY: no preconditions.
+    let client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let mut original = OriginalDst { addr, port, role: Role::Client as u16, reserved: 0, client_cookie };
+    if store(&ORIGINAL_DST, sk, &mut original) {
+        rewrite(ctx, family, own, capture_port);
+        Reason::Captured
+    } else {
+        fail(Reason::StorageFailedPassed, Reason::StorageFailedRefused)
+    }
+}
+
+/// What the proxy would hash of the source that a socket would have at its capture listener: the pod's own address, unless
+/// the application has bound another one. 0: only the proxy knows.
+#[inline(always)]
+fn source_hash(sk: *mut bpf_sock, family: Family, enrolment: Option<&'static Enrolment>, addr: &Addr) -> u64 {
+    let Some(enrolment) = enrolment else { return 0 };
+    // SAFETY: as in `capture`.
+    let bound = unsafe {
+        match family {
+            Family::V4 => Addr::from_v4_be(addr_of!((*sk).src_ip4).read_volatile()),
+            Family::V6 => Addr::from_words([
+                addr_of!((*sk).src_ip6[0]).read_volatile(),
+                addr_of!((*sk).src_ip6[1]).read_volatile(),
+                addr_of!((*sk).src_ip6[2]).read_volatile(),
+                addr_of!((*sk).src_ip6[3]).read_volatile(),
+            ]),
+        }
+    };
+    if !bound.is_unspecified() && !bound.same(&own_address(enrolment, addr)) {
+        return 0;
+    }
+    if addr.is_v4() { enrolment.hash_v4 } else { enrolment.hash_v6 }
+}
+
+/// The kernel path: rewrites to the chosen endpoint, or says why not.
 #[inline(always)]
 fn to_endpoint(
     ctx: &SockAddrContext,
@@ -103,8 +170,8 @@ fn to_endpoint(
     addr: Addr,
     port: u16,
     service: u32,
+    choice: Choice,
 ) -> Reason {
-    let choice = balance(service, &addr, fail(Reason::NoTablePassed, Reason::NoTableRefused));
     match choice.outcome {
         Ok(endpoint) => {
             let mut flow = Flow {
@@ -172,8 +239,8 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     let Some(enrolment) = (unsafe { NAMESPACES.get(netns_cookie) }) else {
         announce(netns_cookie);
         if kernel_path() && verdict == Verdict::Balance && exact {
-            // Some pod, since what is excluded is known. This path needs nothing of it.
-            return Decision::Balance { service };
+            // Some pod, since what is excluded is known. This path needs nothing of it but, maybe, its address.
+            return Decision::Balance { service, enrolment: None };
         }
         return Leave(fail(Reason::NotEnrolledPassed, Reason::NotEnrolledRefused));
     };
@@ -194,21 +261,12 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     }
     if verdict == Verdict::Balance {
         if kernel_path() {
-            return Decision::Balance { service };
+            return Decision::Balance { service, enrolment: Some(enrolment) };
         }
         // A rule of a predecessor that had it on.
         return Leave(fail(Reason::NoTablePassed, Reason::NoTableRefused));
     }
-    // SAFETY: the verifier knows the socket's type; the field is readable in this hook.
-    if unsafe { addr_of!((*sk).bound_dev_if).read_volatile() } != 0 {
-        return Leave(fail(Reason::BoundToDevicePassed, Reason::BoundToDeviceRefused));
-    }
-    let capture_port = enrolment.capture_port;
-    // Last: of all checks the dearest, and only a connection that is captured needs it.
-    if !listener_waits(ctx, own, capture_port) {
-        return Leave(fail(Reason::ListenerGonePassed, Reason::ListenerGoneRefused));
-    }
-    Decision::Capture { addr: own, port: capture_port }
+    Decision::capture(enrolment, &addr)
 }
 
 /// The rule for a destination, and whether it names the address.

@@ -30,6 +30,7 @@ mod murmur;
 mod ring;
 
 pub use bounded::Probe;
+pub use indexes::Indexes;
 use maglev::Maglev;
 use ring::Ring;
 
@@ -48,6 +49,12 @@ pub fn of_connection(policy: &LbPolicy, tcp_proxy: Option<&HashPolicy>, source: 
         (ClusterHashPolicy::Unset, Some(HashPolicy::FilterState(_)) | None)
         | (ClusterHashPolicy::Nothing, _) => None,
     }
+}
+
+/// Whether the source of connections to a cluster is hashed.
+pub fn is_by_source(policy: &LbPolicy, tcp_proxy: Option<&HashPolicy>) -> bool {
+    // Of any source.
+    of_connection(policy, tcp_proxy, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0)).is_some()
 }
 
 /// The hash of an address, without its port: of its text.
@@ -82,6 +89,15 @@ struct Weighted {
 enum Places {
     Ring(Arc<Ring>),
     Maglev(Arc<Maglev>),
+}
+
+/// The places of a table, for another executor of the same choice.
+#[derive(Clone, Copy, Debug)]
+pub enum Layout<'a> {
+    /// RING_HASH: points in ascending order, and whose each is.
+    Ring(&'a [u64], &'a Indexes),
+    /// MAGLEV: whose each place is.
+    Table(&'a Indexes),
 }
 
 /// What the gauges of a cluster tell of its tables.
@@ -197,6 +213,19 @@ impl Table {
         match &self.places {
             Places::Ring(ring) => ring.at(hash),
             Places::Maglev(maglev) => maglev.at(hash),
+        }
+    }
+
+    /// The hosts, in the order of their indexes.
+    pub fn hosts(&self) -> impl ExactSizeIterator<Item = &Arc<Endpoint>> {
+        self.hosts.iter().map(|host| &host.endpoint)
+    }
+
+    /// Which of the hosts has which place.
+    pub fn layout(&self) -> Layout<'_> {
+        match &self.places {
+            Places::Ring(ring) => Layout::Ring(ring.points(), ring.hosts()),
+            Places::Maglev(maglev) => Layout::Table(maglev.hosts()),
         }
     }
 

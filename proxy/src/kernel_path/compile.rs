@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use tidegate_common::Addr;
 use tidegate_common::balance::{
-    self, ENDPOINT_WORDS, Entry, Head, List, ListKind, MAX_ROUTES, Policy, Route,
+    self, ENDPOINT_WORDS, Entry, Head, List, ListKind, MAX_ROUTES, Places, Policy, Route,
 };
 
 use super::ClusterObstacle;
 use crate::addr::EndpointAddr;
 use crate::cluster::endpoint::{Endpoint, Host, HostSet, LocalityHosts, Source};
+use crate::cluster::hashing::{Indexes, Layout, Table};
 use crate::config::cluster::LbPolicy;
 
 /// Weights whose sum does not fit 32 bits are brought down to about this one.
@@ -35,7 +36,7 @@ pub fn compile(
             Ok(choices) if choice_count <= balance::MAX_CHOICES => (Policy::LeastRequest, choices),
             _ => return Err(ClusterObstacle::ChoiceCount(choice_count)),
         },
-        LbPolicy::RingHash(_) | LbPolicy::Maglev(_) => return Err(ClusterObstacle::Hashes),
+        LbPolicy::RingHash(_) | LbPolicy::Maglev(_) => (Policy::Hash, 0),
     };
     let routes = routes(set);
     if routes.len() > MAX_ROUTES as usize {
@@ -45,15 +46,20 @@ pub fn compile(
     let mut lists: Vec<(usize, Source, u32)> = Vec::new();
     let mut below = 0;
     for (at, Load { percent, priority, source }) in routes.iter().copied().enumerate() {
+        // A policy that hashes has one table for all that a priority gets.
+        let source = if policy == Policy::Hash { Source::All } else { source };
         // In panic mode healthy and degraded hosts of a priority are the same list.
         let known = lists.iter().find(|(p, s, _)| (*p, *s) == (priority, source)).map(|(_, _, list)| *list);
         let list = match known {
             Some(list) => list,
-            None => block.source(set, priority, source)?,
+            None => match set.table(priority) {
+                Some(table) => block.table(table)?,
+                None => block.source(set, priority, source)?,
+            },
         };
         lists.push((priority, source, list));
         below += percent;
-        block.words[1 + at] = Route { below, panic: source == Source::All, list }.encode();
+        block.words[1 + at] = Route { below, panic: set.loads().panic[priority], list }.encode();
     }
     let mut words = block.words;
     let head = Head { policy: policy as u8, choices, routes: routes.len() as u8, words: words.len() as u32 };
@@ -118,10 +124,21 @@ impl<F: FnMut(&Arc<Host>) -> u32> Block<F> {
                 (ListKind::Weighted, bounds(hosts.iter().map(|endpoint| endpoint.weight)))
             }
             Policy::LeastRequest if weighs => return Err(ClusterObstacle::LeastRequestWeights),
-            Policy::RoundRobin | Policy::LeastRequest | Policy::Random => {
+            Policy::RoundRobin | Policy::LeastRequest | Policy::Random | Policy::Hash => {
                 (ListKind::Even, (0, vec![0; hosts.len()]))
             }
         };
+        let first = self.endpoints(hosts.iter())?;
+        let offsets = (0..).map(|at: u32| first + at * ENDPOINT_WORDS);
+        let entries = bounds.into_iter().zip(offsets).map(|(bound, offset)| Entry { bound, offset });
+        Ok(self.list(kind, total, entries.collect()))
+    }
+
+    /// Appends endpoints. Returns the offset of the first.
+    fn endpoints<'a>(
+        &mut self,
+        hosts: impl Iterator<Item = &'a Arc<Endpoint>>,
+    ) -> Result<u32, ClusterObstacle> {
         let first = self.offset();
         for endpoint in hosts {
             let EndpointAddr::Ip(address) = endpoint.address() else { return Err(ClusterObstacle::Pipe) };
@@ -129,9 +146,36 @@ impl<F: FnMut(&Arc<Host>) -> u32> Block<F> {
             let host = (self.index)(&endpoint.host);
             self.words.extend(balance::Endpoint { addr, port: address.port(), host }.encode());
         }
-        let offsets = (0..).map(|at: u32| first + at * ENDPOINT_WORDS);
-        let entries = bounds.into_iter().zip(offsets).map(|(bound, offset)| Entry { bound, offset });
-        Ok(self.list(kind, total, entries.collect()))
+        Ok(first)
+    }
+
+    /// Appends a table or a ring, and its hosts.
+    fn table(&mut self, table: &Table) -> Result<u32, ClusterObstacle> {
+        let len = table.hosts().len();
+        if len > balance::MAX_ENTRIES as usize {
+            return Err(ClusterObstacle::TooManyEndpoints(len));
+        }
+        let (kind, points, indexes) = match table.layout() {
+            Layout::Ring(points, _) if points.len() > balance::MAX_POINTS as usize => {
+                return Err(ClusterObstacle::RingSize(points.len()));
+            }
+            Layout::Ring(points, indexes) => (ListKind::Ring, points, indexes),
+            Layout::Table(indexes) => (ListKind::Table, &[][..], indexes),
+        };
+        let endpoints = self.endpoints(table.hosts())?;
+        let offset = self.offset();
+        let total = indexes.len() as u32;
+        self.words.push(List { kind: kind as u8, len: len as u32, total }.encode());
+        let places = Places { endpoints, wide: !matches!(indexes, Indexes::Bytes(_)) };
+        self.words.push(places.encode());
+        self.words.extend(points);
+        let indexes: Vec<u64> =
+            (0..indexes.len()).filter_map(|at| indexes.at(at)).map(|it| it as u64).collect();
+        let bits = 64 / places.per_word();
+        let pack = |word, (at, index): (usize, &u64)| word | index << (at * bits);
+        let words = indexes.chunks(places.per_word()).map(|chunk| chunk.iter().enumerate().fold(0, pack));
+        self.words.extend(words);
+        Ok(offset)
     }
 
     fn list(&mut self, kind: ListKind, total: u32, entries: Vec<Entry>) -> u32 {

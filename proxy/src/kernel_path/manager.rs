@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tidegate_common::balance::{Entry, Head, ServiceHead};
+use tidegate_common::balance::{Entry, Head, Member, ServiceHead};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::arena::{Arena, Block};
@@ -22,6 +22,7 @@ use super::{Board, Obstacle, Plan, State};
 use crate::addr::EndpointAddr;
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::HostSet;
+use crate::cluster::hashing;
 use crate::cluster::host::Host;
 use crate::cluster::removal::Loss;
 use crate::config::cluster::DataPath;
@@ -234,9 +235,11 @@ impl Manager {
         let mut bound = 0_u32;
         // Weights of a tcp_proxy fit 32 bits together, as in Envoy.
         for (cluster, weight) in &plan.clusters {
-            let offset = self.compile(cluster, now).map_err(|obstacle| vec![obstacle])?;
+            let index = self.compile(cluster, now).map_err(|obstacle| vec![obstacle])?;
+            let policy = &cluster.config().lb_policy;
+            let by_source = hashing::is_by_source(policy, plan.proxy.config.hash_policy.as_ref());
             bound = bound.saturating_add(*weight);
-            words.push(Entry { bound, offset }.encode());
+            words.push(Entry { bound, offset: Member { cluster: index, by_source }.encode() }.encode());
         }
         words[0] = ServiceHead { clusters: plan.clusters.len() as u32, total: bound }.encode();
         if let Some(service) = self.services.get_mut(name)

@@ -10,7 +10,7 @@ use socket2::{Domain, Socket};
 use tidegate::intercept::programs::Interceptor;
 use tidegate::intercept::tables::{FlowEvents, TableSizes, Tables};
 use tidegate_common::balance::{
-    ENDPOINT_WORDS, Endpoint, Entry, Head, List, ListKind, Policy, Route, ServiceHead,
+    ENDPOINT_WORDS, Endpoint, Entry, Head, List, ListKind, Member, Places, Policy, Route, ServiceHead,
 };
 use tidegate_common::{Destination, End, FlowEvent, FlowFlag, Reason, RuleValue, Tally, Verdict};
 
@@ -51,9 +51,14 @@ impl Path {
     }
 
     fn rule(&mut self, service: &str, index: u32) {
-        let key = Destination::from(service.parse::<SocketAddr>().unwrap());
+        self.rules(&[service], index);
+    }
+
+    fn rules(&mut self, services: &[&str], index: u32) {
+        let key = |service: &&str| Destination::from(service.parse::<SocketAddr>().unwrap());
         let value = RuleValue { verdict: Verdict::Balance, service: index };
-        self.interceptor.set_destinations(&HashMap::from([(key, value)])).unwrap();
+        let rules: HashMap<_, _> = services.iter().map(|service| (key(service), value)).collect();
+        self.interceptor.set_destinations(&rules).unwrap();
     }
 
     /// Hosts 1, 2, … are these.
@@ -76,6 +81,33 @@ impl Path {
         self.tables.write_block(self.next_block, &words);
         self.tables.set_cluster(CLUSTER, 12, self.next_block, max_connections, timeout_ms);
         self.next_block += words.len() as u32;
+    }
+
+    /// Hosts 1, 2, … are these, and a hash chooses among them: places of a table whose indexes are these. `by_source`:
+    /// the hash is that of the source.
+    fn table(&mut self, endpoints: &[SocketAddr], indexes: [u8; 8], by_source: bool) {
+        let len = endpoints.len() as u32;
+        let list = 2 + len * ENDPOINT_WORDS;
+        let mut words = vec![0, Route { below: 100, panic: false, list }.encode()];
+        for (endpoint, host) in endpoints.iter().zip(1..) {
+            let addr = endpoint.ip().into();
+            self.tables.set_host(host, addr, endpoint.port(), CLUSTER);
+            words.extend(Endpoint { addr, port: endpoint.port(), host }.encode());
+        }
+        words.push(List { kind: ListKind::Table as u8, len, total: 8 }.encode());
+        words.push(Places { endpoints: 2, wide: false }.encode());
+        words.push(u64::from_le_bytes(indexes));
+        let len = words.len() as u32;
+        words[0] = Head { policy: Policy::Hash as u8, choices: 0, routes: 1, words: len }.encode();
+        self.tables.write_block(self.next_block, &words);
+        self.tables.set_cluster(CLUSTER, 12, self.next_block, 1024, 5_000);
+        self.next_block += len;
+        let head = ServiceHead { clusters: 1, total: 1 }.encode();
+        let member = Member { cluster: CLUSTER, by_source };
+        self.tables
+            .write_block(self.next_block, &[head, Entry { bound: 1, offset: member.encode() }.encode()]);
+        self.tables.set_service(1, 11, self.next_block);
+        self.next_block += 2;
     }
 
     /// The next record.
@@ -351,6 +383,66 @@ fn ipv6_and_mapped_addresses() {
     drop((client, accept(&server)));
     assert_eq!(path.event().endpoint.to_ip(), pod_ip(true));
     assert_eq!(count(&path.interceptor, Reason::NoTablePassed), 1);
+}
+
+#[test]
+fn a_source_that_is_known_is_hashed_and_others_are_left_to_the_proxy() {
+    let lab = Lab::new();
+    let mut path = Path::new(&lab);
+    let pod = lab.pod();
+    pod.run("ip addr add 10.77.0.3/24 dev eth0");
+    let listener = pod.capture(&mut path.interceptor);
+    path.rules(&[SERVICE, SERVICE_V6], 1);
+    let (servers, addresses): (Vec<_>, Vec<_>) = (0..3).map(|i| listen(&pod, 9_001 + i)).unzip();
+    path.table(&addresses, [0, 1, 2, 2, 1, 0, 0, 1], true);
+    let host_at = [1_u32, 2, 3, 3, 2, 1, 1, 2];
+    let bound = |to: &str, address: &str| {
+        let to: SocketAddr = to.parse().unwrap();
+        let client = pod.app_socket(Domain::for_address(to));
+        client.bind(&SocketAddr::new(address.parse().unwrap(), 0).into()).unwrap();
+        connect(&client, to).map(|()| client)
+    };
+    for (hash, host) in [0xffff_ffff_0000_0008_u64, 1, 2, 3, 4, 5, 6, 7].into_iter().zip(host_at) {
+        let record = enrolment().hashed(|ip| if ip.is_ipv4() { hash } else { 77 });
+        path.interceptor.enrol(pod.cookie, record).unwrap();
+        for client in [
+            pod.connect(SERVICE),
+            bound(SERVICE, POD_V4),
+            bound(SERVICE, "0.0.0.0"),
+            bound("[::ffff:172.16.0.1]:50001", "::ffff:10.77.0.2"),
+        ] {
+            drop((client.unwrap(), accept(&servers[host as usize - 1])));
+            assert_eq!(path.event().host, host, "{hash:#x}");
+        }
+    }
+    // Another address, or nobody has said what its hash is: as if there were no kernel path.
+    let captured = |path: &Path, client: Result<Socket, i32>, service: &str| {
+        let client = client.unwrap();
+        assert_eq!(original_dst(&path.interceptor, &accept(&listener)), Some(service.parse().unwrap()));
+        assert_eq!(canonical(peer(&client)).to_string(), service);
+    };
+    captured(&path, bound(SERVICE, "10.77.0.3"), SERVICE);
+    captured(&path, bound("[::ffff:172.16.0.1]:50001", "::ffff:10.77.0.3"), SERVICE);
+    path.interceptor.enrol(pod.cookie, enrolment()).unwrap();
+    captured(&path, pod.connect(SERVICE), SERVICE);
+    captured(&path, pod.connect(SERVICE_V6), SERVICE_V6);
+    let of = |reason| count(&path.interceptor, reason);
+    assert_eq!((of(Reason::Captured), of(Reason::Balanced)), (4, 32));
+    // Nothing is hashed: anybody.
+    path.table(&addresses, [0, 1, 2, 2, 1, 0, 0, 1], false);
+    drop(pod.connect(SERVICE).unwrap());
+    assert!((1..=3).contains(&path.event().host));
+}
+
+#[test]
+fn a_pod_that_is_not_enrolled_yet_has_no_source_to_hash() {
+    let lab = Lab::new();
+    let mut path = Path::new(&lab);
+    let pod = lab.pod();
+    let (_server, address) = listen(&pod, 9_001);
+    path.table(&[address], [0; 8], true);
+    assert_eq!(pod.connect(SERVICE).map(drop), Err(libc::EACCES), "it passes, and has no way");
+    assert_eq!(counts(&path.interceptor), [("not_enrolled_passed", 1), ("announced", 1)]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! server say of it.
 
 mod endpoints;
+mod hashing;
 mod life;
 mod log;
 

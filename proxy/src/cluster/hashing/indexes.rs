@@ -2,9 +2,12 @@
 
 /// A list of indexes, as narrow as they allow: a table of Maglev has 65,537 of them for what are usually a few hosts.
 #[derive(Debug)]
-pub(super) enum Indexes {
+pub enum Indexes {
+    /// Of at most 256 things.
     Bytes(Box<[u8]>),
+    /// Of at most 65,536.
     Shorts(Box<[u16]>),
+    /// Of more.
     Words(Box<[u32]>),
 }
 
@@ -18,7 +21,8 @@ impl Indexes {
         }
     }
 
-    pub(super) fn at(&self, place: usize) -> Option<usize> {
+    /// The index at a place. `None`: there is no such place.
+    pub fn at(&self, place: usize) -> Option<usize> {
         match self {
             Self::Bytes(indexes) => indexes.get(place).map(|index| usize::from(*index)),
             Self::Shorts(indexes) => indexes.get(place).map(|index| usize::from(*index)),
@@ -26,7 +30,13 @@ impl Indexes {
         }
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// Whether there is no place.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many places there are.
+    pub fn len(&self) -> usize {
         match self {
             Self::Bytes(indexes) => indexes.len(),
             Self::Shorts(indexes) => indexes.len(),

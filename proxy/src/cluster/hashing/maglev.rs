@@ -51,6 +51,10 @@ impl Maglev {
         self.hosts.at(place as usize).unwrap_or(usize::MAX)
     }
 
+    pub(super) fn hosts(&self) -> &Indexes {
+        &self.hosts
+    }
+
     pub(super) fn counts(&self) -> Option<Counts> {
         self.counts
     }

@@ -61,6 +61,14 @@ impl Ring {
         self.hosts.at(place).unwrap_or(usize::MAX)
     }
 
+    pub(super) fn points(&self) -> &[u64] {
+        &self.points
+    }
+
+    pub(super) fn hosts(&self) -> &Indexes {
+        &self.hosts
+    }
+
     pub(super) fn counts(&self) -> Option<Counts> {
         self.counts
     }

@@ -1,6 +1,7 @@
 //! Enrolling one namespace, keeping its record true, and forgetting it.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use tidegate_common::Enrolment;
 use super::actor::{Actor, Known, RETRY_FIRST, RETRY_LAST, State, Timer};
 use super::listen::{self, SourceAddresses};
 use super::{Capture, Pod, PodEvent, PodState, PodStatus};
+use crate::cluster::hashing;
 use crate::intercept::error::InterceptError;
 use crate::intercept::programs::Interceptor;
 use crate::sys::netns::NetNsId;
@@ -139,7 +141,8 @@ impl Actor {
     }
 
     fn write_record(&self, pod: &Pod, source: SourceAddresses) -> Result<(), InterceptError> {
-        let record = Enrolment::captured(pod.capture_port, source.v4, source.v6);
+        let record = Enrolment::captured(pod.capture_port, source.v4, source.v6)
+            .hashed(|ip| hashing::of_source(SocketAddr::new(ip, 0)));
         let record = if pod.host { record.of_host() } else { record };
         self.interceptor().enrol(pod.netns.cookie(), record)
     }

@@ -6,8 +6,10 @@ use proptest::prelude::*;
 use tidegate_common::balance::{NoPick, Table, choose};
 
 use super::*;
+use crate::cluster::hashing::Probe;
 use crate::cluster::host::{ActiveConnection, HostRegistry};
 use crate::cluster::load_balancer::Balancer;
+use crate::config::cluster::{ConsistentHashing, HashFunction, Maglev, RingHash};
 use crate::config::endpoint::{HealthStatus, Locality};
 
 /// Picks of each executor in a comparison.
@@ -18,6 +20,7 @@ struct Kernel {
     words: Vec<u64>,
     rng: RefCell<Rng>,
     turn: Cell<u32>,
+    hash: Cell<u64>,
     /// By index.
     hosts: Vec<Arc<Host>>,
 }
@@ -34,7 +37,7 @@ impl Kernel {
         })?;
         let mut rng = Rng::with_seed(seed);
         let turn = Cell::new(rng.u32(..));
-        Ok(Self { words, rng: RefCell::new(rng), turn, hosts })
+        Ok(Self { words, rng: RefCell::new(rng), turn, hash: Cell::new(0), hosts })
     }
 
     /// Every endpoint that some route leads to, by port.
@@ -73,6 +76,10 @@ impl Table for Kernel {
 
     fn active(&self, host: u32) -> u64 {
         self.hosts[host as usize].cx_active()
+    }
+
+    fn hash(&self) -> u64 {
+        self.hash.get()
     }
 }
 
@@ -201,6 +208,19 @@ fn any_policy_and_state() -> impl Strategy<Value = (LbPolicy, State)> {
     ]
 }
 
+fn any_hashing_policy() -> impl Strategy<Value = LbPolicy> {
+    let hashing = ConsistentHashing::default();
+    let ring = move |(minimum_ring_size, more)| {
+        let (maximum_ring_size, hash_function) = (minimum_ring_size + more, HashFunction::XxHash);
+        LbPolicy::RingHash(RingHash { minimum_ring_size, maximum_ring_size, hash_function, hashing })
+    };
+    let table = prop::sample::select(vec![2_u64, 3, 251, 65_537]);
+    prop_oneof![
+        (1..2_000_u64, 0..2_000_u64).prop_map(ring),
+        table.prop_map(move |table_size| LbPolicy::Maglev(Maglev { table_size, hashing })),
+    ]
+}
+
 /// Whether two counts of `PICKS` may come of the same chance: six standard deviations of their difference apart at most,
 /// and as much more as the kernel's turns may be uneven.
 fn alike(a: u32, b: u32) -> bool {
@@ -255,6 +275,32 @@ proptest! {
             kernel_picks(&kernel, picks),
             proxy_picks(LbPolicy::RoundRobin, &set, seed, picks)
         );
+    }
+
+    /// Where a hash decides, both choose the same endpoint for the same hash, each time.
+    #[test]
+    fn the_same_hash_the_same_endpoint(
+        state in any_state(false),
+        policy in any_hashing_policy(),
+        hashes in prop::collection::vec(any::<u64>(), 300),
+    ) {
+        let registry = HostRegistry::default();
+        let (set, _active) = state.build(&registry);
+        let set = HostSet::new(2, set.endpoints().map(|it| Endpoint::clone(it)).collect(), state.overprovisioning, state.panic_threshold);
+        let set = Arc::new(set.hashing(&policy, state.localities.is_some(), None));
+        let kernel = Kernel::new(policy, &set, 1).unwrap();
+        let balancer = Balancer::new(policy, Arc::clone(&set), &mut Rng::with_seed(1));
+        for hash in hashes.into_iter().chain([0, u64::MAX]) {
+            kernel.hash.set(hash);
+            let by_kernel = match choose(&kernel) {
+                Ok(pick) => (Some(pick.endpoint.port), pick.panic),
+                Err(NoPick::NoHost { panic }) => (None, panic),
+                Err(NoPick::Broken) => panic!("a broken block: {:?}", kernel.words),
+            };
+            let pick = balancer.pick_hashed(hash, 1, &mut Probe::default());
+            let port = pick.endpoint.map(|endpoint| endpoint.address().ip().unwrap().port());
+            prop_assert_eq!(by_kernel, (port, pick.panic), "{:#x}", hash);
+        }
     }
 
     /// Weighted turns are never more than a few away from those of the proxy.
@@ -347,6 +393,43 @@ fn what_does_not_fit_is_refused() {
         })
         .collect();
     assert_eq!(refused(LbPolicy::RoundRobin, priorities), ClusterObstacle::Priorities(17));
+}
+
+/// More endpoints than 8 bits tell apart.
+#[test]
+fn many_endpoints_have_wide_indexes() {
+    let registry = HostRegistry::default();
+    let (set, _active) = state(vec![one(1, HealthStatus::Healthy, 0); 300]).build(&registry);
+    let endpoints: Vec<_> = set.endpoints().map(|it| Endpoint::clone(it)).collect();
+    let policy = LbPolicy::Maglev(Maglev { table_size: 1009, hashing: ConsistentHashing::default() });
+    let set = Arc::new(HostSet::new(1, endpoints, 140, 50.0).hashing(&policy, false, None));
+    let kernel = Kernel::new(policy, &set, 1).unwrap();
+    assert_eq!(kernel.words.len(), 1 + 1 + 300 * ENDPOINT_WORDS as usize + 2 + 1009_usize.div_ceil(4));
+    for hash in 0..1009 {
+        kernel.hash.set(hash);
+        let port = set.table(0).unwrap().pick(hash).unwrap().address().ip().unwrap().port();
+        assert_eq!(choose(&kernel).unwrap().endpoint.port, port);
+    }
+}
+
+#[test]
+fn rings_that_are_too_large_are_refused() {
+    let registry = HostRegistry::default();
+    let ring = |size| {
+        LbPolicy::RingHash(RingHash {
+            minimum_ring_size: size,
+            maximum_ring_size: size,
+            hash_function: HashFunction::XxHash,
+            hashing: ConsistentHashing::default(),
+        })
+    };
+    let compiled = |size| {
+        let (set, _active) = state(vec![one(1, HealthStatus::Healthy, 0)]).build(&registry);
+        let endpoints = set.endpoints().map(|it| Endpoint::clone(it)).collect();
+        compile(ring(size), &HostSet::new(1, endpoints, 140, 50.0).hashing(&ring(size), false, None), |_| 0)
+    };
+    assert!(compiled(65_536).is_ok());
+    assert_eq!(compiled(65_537), Err(ClusterObstacle::RingSize(65_537)));
 }
 
 #[test]

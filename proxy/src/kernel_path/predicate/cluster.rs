@@ -9,8 +9,9 @@ use super::{ClusterObstacle as O, MAX_CLUSTERS, Obstacle, Obstacles, canonical};
 use crate::addr::EndpointAddr;
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::HostSet;
+use crate::cluster::hashing::Layout;
 use crate::config;
-use crate::config::cluster::{Discovery, LbPolicy};
+use crate::config::cluster::{ClusterHashPolicy, Discovery, LbPolicy};
 use crate::snapshot::Snapshot;
 
 /// Priorities whose load the programs can spread.
@@ -82,8 +83,13 @@ fn look_at_config(cluster: &config::cluster::Cluster, add: &mut impl FnMut(O)) {
     {
         add(O::ChoiceCount(*choice_count));
     }
-    if lb_policy.hashing().is_some() {
-        add(O::Hashes);
+    if let Some(hashing) = lb_policy.hashing() {
+        if hashing.hash_balance_factor.is_some() {
+            add(O::HashBalanceFactor);
+        }
+        if matches!(hashing.hash_policy, ClusterHashPolicy::SourceIp(2..)) {
+            add(O::HashPolicy);
+        }
     }
     if upstream_keepalive.is_some() {
         add(O::Keepalive);
@@ -111,6 +117,13 @@ fn look_at_hosts(
         && priorities.iter().any(|at| at.hosts.windows(2).any(|pair| pair[0].weight != pair[1].weight))
     {
         add(O::LeastRequestWeights);
+    }
+    for table in (0..priorities.len()).filter_map(|priority| hosts.table(priority)) {
+        if let Layout::Ring(points, _) = table.layout()
+            && points.len() > balance::MAX_POINTS as usize
+        {
+            add(O::RingSize(points.len()));
+        }
     }
     let count = priorities.iter().map(|at| at.hosts.len()).max().unwrap_or(0);
     if count > balance::MAX_ENTRIES as usize {

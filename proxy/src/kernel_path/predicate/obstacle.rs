@@ -88,8 +88,12 @@ pub enum ClusterObstacle {
     ChoiceCount(u32),
     /// LEAST_REQUEST with endpoints of different weights.
     LeastRequestWeights,
-    /// RING_HASH or MAGLEV.
-    Hashes,
+    /// `hash_balance_factor` of RING_HASH or MAGLEV.
+    HashBalanceFactor,
+    /// A hash policy of the cluster that hashes the source more than once.
+    HashPolicy,
+    /// A ring of so many points.
+    RingSize(usize),
     /// `upstream_connection_options.tcp_keepalive`.
     Keepalive,
     /// `tidegate.cluster.v1.EndpointRemoval` with action CLOSE. Soft.
@@ -198,7 +202,15 @@ impl fmt::Display for ClusterObstacle {
             Self::LeastRequestWeights => f.write_str(
                 "LEAST_REQUEST with different load_balancing_weight; use ROUND_ROBIN, or equal weights",
             ),
-            Self::Hashes => f.write_str("RING_HASH and MAGLEV hash connections, which only the proxy does"),
+            Self::HashBalanceFactor => {
+                f.write_str("hash_balance_factor compares the loads of all endpoints, which only the proxy does")
+            }
+            Self::HashPolicy => f.write_str("hash_policy has source_ip more than once; once is enough"),
+            Self::RingSize(points) => write!(
+                f,
+                "a ring of {points} points, more than {}; lower maximum_ring_size, or use MAGLEV",
+                balance::MAX_POINTS
+            ),
             Self::Keepalive => {
                 f.write_str("upstream_connection_options.tcp_keepalive is for sockets of the proxy")
             }

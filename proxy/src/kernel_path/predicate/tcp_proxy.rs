@@ -32,7 +32,8 @@ pub(super) fn look_at(proxy: &TcpProxy, found: &mut Obstacles) {
         access_log_flush_interval,
         flush_access_log_on_connected,
         flush_access_log_on_start,
-        hash_policy: _, // has a meaning only for clusters that hash, which do not take the kernel path
+        // Where it hashes the source and that is not known at connect(2), the connection is captured.
+        hash_policy: _,
     } = proxy;
     if let Some(timeout) = idle_timeout {
         found.add(Obstacle::IdleTimeout(*timeout));

@@ -377,6 +377,10 @@ fn clusters() {
     let priorities: Vec<Value> = (0..9)
         .map(|priority| json!({"priority": priority, "lb_endpoints": [endpoint("10.0.0.1", json!({}))]}))
         .collect();
+    let source_ip = json!({"connection_properties": {"source_ip": true}});
+    let maglev = json!({"consistent_hashing_lb_config": {"hash_policy": [source_ip, source_ip]}});
+    let maglev = filter("m", "envoy.extensions.load_balancing_policies.maglev.v3.Maglev", maglev);
+    let twice = json!({"policies": [{"typed_extension_config": maglev}]});
     for (fields, obstacle) in [
         (
             json!({"lb_policy": "LEAST_REQUEST", "least_request_lb_config": {"choice_count": 9}}),
@@ -386,8 +390,16 @@ fn clusters() {
             json!({"lb_policy": "LEAST_REQUEST", "load_assignment": assignment(vec![json!({"lb_endpoints": weighted})])}),
             O::LeastRequestWeights,
         ),
-        (json!({"lb_policy": "MAGLEV"}), O::Hashes),
-        (json!({"lb_policy": "RING_HASH"}), O::Hashes),
+        (
+            json!({"lb_policy": "MAGLEV", "common_lb_config":
+                {"consistent_hashing_lb_config": {"hash_balance_factor": 150}}}),
+            O::HashBalanceFactor,
+        ),
+        (json!({"load_balancing_policy": twice}), O::HashPolicy),
+        (
+            json!({"lb_policy": "RING_HASH", "ring_hash_lb_config": {"minimum_ring_size": 65_537}}),
+            O::RingSize(65_537),
+        ),
         (
             json!({"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "load_assignment": null}),
             O::OriginalDst,
