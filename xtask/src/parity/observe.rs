@@ -365,6 +365,7 @@ fn note_health(
         let Some(line) = line.strip_prefix(&format!("{id}::")) else { continue };
         if let Some((fact, value)) = line.rsplit_once("::")
             && ["::health_flags", "outlier::", "success_rate"].iter().any(|part| fact.contains(part))
+            && !case.ignored.iter().any(|name| fact.rsplit("::").next() == Some(*name))
         {
             observation.insert(format!("/clusters {fact}"), json!(value));
         }

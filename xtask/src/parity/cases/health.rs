@@ -71,7 +71,10 @@ fn outliers() -> Vec<Case> {
             &json!({"consecutive_5xx": 1, "interval": "0.1s", "base_ejection_time": "0.6s"}),
         )
         .fold_clients(2, failing)
-        .client(Client::new([ReadToEnd]).after_ms(1200)),
+        .client(Client::new([ReadToEnd]).after_ms(1200))
+        // The last client ejects it again. Whether that is over when the stats are read depends on how long the other cases
+        // took; that there were two ejections does not.
+        .ignore(&["membership_healthy", "outlier_detection.ejections_active", "health_flags"]),
     ]
 }
 
