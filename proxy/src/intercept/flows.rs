@@ -75,7 +75,7 @@ pub struct FlowId {
 
 impl FlowSockets {
     /// Ends every connection to this host, with a RST to the endpoint and ECONNABORTED to the application, and returns how
-    /// many there were. `note` hears of each before it ends.
+    /// many there were. `note` hears of each before it ends, with true; and once more, with false, if it had ended by itself.
     ///
     /// Errors: what keeps it from looking into a namespace, or from ending a connection ([`SocketDiag::destroy`]). The
     /// other namespaces are done first.
