@@ -18,6 +18,7 @@ mod readme;
 mod report;
 mod results;
 mod run;
+mod running;
 mod site;
 mod subject;
 mod tools;

@@ -13,8 +13,8 @@ use tidegate_tests::load::account;
 use tidegate_tests::load::job::{Measured, Quantiles};
 use tidegate_tests::run::TempDir;
 
+use super::running::Running;
 use super::site::{HTTP_PORT, IPERF3_PORT, Site};
-use super::subject::Running;
 use super::tools::Programs;
 
 /// What the HTTP server answers.

@@ -8,8 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::metric::Metric;
+use super::running::Running;
 use super::site::Site;
-use super::subject::{Running, Subject};
+use super::subject::Subject;
 use super::workload::{Workload, job};
 
 /// While it is 1, the kernel notes how long programs run. The whole machine's.

@@ -17,7 +17,8 @@ use tidegate_tests::netns::Netns;
 use tidegate_tests::network::Network;
 use tidegate_tests::pod::Pod;
 
-use super::subject::{ENDPOINTS, Fronts, Running, Subject};
+use super::running::{Fronts, Running};
+use super::subject::{ENDPOINTS, Subject};
 
 /// How clients, proxies and servers are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize)]

@@ -10,8 +10,9 @@ use tidegate_tests::load::job::{Job, Measured, Work};
 use tidegate_tests::load::{Direction, account};
 
 use super::metric::Metric;
+use super::running::{self, Running};
 use super::site::{Placement, Site};
-use super::subject::{self, Running, Subject};
+use super::subject::Subject;
 use super::tools::Programs;
 use super::{external, interception};
 
@@ -170,7 +171,7 @@ impl Workload {
                 site.agent(running.subject()).run(&job)?
             }
         };
-        subject::check_log(running, measured.requests)?;
+        running::check_log(running, measured.requests)?;
         let mut figures = self.figures(&measured, running.pids().is_empty());
         figures.retain(|(_, value)| value.is_finite()); // wrk knows no 99.9 %
         Ok(figures)
