@@ -13,6 +13,7 @@ mod instructions;
 mod interception;
 mod kernel;
 mod metric;
+mod options;
 mod plan;
 mod readme;
 mod report;
@@ -27,20 +28,15 @@ mod xds;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Subcommand};
-use tidegate_tests::load::agent;
-use tidegate_tests::tool;
 
-use self::plan::{Choice, Plan, Selector};
+use self::options::Options;
+use self::plan::{Choice, Selector};
 use self::results::Results;
 use self::site::{Placement, Topology};
 use self::subject::{Program, Subject};
-use self::tools::Programs;
-use self::workload::Workload;
-use crate::{cargo, root};
 
 /// Arguments of `bench`.
 #[derive(Args, Debug)]
@@ -52,12 +48,6 @@ pub(crate) struct Bench {
     /// The measurements that the goals need, fewer rounds, shorter: under 3 minutes instead of 25.
     #[arg(long)]
     quick: bool,
-    /// Rounds of each measurement [default: 5; with --quick: 3].
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: Option<u32>,
-    /// Length of one measurement [default: 0.8; with --quick: 0.5].
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
-    seconds: Option<Duration>,
     /// Only these workloads: bulk-STREAMS-down|up|both, request-BYTESxCONNECTIONS, short, mixed-STREAMS, idle,
     /// iperf3-STREAMS, wrk-CONNECTIONS, or a group (bulk, request); @pinned or @one-cpu behind it.
     #[arg(long, value_name = "WORKLOAD", value_delimiter = ',')]
@@ -78,18 +68,14 @@ pub(crate) struct Bench {
     /// Measure memory only: --only idle.
     #[arg(long, conflicts_with = "only")]
     memory: bool,
-    /// Use this Envoy instead of installing one into target/tools.
-    #[arg(long, value_name = "PATH")]
-    envoy: Option<PathBuf>,
-    /// Measure this tidegate instead of building one.
-    #[arg(long, value_name = "PATH")]
-    tidegate: Option<PathBuf>,
-    /// Exit with 1 when a goal of the data path is missed, or was not measured.
-    #[arg(long)]
-    goals: bool,
+    #[command(flatten)]
+    options: Options,
     /// Measure this tidegate too, as the subject `base`: what a change is compared with.
     #[arg(long, value_name = "PATH")]
     tidegate_base: Option<PathBuf>,
+    /// Exit with 1 when a goal of the data path is missed, or was not measured.
+    #[arg(long)]
+    goals: bool,
 }
 
 /// What else is measured.
@@ -107,15 +93,6 @@ enum Of {
     Readme(readme::Readme),
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
-    if (0.05..=600.0).contains(&seconds) {
-        Ok(Duration::from_secs_f64(seconds))
-    } else {
-        Err("between 0.05 and 600".to_owned())
-    }
-}
-
 impl Bench {
     pub(crate) fn run(&self) -> Result<()> {
         match &self.of {
@@ -131,12 +108,7 @@ impl Bench {
     fn data_path(&self) -> Result<()> {
         let plan = self.choice()?.plan();
         ensure!(!plan.entries.is_empty(), "none of the subjects can be measured on this topology");
-        let named = Named {
-            envoy: self.envoy.as_ref(),
-            tidegate: self.tidegate.as_ref(),
-            base: self.tidegate_base.as_ref(),
-        };
-        self.finish(&named.measure(plan, self.quick)?)
+        self.finish(&self.options.measure(plan, self.tidegate_base.as_deref(), self.quick)?)
     }
 
     fn choice(&self) -> Result<Choice> {
@@ -156,14 +128,12 @@ impl Bench {
             self.only.clone()
         };
         Ok(Choice {
-            quick: self.quick,
-            rounds: self.rounds,
-            measure: self.seconds,
             only,
             subjects: self.subjects.clone(),
             topology: self.topology,
             placement,
             base,
+            ..self.options.choice(self.quick)
         })
     }
 
@@ -182,40 +152,6 @@ impl Bench {
         println!("\nall figures of all rounds: {}; chart: {}", path.display(), svg.display());
         ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
         if self.goals { goals::require(&outcomes) } else { Ok(()) }
-    }
-}
-
-/// Programs that the command line names.
-struct Named<'a> {
-    envoy: Option<&'a PathBuf>,
-    tidegate: Option<&'a PathBuf>,
-    base: Option<&'a PathBuf>,
-}
-
-impl Named<'_> {
-    /// Builds and installs what is missing, becomes root, and measures.
-    fn measure(&self, plan: Plan, quick: bool) -> Result<Results> {
-        let subjects = plan.subjects();
-        let measured = |program| subjects.iter().any(|subject: &Subject| subject.program == program);
-        let mut programs = Programs::default();
-        cargo::build(&["workload"])?;
-        if measured(Program::Tidegate) {
-            programs.tidegate = self.tidegate.cloned().map_or_else(cargo::build_release, Ok)?;
-        }
-        if let Some(base) = self.base.filter(|_| measured(Program::Base)) {
-            programs.base.clone_from(base);
-        }
-        if measured(Program::Envoy) {
-            // Before root: what it installs stays the caller's.
-            programs.envoy = self.envoy.cloned().map_or_else(tool::envoy, Ok)?;
-        }
-        root::become_root()?;
-        root::clean_up_on_signals()?;
-        let http = plan.uses(|workload| matches!(workload, Workload::Wrk { .. }));
-        let iperf3 = plan.uses(|workload| matches!(workload, Workload::Iperf3 { .. }));
-        programs.install(&subjects, http, iperf3)?;
-        agent::raise_file_limit()?;
-        run::Run::new(plan, programs, quick)?.results(self.tidegate.map(PathBuf::as_path))
     }
 }
 

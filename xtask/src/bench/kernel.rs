@@ -1,16 +1,13 @@
 //! `cargo xtask bench kernel`: the kernel path against direct connections and against all proxies.
 
-use std::path::PathBuf;
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use clap::Args;
 
 use super::goals::Bound::{AtLeast, AtMost};
 use super::goals::{self, Goal, goal};
 use super::metric::Metric;
-use super::plan::Choice;
-use super::{Named, about, report};
+use super::options::Options;
+use super::{about, report};
 
 /// Arguments of `bench kernel`.
 #[derive(Args, Debug)]
@@ -18,18 +15,8 @@ pub(super) struct Kernel {
     /// Fewer rounds, shorter, downloads only: about 7 minutes instead of 20.
     #[arg(long)]
     quick: bool,
-    /// Rounds of each measurement [default: 5; with --quick: 3].
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: Option<u32>,
-    /// Length of one measurement [default: 0.8; with --quick: 0.5].
-    #[arg(long, value_name = "SECONDS", value_parser = super::seconds)]
-    seconds: Option<Duration>,
-    /// Use this Envoy instead of installing one into target/tools.
-    #[arg(long, value_name = "PATH")]
-    envoy: Option<PathBuf>,
-    /// Measure this tidegate instead of building one.
-    #[arg(long, value_name = "PATH")]
-    tidegate: Option<PathBuf>,
+    #[command(flatten)]
+    options: Options,
     /// Exit with 1 when a goal of the kernel path is missed, or was not measured.
     #[arg(long)]
     goals: bool,
@@ -80,8 +67,8 @@ const GOALS: &[Goal] = &[
 
 impl Kernel {
     pub(super) fn run(&self) -> Result<()> {
-        let named = Named { envoy: self.envoy.as_ref(), tidegate: self.tidegate.as_ref(), base: None };
-        let results = named.measure(self.choice().kernel(), self.quick)?;
+        let plan = self.options.choice(self.quick).kernel();
+        let results = self.options.measure(plan, None, self.quick)?;
         let outcomes = goals::outcomes_of(GOALS, &results);
         print!(
             "{}{}{}",
@@ -97,14 +84,11 @@ impl Kernel {
         ensure!(results.failures.is_empty(), "{} measurements failed", results.failures.len());
         if self.goals { goals::require(&outcomes) } else { Ok(()) }
     }
-
-    fn choice(&self) -> Choice {
-        Choice { quick: self.quick, rounds: self.rounds, measure: self.seconds, ..Choice::default() }
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::Choice;
     use super::*;
 
     #[test]

@@ -27,10 +27,11 @@ use tidegate_tests::tool;
 use self::node::{Kind, Node};
 use self::plane::Plane;
 use self::world::World;
+use super::options::Named;
 use super::report::number;
 use super::results::median;
 use super::{about, progress};
-use crate::{cargo, root};
+use crate::root;
 
 /// Connections that stay open while endpoints change.
 const LIVE_CONNECTIONS: usize = 5_000;
@@ -56,12 +57,8 @@ pub(crate) struct Xds {
     /// Endpoints of each cluster.
     #[arg(long, value_name = "COUNT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=200))]
     endpoints: u32,
-    /// Use this Envoy instead of installing one into target/tools.
-    #[arg(long, value_name = "PATH")]
-    envoy: Option<PathBuf>,
-    /// Measure this tidegate instead of building one.
-    #[arg(long, value_name = "PATH")]
-    tidegate: Option<PathBuf>,
+    #[command(flatten)]
+    named: Named,
     /// Leave Envoy out: no ratios.
     #[arg(long)]
     alone: bool,
@@ -147,15 +144,8 @@ type Samples = BTreeMap<(Metric, Kind), Vec<f64>>;
 
 impl Xds {
     pub(crate) fn run(&self) -> Result<()> {
-        let tidegate = match &self.tidegate {
-            Some(path) => path.clone(),
-            None => cargo::build_release()?,
-        };
-        let envoy = match &self.envoy {
-            _ if self.alone => PathBuf::new(),
-            Some(path) => path.clone(),
-            None => tool::envoy()?, // before root: what it installs stays the caller's
-        };
+        let tidegate = self.named.tidegate()?;
+        let envoy = if self.alone { PathBuf::new() } else { self.named.envoy()? };
         root::become_root()?;
         root::clean_up_on_signals()?;
         tool::require(&[("ip", "iproute2")])?;
