@@ -10,6 +10,29 @@ pub enum Role {
     Accepted = 2,
 }
 
+/// How an original destination gets from the application's socket to the accepted one; bits of [`OriginalDst::carrier`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// In the SYN ([`crate::syn`]), if there is room. The bit of no other is set.
+    Syn = 0,
+    /// In the map of connections in flight. In a namespace where every connection has a SYN cookie
+    /// (`net.ipv4.tcp_syncookies` = 2) the kernel keeps no SYN, and another option (Fast Open's over IPv6) may need the room.
+    Map = 1,
+    /// In the SYN: the room is reserved.
+    Reserved = 2,
+    /// Another program has asked for the option callbacks before: they are not turned off.
+    Shared = 4,
+}
+
+impl Carrier {
+    /// Whether it is among these.
+    #[inline(always)]
+    pub const fn is_in(self, bits: u32) -> bool {
+        bits & self as u32 != 0
+    }
+}
+
 /// What a socket of the agent is for. Value of its entry in the map of own sockets (as `u32`).
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +44,8 @@ pub enum OwnSocket {
     CaptureListener = 2,
 }
 
-/// Where an application meant to connect to. SK_STORAGE value, on the application's socket from connect(2) on, and
-/// on the proxy's accepted socket from the end of the handshake on. It dies with the socket.
+/// Where an application meant to connect to. SK_STORAGE value, on the application's socket from connect(2) on, and, if the
+/// map carries it, on the proxy's accepted socket from the end of the handshake on. It dies with the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OriginalDst {
@@ -32,8 +55,8 @@ pub struct OriginalDst {
     pub port: u16,
     /// A [`Role`].
     pub role: u16,
-    /// Zero.
-    pub reserved: u32,
+    /// Bits of [`Carrier`]; 0 on the accepted socket.
+    pub carrier: u32,
     /// Socket cookie of the application's socket: tells a connection from a later one with the same 4-tuple.
     pub client_cookie: u64,
 }

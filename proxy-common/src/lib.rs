@@ -22,10 +22,11 @@ mod kernel_path;
 mod limits;
 mod policy;
 mod reason;
+pub mod syn;
 
 pub use addr::Addr;
 pub use event::NotEnrolled;
-pub use flow::{FlowKey, InFlight, OriginalDst, OwnSocket, Role};
+pub use flow::{Carrier, FlowKey, InFlight, OriginalDst, OwnSocket, Role};
 pub use kernel_path::{
     ASLEEP, ClusterState, End, Flow, FlowEvent, FlowFlag, HostState, Phase, ServiceState, Tally,
 };

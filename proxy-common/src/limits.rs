@@ -1,9 +1,9 @@
 /// Version of every layout in this crate; names the pin directory of the maps.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
-/// Default size of the in-flight map, entries. One per handshake in progress on the node: 65,536 handshakes of
-/// 1 ms are 65 million connections per second. The memory is taken up front (about 8 MB).
-pub const MAX_IN_FLIGHT: u32 = 65_536;
+/// Default size of the in-flight map, entries. One per handshake in progress whose SYN can't carry its original
+/// destination ([`crate::Carrier::Map`]). The memory is taken up front (about 1 MB).
+pub const MAX_IN_FLIGHT: u32 = 8_192;
 
 /// Default size of the namespaces map, entries (pods of one node; Kubernetes' own limit is 110 by default).
 pub const MAX_NAMESPACES: u32 = 4_096;

@@ -1,6 +1,6 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::Addr;
+use crate::{Addr, Carrier};
 
 /// What happens to a connection to some destination.
 #[repr(u32)]
@@ -146,8 +146,8 @@ pub struct Enrolment {
     pub capture_port: u16,
     /// An [`EnrolState`].
     pub state: u16,
-    /// Zero.
-    pub reserved: u32,
+    /// [`crate::Carrier::Syn`], or [`crate::Carrier::Map`].
+    pub carrier: u32,
     /// What balancers hash of connections from `source_v4` (or what stands in for it); 0: it is not known here.
     pub hash_v4: u64,
     /// The same of `source_v6`.
@@ -164,7 +164,7 @@ impl Enrolment {
             source_v6: v6.map_or(Addr::ZERO, Addr::from),
             capture_port,
             state: EnrolState::Captured as u16,
-            reserved: 0,
+            carrier: Carrier::Syn as u32,
             hash_v4: 0,
             hash_v6: 0,
         }
@@ -181,6 +181,12 @@ impl Enrolment {
         }
     }
 
+    /// The same record for a namespace whose accepted sockets have no SYN.
+    #[must_use]
+    pub const fn carried_by_map(self) -> Self {
+        Self { carrier: Carrier::Map as u32, ..self }
+    }
+
     /// The same record for the agent's own namespace: only processes in host cgroups are captured there.
     #[must_use]
     pub const fn of_host(self) -> Self {
@@ -194,7 +200,7 @@ impl Enrolment {
             source_v6: Addr::ZERO,
             capture_port: 0,
             state: EnrolState::Excluded as u16,
-            reserved: 0,
+            carrier: Carrier::Syn as u32,
             hash_v4: 0,
             hash_v6: 0,
         }

@@ -88,17 +88,20 @@ reasons! {
     /// An announcement was lost because the ring buffer was full (the next connect announces again).
     AnnouncementLost = "announcement_lost";
     // --- sockops
-    /// The source port is known and the entry is in the in-flight map; the SYN follows.
+    /// The SYN carries the original destination.
+    InSyn = "in_syn";
+    /// The in-flight map carries it: there is no room in the SYN, or the namespace keeps none.
     InFlight = "in_flight";
     /// The in-flight map is full. Too late to refuse: the proxy resets the connection (`no_original_destination`).
     InFlightFull = "in_flight_full";
-    /// The accepted socket took the entry over.
+    /// The accepted socket has it.
     HandedOver = "handed_over";
     /// A connection to a capture listener that no captured connect belongs to. The proxy resets it.
     NoOriginalDestination = "no_original_destination";
     /// No memory for the accepted socket's storage. The proxy resets it.
     AcceptedStorageFailed = "accepted_storage_failed";
-    /// The application's socket closed before the proxy's end was accepted (refused, timed out, aborted).
+    /// The application's socket closed before the handshake was over (refused, timed out, aborted). Only those in the
+    /// in-flight map are counted.
     HandshakeAbandoned = "handshake_abandoned";
 }
 

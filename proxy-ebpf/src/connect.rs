@@ -72,9 +72,9 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
             discard(&ORIGINAL_DST, sk);
             to_endpoint(ctx, sk, family, addr, port, service, choice)
         }
-        (Decision::Capture { addr: own, port: capture_port }, _) => {
+        (Decision::Capture { addr: own, port: capture_port, carrier }, _) => {
             discard_flow(sk);
-            capture(ctx, sk, family, (addr, port), (own, capture_port))
+            capture(ctx, sk, family, (addr, port), (own, capture_port), carrier)
         }
         (Decision::Leave(reason), _) => {
             discard(&ORIGINAL_DST, sk);
@@ -93,7 +93,7 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
 #[derive(Clone, Copy)]
 enum Decision {
     /// Rewrite to this address and port, if the proxy listens there.
-    Capture { addr: Addr, port: u16 },
+    Capture { addr: Addr, port: u16, carrier: u32 },
     /// Rewrite to an endpoint of this service. None: the namespace is not enrolled (yet).
     Balance { service: u32, enrolment: Option<&'static Enrolment> },
     /// Not captured: pass or refuse, as the reason's errno says.
@@ -104,7 +104,8 @@ impl Decision {
     /// To the proxy.
     #[inline(always)]
     fn capture(enrolment: &Enrolment, addr: &Addr) -> Self {
-        Self::Capture { addr: own_address(enrolment, addr), port: enrolment.capture_port }
+        let addr = own_address(enrolment, addr);
+        Self::Capture { addr, port: enrolment.capture_port, carrier: enrolment.carrier }
     }
 }
 
@@ -116,6 +117,7 @@ fn capture(
     family: Family,
     (addr, port): (Addr, u16),
     (own, capture_port): (Addr, u16),
+    carrier: u32,
 ) -> Reason {
     // SAFETY: the verifier knows the socket's type; the field is readable in this hook.
     if unsafe { addr_of!((*sk).bound_dev_if).read_volatile() } != 0 {
@@ -129,7 +131,7 @@ fn capture(
     }
     // SAFETY: no preconditions.
     let client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let mut original = OriginalDst { addr, port, role: Role::Client as u16, reserved: 0, client_cookie };
+    let mut original = OriginalDst { addr, port, role: Role::Client as u16, carrier, client_cookie };
     if store(&ORIGINAL_DST, sk, &mut original) {
         rewrite(ctx, family, own, capture_port);
         Reason::Captured

@@ -1,4 +1,4 @@
-//! sockops: carries the original destination from the application's socket to the accepted one.
+//! sockops: carries the original destination from the application's socket to the accepted one, in the SYN if it can.
 //!
 //! Runs for every TCP socket below the attach point, which may be the whole node: each branch first makes the check
 //! that sends away strangers cheapest.
@@ -8,14 +8,19 @@ use core::ptr::addr_of;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, bpf_sock,
+        bpf_sock_ops,
     },
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_load_hdr_opt, bpf_reserve_hdr_opt,
+        bpf_sock_ops_cb_flags_set, bpf_store_hdr_opt,
+    },
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
-use tidegate_common::{Addr, Flow, FlowKey, InFlight, Reason, Role};
+use tidegate_common::{Addr, Carrier, Flow, FlowKey, InFlight, OriginalDst, Reason, Role, syn};
 
 use crate::{
     counters::count,
@@ -24,6 +29,10 @@ use crate::{
 };
 
 const AF_INET: u32 = 2;
+/// In a packet's TCP flags.
+const TCP_SYN: u32 = 2;
+/// `BPF_LOAD_HDR_OPT_TCP_SYN`.
+const LOAD_FROM_SYN: u64 = 1;
 
 /// Always 1 and the reply untouched: for the kernel this program has no opinion.
 #[inline(always)]
@@ -31,11 +40,9 @@ pub fn on_event(ctx: &SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
-            if let Some(flow) = flow_of(ctx) {
-                flow::established(ctx, flow);
-            }
-        }
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => connected(ctx),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB => room(ctx),
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB => write(ctx),
         BPF_SOCK_OPS_STATE_CB => {
             if let Some(flow) = flow_of(ctx) {
                 flow::state_changed(ctx, flow);
@@ -68,18 +75,110 @@ fn connecting(ctx: &SockOpsContext) {
     if original.role != Role::Client as u16 {
         return;
     }
+    if !Carrier::Map.is_in(original.carrier) && ask_for_option_callbacks(ctx, original) {
+        return;
+    }
+    put_in_flight(ctx, original);
+}
+
+/// Before the SYN is built: `room` and `write` are called for it.
+#[inline(always)]
+fn ask_for_option_callbacks(ctx: &SockOpsContext, original: &mut OriginalDst) -> bool {
+    let flags = ctx.cb_flags();
+    if flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG != 0 {
+        original.carrier |= Carrier::Shared as u32;
+        return true;
+    }
+    set_cb_flags(ctx, flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+}
+
+/// The SYN is over, or carries nothing.
+#[inline(always)]
+fn end_option_callbacks(ctx: &SockOpsContext, original: &OriginalDst) {
+    if !Carrier::Shared.is_in(original.carrier) {
+        set_cb_flags(ctx, ctx.cb_flags() & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+    }
+}
+
+/// How much room does the packet's option take? The other options of the SYN have theirs already.
+#[inline(always)]
+fn room(ctx: &SockOpsContext) {
+    let Some(original) = of_syn(ctx) else { return };
+    // SAFETY: the context is the kernel's.
+    if unsafe { bpf_reserve_hdr_opt(ctx.ops, syn::length(&original.addr), 0) } == 0 {
+        // Not again when the SYN is sent again.
+        if !Carrier::Reserved.is_in(original.carrier) {
+            original.carrier |= Carrier::Reserved as u32;
+            count(Reason::InSyn);
+        }
+    } else {
+        original.carrier |= Carrier::Map as u32;
+        end_option_callbacks(ctx, original);
+        put_in_flight(ctx, original);
+    }
+}
+
+/// Into the room that was reserved.
+#[inline(always)]
+fn write(ctx: &SockOpsContext) {
+    let Some(original) = of_syn(ctx) else { return };
+    if Carrier::Reserved.is_in(original.carrier) {
+        let option = syn::encode(&original.addr, original.port);
+        // SAFETY: the option is on the program's stack and no shorter than said. If the kernel has no room after all, the
+        // connection arrives without an original destination, which is counted there.
+        unsafe { bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), syn::length(&original.addr), 0) };
+    }
+}
+
+/// The original destination, if the packet that is made is an application's SYN that is to carry it.
+#[inline(always)]
+fn of_syn(ctx: &SockOpsContext) -> Option<&'static mut OriginalDst> {
+    // SAFETY: as in `addresses`.
+    if unsafe { addr_of!((*ctx.ops).skb_tcp_flags).read_volatile() } & TCP_SYN == 0 {
+        return None;
+    }
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return None;
+    }
+    stored(&ORIGINAL_DST, sk).filter(|it| it.role == Role::Client as u16 && !Carrier::Map.is_in(it.carrier))
+}
+
+/// The map carries it.
+#[inline(always)]
+fn put_in_flight(ctx: &SockOpsContext, original: &OriginalDst) {
     let value = InFlight { original_dst: *original };
     let (local, remote) = addresses(ctx);
     let key = key(ctx, local, local_port(ctx), remote, remote_port(ctx));
     // The flag first: an entry without it would have nobody to delete it.
-    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
-    // SAFETY: the context is the kernel's.
-    let flagged = unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) } == 0;
-    if flagged && IN_FLIGHT.insert(key, value, 0).is_ok() {
+    if set_cb_flags(ctx, ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG)
+        && IN_FLIGHT.insert(key, value, 0).is_ok()
+    {
         count(Reason::InFlight);
     } else {
         count(Reason::InFlightFull);
         debug!(ctx, "in-flight map is full: source port {} will be reset", key.client_port);
+    }
+}
+
+/// The handshake of an application's socket is over.
+#[inline(always)]
+fn connected(ctx: &SockOpsContext) {
+    let wants_options = ctx.cb_flags() & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG != 0;
+    if !wants_options && !maps::kernel_path() {
+        return;
+    }
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return;
+    }
+    if let Some(flow) = maps::flow(sk) {
+        flow::established(ctx, flow);
+    } else if wants_options
+        && let Some(original) = stored(&ORIGINAL_DST, sk)
+        && original.role == Role::Client as u16
+    {
+        end_option_callbacks(ctx, original);
     }
 }
 
@@ -94,6 +193,10 @@ fn accepted(ctx: &SockOpsContext) {
         Some(enrolment) if enrolment.is_captured() => enrolment.capture_port,
         _ => return,
     };
+    if syn_carries(ctx) {
+        count(Reason::HandedOver);
+        return;
+    }
     let sk = socket(ctx);
     if sk.is_null() {
         return;
@@ -111,9 +214,26 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     };
     original.role = Role::Accepted as u16;
+    original.carrier = 0;
     let stored = store(&ORIGINAL_DST, sk, &mut original);
     let _ = IN_FLIGHT.remove(key);
     count(if stored { Reason::HandedOver } else { Reason::AcceptedStorageFailed });
+}
+
+/// Whether the SYN of the accepted socket carries an original destination. Capture listeners keep their SYNs.
+#[inline(always)]
+fn syn_carries(ctx: &SockOpsContext) -> bool {
+    // Its kind, and 0 for its length: any. The kernel writes the option over it.
+    let mut option = [syn::KIND, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    // SAFETY: the option is on the program's stack and as long as said.
+    unsafe { bpf_load_hdr_opt(ctx.ops, option.as_mut_ptr().cast(), syn::LENGTH_V6, LOAD_FROM_SYN) > 0 }
+}
+
+/// Replaces the socket's set of wanted callbacks; false if the kernel refuses.
+#[inline(always)]
+fn set_cb_flags(ctx: &SockOpsContext, flags: u32) -> bool {
+    // SAFETY: the context is the kernel's.
+    unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) == 0 }
 }
 
 /// An application's socket that asked for state changes is gone.

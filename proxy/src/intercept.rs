@@ -45,8 +45,9 @@ pub use programs::{Detached, EbpfLog};
 /// Port of the capture listeners where nothing else is wanted.
 pub const CAPTURE_PORT: u16 = 15001;
 
-/// How long a stop waits for handshakes that are in flight. On one machine they take microseconds; one whose
-/// process is stopped by a debugger may never end.
+/// How long a stop gives handshakes that have begun. On one machine they take microseconds.
+const HANDSHAKE_GRACE: Duration = Duration::from_millis(20);
+/// And at most those that are known to be in flight: one whose process is stopped by a debugger may never end.
 const IN_FLIGHT_GRACE: Duration = Duration::from_millis(500);
 
 /// How to start.
@@ -250,6 +251,7 @@ impl Interception {
             Ok(_) => {}
         }
         let deadline = Instant::now() + IN_FLIGHT_GRACE;
+        std::thread::sleep(HANDSHAKE_GRACE);
         while self.interceptor().in_flight_len().is_ok_and(|len| len > 0) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(2));
         }

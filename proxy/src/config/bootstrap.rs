@@ -86,7 +86,7 @@ pub struct Interception {
     pub exclude: Exclusions,
     /// Pin directory below a bpffs mount. Default `/sys/fs/bpf/tidegate`.
     pub pin_path: Option<PathBuf>,
-    /// Capacity of the in-flight map in handshakes. Default 65,536.
+    /// Capacity of the in-flight map, in handshakes whose SYN can't carry the original destination. Default 8,192.
     pub in_flight_capacity: Option<u32>,
     /// Capacity of the map of captured destinations. Default 65,536.
     pub destination_capacity: Option<u32>,

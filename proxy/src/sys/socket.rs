@@ -86,6 +86,24 @@ pub fn original_dst(socket: &Socket) -> io::Result<Option<SocketAddr>> {
     }
 }
 
+/// The listening socket keeps the headers of each connection's SYN (`TCP_SAVE_SYN`).
+pub fn save_syn(listener: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(listener, libc::IPPROTO_TCP, libc::TCP_SAVE_SYN, 1)
+}
+
+/// The IP and TCP headers of an accepted socket's SYN (`TCP_SAVED_SYN`), and how many bytes they are: 0 when the listener
+/// didn't keep it, when a SYN cookie stood in for it, or when it has been read before. `InvalidInput` when they are longer
+/// than the buffer.
+pub fn saved_syn(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = libc::socklen_t::try_from(buffer.len()).unwrap_or(libc::socklen_t::MAX);
+    let (level, name) = (libc::IPPROTO_TCP, libc::TCP_SAVED_SYN);
+    // SAFETY: the buffer has room for `len` bytes; the kernel stores no more than that.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(len as usize) }
+}
+
 /// The pending error of the socket (`SO_ERROR`), which reading it clears.
 pub fn error(socket: BorrowedFd<'_>) -> io::Result<Option<io::Error>> {
     let code: libc::c_int = option(socket, libc::SOL_SOCKET, libc::SO_ERROR)?;
@@ -113,18 +131,7 @@ pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
 /// the kernel says so earlier. 1 is the default.
 pub fn set_receive_low_water(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
-    let len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the value is an int of exactly `len` bytes, which the kernel only reads.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const bytes).cast(),
-            len,
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes)
 }
 
 /// `SO_RCVLOWAT`, bytes.
@@ -248,7 +255,12 @@ fn option<T: Plain>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_in
     Ok(unsafe { value.assume_init() })
 }
 
-fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+fn set_option(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     let len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: `value` is one live int, and `len` is its size.
     let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), len) };

@@ -222,6 +222,11 @@ pub(crate) fn enrolment() -> Enrolment {
     Enrolment::captured(CAPTURE_PORT, Some(POD_V4.parse().unwrap()), Some(POD_V6.parse().unwrap()))
 }
 
+/// Its record for each way in which an original destination can be carried, and the counter of that.
+pub(crate) fn carriers() -> [(Enrolment, &'static str); 2] {
+    [(enrolment(), "in_syn"), (enrolment().carried_by_map(), "in_flight")]
+}
+
 /// A network namespace with processes in the pods' cgroup and in the agent's.
 pub(crate) struct Pod {
     app: Helper,
@@ -283,8 +288,13 @@ impl Pod {
 
     /// A listener and an enrolment.
     pub(crate) fn capture(&self, interceptor: &mut Interceptor) -> Socket {
+        self.capture_by(interceptor, enrolment())
+    }
+
+    /// A listener and this enrolment.
+    pub(crate) fn capture_by(&self, interceptor: &mut Interceptor, enrolment: Enrolment) -> Socket {
         let listener = self.capture_listener(interceptor, CAPTURE_PORT, 128);
-        interceptor.enrol(self.cookie, enrolment()).unwrap();
+        interceptor.enrol(self.cookie, enrolment).unwrap();
         listener
     }
 

@@ -220,7 +220,7 @@ fn sockets_that_have_no_room_for_storage() {
         options.fail_mode = mode;
         let mut interceptor = Interceptor::load(&options).unwrap();
         let pod = lab.pod();
-        let listener = pod.capture(&mut interceptor);
+        let listener = pod.capture_by(&mut interceptor, enrolment().carried_by_map());
         // As the real ones have: it is charged to each accepted socket, which so has less room than the client's.
         let take_all = |_| SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, u32::MAX);
         listener.attach_filter(&std::array::from_fn::<_, 4, _>(take_all)).unwrap();

@@ -85,7 +85,7 @@ fn no_connect_slips_through_a_takeover() {
     });
     assert!(attempts > 0);
     settled(&last);
-    assert_eq!(counts(&last), [("captured", attempts), ("in_flight", attempts), ("handed_over", attempts)]);
+    assert_eq!(counts(&last), [("captured", attempts), ("in_syn", attempts), ("handed_over", attempts)]);
 }
 
 #[test]
@@ -194,12 +194,12 @@ fn nested_attach_points_run_once() {
     let listener = pod.capture(&mut interceptor);
     capture_service(&mut interceptor);
     assert_captured(&interceptor, &pod, &listener);
-    assert_eq!(counts(&interceptor), [("captured", 1), ("in_flight", 1), ("handed_over", 1)]);
+    assert_eq!(counts(&interceptor), [("captured", 1), ("in_syn", 1), ("handed_over", 1)]);
     // And when the attach points change with the successor, too.
     let successor = lab.load();
     assert_eq!(successor.attach_points(), std::slice::from_ref(&lab.pods));
     assert_captured(&successor, &pod, &listener);
-    assert_eq!(counts(&successor), [("captured", 2), ("in_flight", 2), ("handed_over", 2)]);
+    assert_eq!(counts(&successor), [("captured", 2), ("in_syn", 2), ("handed_over", 2)]);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tidegate_common::{Enrolment, NotEnrolled};
 
 use super::changes::Changes;
-use super::listen::SourceAddresses;
+use super::listen::Network;
 use super::roots::Roots;
 use super::table::Table;
 use super::watch::Watch;
@@ -120,7 +120,7 @@ pub(super) enum State {
     /// Tried again at a timer.
     Waiting { attempts: u32 },
     /// Captured.
-    Enrolled { capture: Arc<Capture>, source: SourceAddresses, attempts: u32 },
+    Enrolled { capture: Arc<Capture>, network: Network, attempts: u32 },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -329,7 +329,7 @@ impl Actor {
     /// Looks at every cgroup.
     fn walk(&mut self) {
         let begin = Instant::now();
-        self.refresh_sources();
+        self.refresh_all();
         self.check_roots();
         let mut walked = HashSet::new();
         for root in self.roots.paths() {

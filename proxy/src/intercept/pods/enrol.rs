@@ -9,7 +9,7 @@ use std::time::Duration;
 use tidegate_common::Enrolment;
 
 use super::actor::{Actor, Known, RETRY_FIRST, RETRY_LAST, State, Timer};
-use super::listen::{self, SourceAddresses};
+use super::listen::{self, Network};
 use super::{Capture, Pod, PodEvent, PodState, PodStatus};
 use crate::cluster::hashing;
 use crate::intercept::error::InterceptError;
@@ -43,7 +43,7 @@ impl Actor {
     pub(super) fn look_inside(&mut self, id: NetNsId) {
         match self.known.get(&id).map(|known| &known.state) {
             Some(State::Waiting { .. }) => self.enrol(id),
-            Some(State::Enrolled { .. }) => self.refresh_source(id),
+            Some(State::Enrolled { .. }) => self.refresh(id),
             _ => {}
         }
     }
@@ -63,7 +63,7 @@ impl Actor {
         known.retrying = false;
         match self.known.get(&id).map(|known| &known.state) {
             Some(State::Waiting { .. }) => self.enrol(id),
-            Some(State::Enrolled { source, .. }) if source.is_empty() => self.refresh_source(id),
+            Some(State::Enrolled { network, .. }) if network.source.is_empty() => self.refresh(id),
             _ => {}
         }
     }
@@ -78,7 +78,8 @@ impl Actor {
         }
         match self.open_and_enrol(id) {
             Ok(state) => {
-                let lacks_address = matches!(&state, State::Enrolled { source, .. } if source.is_empty());
+                let lacks_address =
+                    matches!(&state, State::Enrolled { network, .. } if network.source.is_empty());
                 self.set_state(id, state);
                 if lacks_address {
                     self.retry_after(RETRY_FIRST, id);
@@ -106,8 +107,8 @@ impl Actor {
         if let Err(error) = self.changes.listen_here(id) {
             tracing::warn!(%error, pod = %known.name, "can't hear of changes in a pod: a new address is seen late");
         }
-        let found = listen::interfaces().map_err(EnrolError::io("listing its interfaces"))?;
-        if !found.loopback_up {
+        let network = listen::network().map_err(EnrolError::io("listing its interfaces"))?;
+        if !network.loopback_up {
             return Err(EnrolError::LoopbackDown);
         }
         let (sockets, capture_port) = listen::capture_listeners(wanted, count)
@@ -129,20 +130,20 @@ impl Actor {
         let capture = Arc::new(Capture { pod, original_dst: self.interceptor().original_dst_reader() });
         // The workers have the sockets before the first connection can be sent there.
         (self.parts.on_pod)(PodEvent::Enrolled { capture: Arc::clone(&capture), sockets });
-        let source = found.source;
-        if let Err(error) = self.write_record(&capture.pod, source) {
+        if let Err(error) = self.write_record(&capture.pod, network) {
             (self.parts.on_pod)(PodEvent::Gone { capture });
             return Err(error.into());
         }
         let note = if capture_port == wanted { "" } else { " (the wanted port is taken there)" };
-        let (v4, v6) = (source.v4, source.v6);
+        let (v4, v6) = (network.source.v4, network.source.v6);
         tracing::info!(pod = %capture.pod, netns = id.inode, capture_port, ?v4, ?v6, "pod captured{note}");
-        Ok(State::Enrolled { capture, source, attempts: 0 })
+        Ok(State::Enrolled { capture, network, attempts: 0 })
     }
 
-    fn write_record(&self, pod: &Pod, source: SourceAddresses) -> Result<(), InterceptError> {
-        let record = Enrolment::captured(pod.capture_port, source.v4, source.v6)
+    fn write_record(&self, pod: &Pod, network: Network) -> Result<(), InterceptError> {
+        let record = Enrolment::captured(pod.capture_port, network.source.v4, network.source.v6)
             .hashed(|ip| hashing::of_source(SocketAddr::new(ip, 0)));
+        let record = if network.keeps_syn { record } else { record.carried_by_map() };
         let record = if pod.host { record.of_host() } else { record };
         self.interceptor().enrol(pod.netns.cookie(), record)
     }
@@ -155,24 +156,23 @@ impl Actor {
         }
     }
 
-    /// Looks at the addresses of every pod again.
-    pub(super) fn refresh_sources(&mut self) {
+    /// Looks at the network of every pod again.
+    pub(super) fn refresh_all(&mut self) {
         let enrolled = self.known.iter().filter(|(_, known)| matches!(known.state, State::Enrolled { .. }));
         for id in enrolled.map(|(id, _)| *id).collect::<Vec<_>>() {
-            self.refresh_source(id);
+            self.refresh(id);
         }
     }
 
-    fn refresh_source(&mut self, id: NetNsId) {
+    fn refresh(&mut self, id: NetNsId) {
         if self.superseded {
             return;
         }
         let Some(known) = self.known.get(&id) else { return };
-        let State::Enrolled { capture, source: before, attempts } = &known.state else { return };
+        let State::Enrolled { capture, network: before, attempts } = &known.state else { return };
         let (capture, before, attempts) = (Arc::clone(capture), *before, *attempts);
-        let found = known.netns.enter().and_then(|_inside| listen::interfaces());
-        let now = match found {
-            Ok(found) => found.source,
+        let now = match known.netns.enter().and_then(|_inside| listen::network()) {
+            Ok(now) => now,
             Err(error) => {
                 tracing::warn!(%error, pod = %known.name, "can't look at a pod's addresses");
                 before
@@ -181,7 +181,8 @@ impl Actor {
         if now != before {
             match self.write_record(&capture.pod, now) {
                 Ok(()) => {
-                    tracing::info!(pod = %known.name, v4 = ?now.v4, v6 = ?now.v6, "pod's addresses changed");
+                    let (v4, v6) = (now.source.v4, now.source.v6);
+                    tracing::info!(pod = %known.name, ?v4, ?v6, now.keeps_syn, "pod's network changed");
                 }
                 Err(InterceptError::Superseded(_)) => return self.be_superseded(),
                 Err(error) => {
@@ -190,8 +191,11 @@ impl Actor {
                 }
             }
         }
-        let missing = now.is_empty();
-        self.set_state(id, State::Enrolled { capture, source: now, attempts: attempts + u32::from(missing) });
+        let missing = now.source.is_empty();
+        self.set_state(
+            id,
+            State::Enrolled { capture, network: now, attempts: attempts + u32::from(missing) },
+        );
         if missing {
             self.retry_after(backoff(attempts), id);
         }
@@ -237,8 +241,8 @@ impl Actor {
         let Some(known) = self.known.get_mut(&id) else { return };
         known.state = state;
         let Some(known) = self.known.get(&id) else { return };
-        if let State::Enrolled { capture, source, .. } = &known.state {
-            let capture_port = capture.pod.capture_port;
+        if let State::Enrolled { capture, network, .. } = &known.state {
+            let (capture_port, source) = (capture.pod.capture_port, network.source);
             self.show(known, PodState::Enrolled { capture_port, v4: source.v4, v6: source.v6 });
         }
     }

@@ -46,18 +46,20 @@ impl SourceAddresses {
     }
 }
 
-/// What the interfaces of this namespace say.
+/// What matters of the network of this namespace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Interfaces {
+pub(super) struct Network {
     /// Whether `lo` is up. Captured connections travel over it.
     pub(super) loopback_up: bool,
     /// What the kernel picks as the source towards the outside.
     pub(super) source: SourceAddresses,
+    /// Whether accepted sockets have their SYN: not where every connection has a SYN cookie.
+    pub(super) keeps_syn: bool,
 }
 
-/// Looks at the interfaces of this namespace.
-pub(super) fn interfaces() -> io::Result<Interfaces> {
-    let mut found = Interfaces::default();
+/// Looks at the network of this namespace.
+pub(super) fn network() -> io::Result<Network> {
+    let mut found = Network { keeps_syn: keeps_syn(), ..Network::default() };
     let mut first = SourceAddresses::default();
     for interface in getifaddrs()? {
         let up = interface.flags.contains(InterfaceFlags::IFF_UP);
@@ -83,6 +85,16 @@ pub(super) fn interfaces() -> io::Result<Interfaces> {
         },
     };
     Ok(found)
+}
+
+/// `/proc/sys/net` is that of the reading thread's namespace. Unknown: no.
+fn keeps_syn() -> bool {
+    const SETTING: &str = "/proc/sys/net/ipv4/tcp_syncookies";
+    match std::fs::read_to_string(SETTING) {
+        Ok(value) => matches!(value.trim(), "0" | "1"),
+        // A kernel without SYN cookies.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
 }
 
 fn source_towards(outside: SocketAddr) -> Option<IpAddr> {
@@ -178,7 +190,7 @@ mod tests {
     fn the_wanted_port_and_no_other_when_it_is_free() {
         let ns = new_namespace();
         inside(&ns, || {
-            assert!(!interfaces().unwrap().loopback_up);
+            assert!(!network().unwrap().loopback_up);
             ip("link set lo up");
             let (sockets, port) = capture_listeners(15001, 3).unwrap();
             assert_eq!((sockets.len(), port), (3, 15001));
@@ -189,7 +201,7 @@ mod tests {
             let accepted: usize =
                 sockets.iter().map(|socket| std::iter::from_fn(|| socket.accept().ok()).count()).sum();
             assert_eq!(accepted, 3);
-            assert!(interfaces().unwrap().loopback_up);
+            assert!(network().unwrap().loopback_up);
         });
     }
 
@@ -248,7 +260,7 @@ mod tests {
             // Its own address is reached over lo. Data passes the filter as well.
             let mut stream = TcpStream::connect("10.9.9.2:15001").unwrap();
             std::io::Write::write_all(&mut stream, b"x").unwrap();
-            assert_eq!(interfaces().unwrap().source.v4, Some(Ipv4Addr::new(10, 9, 9, 2)));
+            assert_eq!(network().unwrap().source.v4, Some(Ipv4Addr::new(10, 9, 9, 2)));
             sockets
         });
         inside(&outside, || {
@@ -276,7 +288,7 @@ mod tests {
             std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
             let (_sockets, port) = capture_listeners(15001, 2).unwrap();
             TcpStream::connect(("127.0.0.1", port)).unwrap();
-            let found = interfaces().unwrap();
+            let found = network().unwrap();
             assert_eq!(found.source, SourceAddresses { v4: Some(Ipv4Addr::new(10, 1, 2, 3)), v6: None });
         });
     }
@@ -286,14 +298,14 @@ mod tests {
         let ns = new_namespace();
         inside(&ns, || {
             ip("link set lo up");
-            assert!(interfaces().unwrap().source.is_empty());
+            assert!(network().unwrap().source.is_empty());
             ip("link add d0 type veth peer name d1");
             ip("addr add 169.254.7.7/16 dev d0");
             ip("addr add 10.1.0.1/24 dev d0");
             ip("addr add 10.2.0.1/24 dev d0");
             ip("addr add 2001:db8:7::1/64 dev d0 nodad");
             ip("link set d0 up");
-            let source = interfaces().unwrap().source;
+            let source = network().unwrap().source;
             assert_eq!(
                 source.v4,
                 Some(Ipv4Addr::new(10, 1, 0, 1)),
@@ -301,7 +313,7 @@ mod tests {
             );
             assert_eq!(source.v6, Some("2001:db8:7::1".parse().unwrap()));
             ip("route add default via 10.2.0.254");
-            assert_eq!(interfaces().unwrap().source.v4, Some(Ipv4Addr::new(10, 2, 0, 1)));
+            assert_eq!(network().unwrap().source.v4, Some(Ipv4Addr::new(10, 2, 0, 1)));
         });
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
@@ -126,7 +127,8 @@ pub fn listen(address: SocketAddr, options: &ListenerOptions<'_>) -> Result<Sock
     socket.bind(&SockAddr::from(address)).map_err(at("bind"))?;
     if let Some(queue) = options.fast_open_queue {
         let queue = queue.min(i32::MAX as u32) as libc::c_int;
-        set_option(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, queue).map_err(at("set TCP_FASTOPEN"))?;
+        set_option(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN, queue)
+            .map_err(at("set TCP_FASTOPEN"))?;
     }
     socket.listen(options.backlog.min(i32::MAX as u32) as libc::c_int).map_err(at("listen"))?;
     Ok(socket)
@@ -146,7 +148,7 @@ pub fn stream(address: SocketAddr, options: &StreamOptions<'_>) -> Result<Socket
     common(&socket, address, options.keepalive)?;
     if let Some(source) = options.source {
         if source.port() == 0 {
-            set_option(&socket, libc::SOL_IP, BIND_ADDRESS_NO_PORT, 1)
+            set_option(socket.as_fd(), libc::SOL_IP, BIND_ADDRESS_NO_PORT, 1)
                 .map_err(at("set IP_BIND_ADDRESS_NO_PORT"))?;
         }
         socket.bind(&SockAddr::from(source)).map_err(|e| OpenError {
