@@ -4,6 +4,7 @@
 //! whatever else the machine does hits all alike. CPU is what the scheduler has charged to the threads of a process.
 
 mod about;
+mod case;
 mod chart;
 mod compare;
 mod external;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use tidegate_tests::{program, tool};
 
 use super::results::Machine;
+use super::subject::Program;
 use super::tools::Programs;
 
 pub(super) fn machine() -> Result<Machine> {
@@ -49,23 +50,24 @@ pub(super) fn commit() -> String {
 /// Versions of what is measured. A tidegate that was named is told by its path, since its commit is unknown.
 pub(super) fn versions(programs: &Programs, named: Option<&Path>) -> Result<BTreeMap<String, String>> {
     let tidegate = named.map_or_else(commit, |path| path.display().to_string());
-    let mut versions = BTreeMap::from([("tidegate".to_owned(), tidegate)]);
-    let mut add = |name: &str, version: String| _ = versions.insert(name.to_owned(), version);
+    let mut versions = BTreeMap::new();
+    let mut add = |program: Program, version: String| _ = versions.insert(program.name().to_owned(), version);
+    add(Program::Tidegate, tidegate);
     if programs.base != PathBuf::new() {
-        add("base", programs.base.display().to_string());
+        add(Program::Base, programs.base.display().to_string());
     }
     if programs.envoy != PathBuf::new() {
-        add("envoy", tool::ENVOY_VERSION.to_owned());
+        add(Program::Envoy, tool::ENVOY_VERSION.to_owned());
     }
     if programs.haproxy != PathBuf::new() {
         let text = output(Command::new(&programs.haproxy).arg("-v"))?;
-        add("haproxy", text.split_whitespace().nth(2).unwrap_or("unknown").to_owned());
+        add(Program::Haproxy, text.split_whitespace().nth(2).unwrap_or("unknown").to_owned());
     }
     if programs.nginx != PathBuf::new() {
         // It says so on standard error.
         let said = Command::new(&programs.nginx).arg("-v").output()?.stderr;
         let said = String::from_utf8_lossy(&said).trim().to_owned();
-        add("nginx", said.rsplit('/').next().unwrap_or("unknown").to_owned());
+        add(Program::Nginx, said.rsplit('/').next().unwrap_or("unknown").to_owned());
     }
     Ok(versions)
 }

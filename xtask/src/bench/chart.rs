@@ -49,10 +49,10 @@ fn group(body: &mut String, title: &str, series: &Series, mut y: u32) -> u32 {
         escape(title),
         escape(&series.unit),
     );
-    let longest = SHOWN.iter().filter_map(|(name, _)| series.subjects.get(*name)).map(|spread| spread.max);
+    let longest = SHOWN.iter().filter_map(|(subject, _)| series.of(*subject)).map(|spread| spread.max);
     let scale = BAR / longest.fold(f64::MIN_POSITIVE, f64::max);
-    for ((name, title), colour) in SHOWN.iter().zip(COLOURS) {
-        let Some(spread) = series.subjects.get(*name) else { continue };
+    for ((subject, title), colour) in SHOWN.iter().zip(COLOURS) {
+        let Some(spread) = series.of(*subject) else { continue };
         let top = y + 5;
         y += LINE;
         let (length, from, to) = (spread.median * scale, spread.min * scale, spread.max * scale);
@@ -82,8 +82,11 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::case::Case;
     use super::super::metric::Metric;
     use super::super::results::tests::results;
+    use super::super::subject::Subject;
+    use super::super::workload::Workload;
     use super::*;
 
     #[test]
@@ -91,9 +94,9 @@ mod tests {
         let mut results = results();
         results.about.machine.cpu = "a <CPU> & more".to_owned();
         results.add(
-            "loopback/short",
+            Case::loopback(Workload::Short),
             Metric::ProxyCpu,
-            &[("tidegate", &[50.0, 50.0]), ("envoy", &[100.0, 100.0])],
+            &[(Subject::TIDEGATE, &[50.0, 50.0]), (Subject::ENVOY, &[100.0, 100.0])],
         );
         let svg = svg(&results);
         assert!(svg.contains("a &lt;CPU&gt; &amp; more"));

@@ -111,8 +111,11 @@ impl Change {
 
 #[cfg(test)]
 mod tests {
+    use super::super::case::Case;
     use super::super::metric::Metric;
     use super::super::results::tests::results;
+    use super::super::subject::Subject;
+    use super::super::workload::Workload;
     use super::*;
 
     fn spread(rounds: &[f64]) -> Spread {
@@ -132,9 +135,10 @@ mod tests {
     #[test]
     fn a_slower_machine_is_no_change_of_a_ratio() {
         let (mut old, mut new) = (results(), results());
-        let case = "loopback/short";
-        old.add(case, Metric::ProxyCpu, &[("tidegate", &[10.0, 11.0]), ("haproxy", &[20.0, 22.0])]);
-        new.add(case, Metric::ProxyCpu, &[("tidegate", &[20.0, 21.0]), ("haproxy", &[40.0, 42.0])]);
+        let case = Case::loopback(Workload::Short);
+        let (tidegate, haproxy) = (Subject::TIDEGATE, Subject::HAPROXY);
+        old.add(case, Metric::ProxyCpu, &[(tidegate, &[10.0, 11.0]), (haproxy, &[20.0, 22.0])]);
+        new.add(case, Metric::ProxyCpu, &[(tidegate, &[20.0, 21.0]), (haproxy, &[40.0, 42.0])]);
         let compare = |to: &str| Compare {
             old: PathBuf::new(),
             new: PathBuf::new(),

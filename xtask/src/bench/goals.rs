@@ -7,19 +7,24 @@ use std::fmt::Write as _;
 
 use anyhow::{Result, ensure};
 
+use super::case::Case;
 use super::metric::Metric;
+use super::plan::BULK_ON_ONE_CPU;
 use super::report::number;
 use super::results::{Results, Spread};
+use super::site::{Placement, Topology};
+use super::subject::Subject;
+use super::workload::Workload;
 
 /// A bound of one figure.
 pub(super) struct Goal {
     what: &'static str,
-    cases: &'static [&'static str],
+    cases: &'static [Case],
     metric: Metric,
     /// Whose figure it is.
-    subject: &'static str,
+    subject: Subject,
     /// What it is divided by; nothing: the figure itself is bound.
-    to: &'static [&'static str],
+    to: &'static [Subject],
     bound: Bound,
     /// A figure beyond the bound by no more than what it is divided by varies from round to round ([`Spread::noise`]) is no
     /// miss.
@@ -65,38 +70,33 @@ impl Bound {
     }
 }
 
-const ONE_CPU: &[&str] = &[
-    "loopback/bulk-1-down@one-cpu",
-    "loopback/bulk-8-down@one-cpu",
-    "loopback/bulk-64-down@one-cpu",
-    "loopback/bulk-1-up@one-cpu",
-    "loopback/bulk-8-up@one-cpu",
-];
-const ONE_STREAM: &[&str] = &["loopback/bulk-1-down@one-cpu", "loopback/bulk-1-up@one-cpu"];
+const ONE_CPU: &[Case] = &Case::each(Topology::Loopback, Placement::OneCpu, BULK_ON_ONE_CPU);
+const ONE_STREAM: &[Case] =
+    &[Case::loopback(Workload::down(1)).one_cpu(), Case::loopback(Workload::up(1)).one_cpu()];
 /// Between two CPUs of a virtual machine a wake-up takes longer than any proxy, and depends on where the scheduler puts
 /// whom; on one CPU latency is the work that lies between request and answer.
-const REQUEST_1: &[&str] = &["loopback/request-64x1@one-cpu"];
-const REQUEST_64: &[&str] = &["loopback/request-64x64"];
-const REQUEST_512: &[&str] = &["loopback/request-64x512"];
-const SHORT: &[&str] = &["loopback/short"];
-const VETH_SHORT: &[&str] = &["veth/short"];
-const MIXED: &[&str] = &["loopback/mixed-64"];
-const IDLE: &[&str] = &["loopback/idle"];
-const INTERCEPT: &[&str] = &["veth/intercept"];
+const REQUEST_1: &[Case] = &[Case::loopback(Workload::request(64, 1)).one_cpu()];
+const REQUEST_64: &[Case] = &[Case::loopback(Workload::request(64, 64))];
+const REQUEST_512: &[Case] = &[Case::loopback(Workload::request(64, 512))];
+const SHORT: &[Case] = &[Case::loopback(Workload::Short)];
+const VETH_SHORT: &[Case] = &[Case::veth(Workload::Short)];
+const MIXED: &[Case] = &[Case::loopback(Workload::MIXED)];
+const IDLE: &[Case] = &[Case::loopback(Workload::Idle)];
+const INTERCEPT: &[Case] = &[Case::veth(Workload::Intercept)];
 
-const OWN: &str = "tidegate";
-const CAPTURED: &str = "tidegate+intercept";
-const ENVOY: &[&str] = &["envoy"];
-const HAPROXY: &[&str] = &["haproxy"];
-const SPLICE: &[&str] = &["haproxy-splice"];
-const PEERS: &[&str] = &["envoy", "haproxy", "haproxy-splice", "nginx"];
+const OWN: Subject = Subject::TIDEGATE;
+const CAPTURED: Subject = Subject::INTERCEPT;
+const ENVOY: &[Subject] = &[Subject::ENVOY];
+const HAPROXY: &[Subject] = &[Subject::HAPROXY];
+const SPLICE: &[Subject] = &[Subject::HAPROXY_SPLICE];
+const PEERS: &[Subject] = &[Subject::ENVOY, Subject::HAPROXY, Subject::HAPROXY_SPLICE, Subject::NGINX];
 
 pub(super) const fn goal(
     what: &'static str,
-    cases: &'static [&'static str],
+    cases: &'static [Case],
     metric: Metric,
-    subject: &'static str,
-    to: &'static [&'static str],
+    subject: Subject,
+    to: &'static [Subject],
     bound: Bound,
 ) -> Goal {
     Goal { what, cases, metric, subject, to, bound, within_noise: false }
@@ -106,7 +106,14 @@ const GOALS: &[Goal] = &[
     goal("bulk, one CPU: proxy CPU", ONE_CPU, Metric::ProxyCpu, OWN, ENVOY, AtMost(1.0 / 3.0)),
     goal("bulk, one CPU: proxy CPU", ONE_CPU, Metric::ProxyCpu, OWN, SPLICE, AtMost(1.05)),
     goal("bulk, one CPU: proxy CPU", ONE_CPU, Metric::ProxyCpu, OWN, HAPROXY, AtMost(1.0 / 6.0)),
-    goal("bulk, one CPU, 1 stream: throughput", ONE_STREAM, Metric::Rate, OWN, &["direct"], AtLeast(0.72)),
+    goal(
+        "bulk, one CPU, 1 stream: throughput",
+        ONE_STREAM,
+        Metric::Rate,
+        OWN,
+        &[Subject::DIRECT],
+        AtLeast(0.72),
+    ),
     goal("bulk, one CPU: throughput", ONE_CPU, Metric::Rate, OWN, SPLICE, AtLeast(1.0)),
     goal("64 B, 64 connections: proxy CPU", REQUEST_64, Metric::ProxyCpu, OWN, ENVOY, AtMost(0.40)),
     goal(
@@ -114,7 +121,7 @@ const GOALS: &[Goal] = &[
         REQUEST_64,
         Metric::ProxyCpu,
         OWN,
-        &["haproxy", "nginx"],
+        &[Subject::HAPROXY, Subject::NGINX],
         AtMost(0.75),
     ),
     goal("64 B, 1 connection, one CPU: p50", REQUEST_1, Metric::P50, OWN, PEERS, AtMost(1.0)),
@@ -128,7 +135,7 @@ const GOALS: &[Goal] = &[
     goal("64 B beside 64 bulk streams: p99", MIXED, Metric::P99, OWN, PEERS, AtMost(1.0)),
     goal("RSS per idle connection, B", IDLE, Metric::RssPerConnection, OWN, &[], AtMost(1000.0)),
     goal("RSS at start, MB", IDLE, Metric::RssStart, OWN, &[], AtMost(12.0)),
-    goal("access log: CPU per connection", SHORT, Metric::ProxyCpu, "tidegate+log", &[OWN], AtMost(1.05)),
+    goal("access log: CPU per connection", SHORT, Metric::ProxyCpu, OWN.logging(), &[OWN], AtMost(1.05)),
     goal("interception: µs of CPU per connect", INTERCEPT, Metric::InterceptCpu, CAPTURED, &[], AtMost(3.0)),
     goal("its programs run by pods not captured", INTERCEPT, Metric::ForeignRuns, CAPTURED, &[], AtMost(0.0)),
 ];
@@ -172,42 +179,40 @@ impl Goal {
     }
 
     #[cfg(test)]
-    pub(super) fn cases(&self) -> &'static [&'static str] {
+    pub(super) fn cases(&self) -> &'static [Case] {
         self.cases
     }
 
     /// Who must be measured.
     #[cfg(test)]
-    pub(super) fn subjects(&self) -> impl Iterator<Item = &'static str> {
+    pub(super) fn subjects(&self) -> impl Iterator<Item = Subject> {
         self.to.iter().copied().chain([self.subject])
     }
 
     fn outcome(&self, results: &Results) -> Outcome {
         let (mut worst, mut missing): (Option<Worst>, usize) = (None, 0);
         for case in self.cases {
-            let series = results.find(case, self.metric);
-            let own = series.and_then(|series| series.subjects.get(self.subject));
-            for to in if self.to.is_empty() { &[""] } else { self.to } {
-                let figure = if self.to.is_empty() {
-                    own.map(|spread| spread.median)
-                } else {
-                    series.and_then(|series| series.ratio(self.subject, to))
+            let series = results.find(&case.to_string(), self.metric);
+            for to in self.compared_with() {
+                let figure = match to {
+                    None => series.and_then(|series| series.of(self.subject)).map(|spread| spread.median),
+                    Some(to) => series.and_then(|series| series.ratio(self.subject, to)),
                 };
                 let Some(figure) = figure else {
                     missing += 1;
                     continue;
                 };
-                let theirs = series.and_then(|series| series.subjects.get(*to)).filter(|_| self.within_noise);
-                let noise = theirs.map(Spread::noise);
+                let theirs = series.zip(to).and_then(|(series, to)| series.of(to));
+                let noise = theirs.filter(|_| self.within_noise).map(Spread::noise);
                 let relaxed = self.bound.relaxed(figure, noise.unwrap_or_default());
                 if worst.as_ref().is_none_or(|known| self.bound.worse(relaxed, known.relaxed)) {
-                    worst = Some(Worst { figure, noise, relaxed, place: self.place(case, to) });
+                    worst = Some(Worst { figure, noise, relaxed, place: self.place(*case, to) });
                 }
             }
         }
         Outcome {
             what: self.what,
-            to: self.to.join(", "),
+            to: self.to.iter().map(Subject::to_string).collect::<Vec<_>>().join(", "),
             bound: self.bound.text(),
             met: worst.as_ref().is_some_and(|worst| self.bound.holds(worst.relaxed)),
             noise: worst.as_ref().and_then(|worst| worst.noise),
@@ -216,15 +221,16 @@ impl Goal {
         }
     }
 
+    /// Who is compared with, one after the other; nobody, once, when the figure itself is bound.
+    fn compared_with(&self) -> impl Iterator<Item = Option<Subject>> {
+        self.to.iter().copied().map(Some).chain(self.to.is_empty().then_some(None))
+    }
+
     /// Which of several workloads and peers.
-    fn place(&self, case: &str, to: &str) -> String {
-        let workload = case.split(['/', '@']).nth(1).unwrap_or(case);
-        match (self.cases.len() > 1, self.to.len() > 1) {
-            (true, true) => format!("{workload}, {to}"),
-            (true, false) => workload.to_owned(),
-            (false, true) => to.to_owned(),
-            (false, false) => String::new(),
-        }
+    fn place(&self, case: Case, to: Option<Subject>) -> String {
+        let workload = (self.cases.len() > 1).then(|| case.workload.to_string());
+        let to = to.filter(|_| self.to.len() > 1).map(|to| to.to_string());
+        workload.into_iter().chain(to).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -272,7 +278,7 @@ pub(super) fn table(outcomes: &[Outcome]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::plan::{Choice, Plan};
+    use super::super::plan::Choice;
     use super::super::results::tests::results;
     use super::*;
 
@@ -282,16 +288,8 @@ mod tests {
         let outcome = GOALS[0].outcome(&results);
         assert_eq!(outcome.worst, None, "nothing was measured");
         assert!(!outcome.met);
-        results.add(
-            "loopback/bulk-1-down@one-cpu",
-            Metric::ProxyCpu,
-            &[("tidegate", &[1.0, 2.0]), ("envoy", &[4.0, 8.0])],
-        );
-        results.add(
-            "loopback/bulk-8-down@one-cpu",
-            Metric::ProxyCpu,
-            &[("tidegate", &[1.0, 2.0]), ("envoy", &[2.0, 4.0])],
-        );
+        results.add(ONE_CPU[0], Metric::ProxyCpu, &[(OWN, &[1.0, 2.0]), (Subject::ENVOY, &[4.0, 8.0])]);
+        results.add(ONE_CPU[1], Metric::ProxyCpu, &[(OWN, &[1.0, 2.0]), (Subject::ENVOY, &[2.0, 4.0])]);
         let outcome = GOALS[0].outcome(&results);
         assert_eq!(outcome.worst, Some((0.5, "bulk-8-down".to_owned())));
         assert!(!outcome.met);
@@ -307,11 +305,12 @@ mod tests {
 
     #[test]
     fn noise_excuses_no_more_than_itself() {
-        let goal = |bound| goal("", &["veth/short"], Metric::Rate, "tidegate+kernel", &["direct"], bound);
+        let goal = |bound| goal("", VETH_SHORT, Metric::Rate, Subject::KERNEL, &[Subject::DIRECT], bound);
         let mut results = results();
         // The median of the ratios is .96, and half of direct's rounds are within 2 % of their median.
         let (own, direct) = ([96.0, 94.08, 97.92], [100.0, 98.0, 102.0]);
-        results.add("veth/short", Metric::Rate, &[("tidegate+kernel", &own), ("direct", &direct)]);
+        let figures: [(_, &[f64]); 2] = [(Subject::KERNEL, &own), (Subject::DIRECT, &direct)];
+        results.add(VETH_SHORT[0], Metric::Rate, &figures);
         assert!(!goal(AtLeast(0.97)).outcome(&results).met);
         let outcome = goal(AtLeast(0.97)).within_noise().outcome(&results);
         assert!(outcome.met && outcome.worst == Some((0.96, String::new())), "{outcome:?}");
@@ -321,23 +320,15 @@ mod tests {
         assert!(!goal(AtMost(0.93)).within_noise().outcome(&results).met);
     }
 
-    fn measures(plan: &Plan, case: &str, subject: &str) -> bool {
-        plan.entries.iter().any(|entry| {
-            entry.case.to_string() == case && entry.subjects.iter().any(|known| known.to_string() == subject)
-        })
-    }
-
     #[test]
     fn the_full_run_measures_every_goal_and_the_quick_one_nearly() {
         let (full, quick) = (Choice::default().plan(), Choice { quick: true, ..Choice::default() }.plan());
         for goal in GOALS {
-            for case in goal.cases {
-                for subject in goal.to.iter().chain([&goal.subject]) {
-                    assert!(measures(&full, case, subject), "{case}: {subject}");
+            for subject in goal.subjects() {
+                for case in goal.cases {
+                    assert!(full.measures(*case, subject), "{case}: {subject}");
                 }
-            }
-            for subject in goal.to.iter().chain([&goal.subject]) {
-                assert!(measures(&quick, goal.cases[0], subject), "{}: {subject}", goal.cases[0]);
+                assert!(quick.measures(goal.cases[0], subject), "{}: {subject}", goal.cases[0]);
             }
         }
     }

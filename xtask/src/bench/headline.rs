@@ -1,49 +1,61 @@
 //! The few figures that README and chart show.
 
+use super::case::Case;
 use super::metric::Metric;
 use super::results::{Results, Series};
+use super::subject::Subject;
+use super::workload::Workload;
 
 /// One line of the table, one group of bars.
 struct Headline {
     title: &'static str,
-    case: &'static str,
+    case: Case,
     metric: Metric,
 }
 
-const fn headline(title: &'static str, case: &'static str, metric: Metric) -> Headline {
+const fn headline(title: &'static str, case: Case, metric: Metric) -> Headline {
     Headline { title, case, metric }
 }
 
+const BULK_1: Case = Case::loopback(Workload::down(1)).one_cpu();
+const BULK_8: Case = Case::loopback(Workload::down(8)).one_cpu();
+const REQUEST_1: Case = Case::loopback(Workload::request(64, 1)).one_cpu();
+const REQUEST_64: Case = Case::loopback(Workload::request(64, 64));
+const REQUEST_512: Case = Case::loopback(Workload::request(64, 512));
+const SHORT: Case = Case::loopback(Workload::Short);
+const MIXED: Case = Case::loopback(Workload::MIXED);
+const IDLE: Case = Case::loopback(Workload::Idle);
+
 const HEADLINES: &[Headline] = &[
-    headline("bulk, 1 stream, one CPU: proxy CPU", "loopback/bulk-1-down@one-cpu", Metric::ProxyCpu),
-    headline("bulk, 8 streams, one CPU: proxy CPU", "loopback/bulk-8-down@one-cpu", Metric::ProxyCpu),
-    headline("bulk, 1 stream, one CPU: throughput", "loopback/bulk-1-down@one-cpu", Metric::Rate),
-    headline("64 B, 1 connection, one CPU: p50", "loopback/request-64x1@one-cpu", Metric::P50),
-    headline("64 B, 1 connection, one CPU: p99", "loopback/request-64x1@one-cpu", Metric::P99),
-    headline("64 B, 64 connections: proxy CPU", "loopback/request-64x64", Metric::ProxyCpu),
-    headline("64 B, 512 connections: rate", "loopback/request-64x512", Metric::Rate),
-    headline("connect, 64 B, close: rate", "loopback/short", Metric::Rate),
-    headline("connect, 64 B, close: proxy CPU", "loopback/short", Metric::ProxyCpu),
-    headline("64 B beside 64 bulk streams: p99", "loopback/mixed-64", Metric::P99),
-    headline("memory at start", "loopback/idle", Metric::RssStart),
-    headline("memory per idle connection", "loopback/idle", Metric::RssPerConnection),
+    headline("bulk, 1 stream, one CPU: proxy CPU", BULK_1, Metric::ProxyCpu),
+    headline("bulk, 8 streams, one CPU: proxy CPU", BULK_8, Metric::ProxyCpu),
+    headline("bulk, 1 stream, one CPU: throughput", BULK_1, Metric::Rate),
+    headline("64 B, 1 connection, one CPU: p50", REQUEST_1, Metric::P50),
+    headline("64 B, 1 connection, one CPU: p99", REQUEST_1, Metric::P99),
+    headline("64 B, 64 connections: proxy CPU", REQUEST_64, Metric::ProxyCpu),
+    headline("64 B, 512 connections: rate", REQUEST_512, Metric::Rate),
+    headline("connect, 64 B, close: rate", SHORT, Metric::Rate),
+    headline("connect, 64 B, close: proxy CPU", SHORT, Metric::ProxyCpu),
+    headline("64 B beside 64 bulk streams: p99", MIXED, Metric::P99),
+    headline("memory at start", IDLE, Metric::RssStart),
+    headline("memory per idle connection", IDLE, Metric::RssPerConnection),
 ];
 
 /// Those who are shown, and what they are called; of the programs, with the version.
-pub(super) const SHOWN: &[(&str, &str)] = &[
-    ("tidegate", "tidegate"),
-    ("envoy", "Envoy"),
-    ("haproxy", "HAProxy"),
-    ("haproxy-splice", "HAProxy, tuned"),
-    ("nginx", "nginx"),
-    ("direct", "no proxy"),
+pub(super) const SHOWN: &[(Subject, &str)] = &[
+    (Subject::TIDEGATE, "tidegate"),
+    (Subject::ENVOY, "Envoy"),
+    (Subject::HAPROXY, "HAProxy"),
+    (Subject::HAPROXY_SPLICE, "HAProxy, tuned"),
+    (Subject::NGINX, "nginx"),
+    (Subject::DIRECT, "no proxy"),
 ];
 
 /// The headlines that a run has measured.
 pub(super) fn of(results: &Results) -> Vec<(&'static str, &Series)> {
     let find = |headline: &Headline| {
-        let series = results.find(headline.case, headline.metric)?;
-        series.subjects.contains_key("tidegate").then_some((headline.title, series))
+        let series = results.find(&headline.case.to_string(), headline.metric)?;
+        series.of(Subject::TIDEGATE).map(|_| (headline.title, series))
     };
     HEADLINES.iter().filter_map(find).collect()
 }
@@ -58,11 +70,9 @@ mod tests {
         for quick in [true, false] {
             let plan = Choice { quick, ..Choice::default() }.plan();
             for headline in HEADLINES {
-                assert!(
-                    plan.entries.iter().any(|entry| entry.case.to_string() == headline.case),
-                    "{}",
-                    headline.case
-                );
+                for (subject, _) in SHOWN {
+                    assert!(plan.measures(headline.case, *subject), "{}: {subject}", headline.case);
+                }
             }
         }
     }

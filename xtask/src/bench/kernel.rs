@@ -3,10 +3,14 @@
 use anyhow::{Result, ensure};
 use clap::Args;
 
+use super::case::Case;
 use super::goals::Bound::{AtLeast, AtMost};
 use super::goals::{self, Goal, goal};
 use super::metric::Metric;
 use super::options::Options;
+use super::site::{Placement, Topology};
+use super::subject::Subject;
+use super::workload::Workload;
 use super::{about, report};
 
 /// Arguments of `bench kernel`.
@@ -22,23 +26,13 @@ pub(super) struct Kernel {
     goals: bool,
 }
 
-const BULK: &[&str] = &["veth/bulk-1-down", "veth/bulk-8-down", "veth/bulk-64-down"];
-const REQUESTS: &[&str] = &[
-    "veth/request-64x1",
-    "veth/request-64x64",
-    "veth/request-64x512",
-    "veth/request-1024x1",
-    "veth/request-1024x64",
-    "veth/request-1024x512",
-    "veth/request-16384x1",
-    "veth/request-16384x64",
-    "veth/request-16384x512",
-];
-const SHORT: &[&str] = &["veth/short"];
-const INTERCEPT: &[&str] = &["veth/intercept"];
+const BULK: &[Case] = &Case::each(Topology::Veth, Placement::Free, Workload::DOWNLOADS);
+const REQUESTS: &[Case] = &Case::each(Topology::Veth, Placement::Free, Workload::REQUESTS);
+const SHORT: &[Case] = &[Case::veth(Workload::Short)];
+const INTERCEPT: &[Case] = &[Case::veth(Workload::Intercept)];
 
-const OWN: &str = "tidegate+kernel";
-const DIRECT: &[&str] = &["direct"];
+const OWN: Subject = Subject::KERNEL;
+const DIRECT: &[Subject] = &[Subject::DIRECT];
 
 /// Of direct, in rate; of latencies, which are better when they are lower, the inverse.
 const NEARLY: f64 = 0.97;
@@ -58,7 +52,7 @@ const GOALS: &[Goal] = &[
         "connect(2): eBPF, 10,000 services x 10",
         INTERCEPT,
         Metric::ConnectCpu,
-        "tidegate+kernel-many",
+        Subject::KERNEL_MANY,
         &[OWN],
         AtMost(1.1),
     )
@@ -72,8 +66,8 @@ impl Kernel {
         let outcomes = goals::outcomes_of(GOALS, &results);
         print!(
             "{}{}{}",
-            report::header(&results.about, Some("direct")),
-            report::table(&results, Some("direct")),
+            report::header(&results.about, Some(Subject::DIRECT)),
+            report::table(&results, Some(Subject::DIRECT)),
             goals::table(&outcomes),
         );
         println!(
@@ -97,11 +91,8 @@ mod tests {
             let plan = Choice { quick, ..Choice::default() }.kernel();
             for goal in GOALS {
                 for case in goal.cases() {
-                    let entry = plan.entries.iter().find(|entry| entry.case.to_string() == *case);
-                    let entry = entry.unwrap_or_else(|| panic!("{case} is not measured"));
-                    for name in goal.subjects() {
-                        let measured = entry.subjects.iter().any(|subject| subject.to_string() == name);
-                        assert!(measured, "{case}: {name}");
+                    for subject in goal.subjects() {
+                        assert!(plan.measures(*case, subject), "{case}: {subject}");
                     }
                 }
             }

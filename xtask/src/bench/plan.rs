@@ -1,27 +1,15 @@
 //! What is measured, of whom, and how often.
 
-use std::fmt;
 use std::time::Duration;
 
-use tidegate_tests::load::Direction;
-
+use super::case::Case;
 use super::site::{Placement, Topology};
 use super::subject::{Program, Subject};
-use super::workload::Workload;
+use super::workload::{DIRECTIONS, STREAMS, Workload};
 
-/// A workload as it is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct Case {
-    pub(super) topology: Topology,
-    pub(super) workload: Workload,
-    pub(super) placement: Placement,
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&format!("{}/{}{}", self.topology, self.workload, self.placement.suffix()))
-    }
-}
+/// Bulk whose work is compared on one CPU.
+pub(super) const BULK_ON_ONE_CPU: [Workload; 5] =
+    [Workload::down(1), Workload::down(8), Workload::down(64), Workload::up(1), Workload::up(8)];
 
 /// A case and who is measured in it, in this order.
 #[derive(Clone, Debug)]
@@ -85,24 +73,14 @@ impl std::str::FromStr for Selector {
     }
 }
 
-const fn bulk(streams: usize, direction: Direction) -> Workload {
-    Workload::Bulk { streams, direction }
-}
-
-const fn request(size: usize, connections: usize) -> Workload {
-    Workload::Request { size, connections }
-}
-
 /// Every workload of a full run.
 fn every() -> Vec<Workload> {
     let mut all = vec![Workload::Idle];
-    for streams in [1, 8, 64] {
-        all.extend([Direction::Down, Direction::Up, Direction::Both].map(|way| bulk(streams, way)));
+    for streams in STREAMS {
+        all.extend(DIRECTIONS.map(|direction| Workload::Bulk { streams, direction }));
     }
-    for size in [64, 1024, 16384] {
-        all.extend([1, 64, 512].map(|connections| request(size, connections)));
-    }
-    all.extend([Workload::Short, Workload::Mixed { streams: 64 }]);
+    all.extend(Workload::REQUESTS);
+    all.extend([Workload::Short, Workload::MIXED]);
     all.extend([1, 8].map(|streams| Workload::Iperf3 { streams }));
     all.extend([Workload::Wrk { connections: 64 }, Workload::Intercept]);
     all
@@ -155,7 +133,6 @@ impl Choice {
 
     /// The kernel path, direct connections, and every proxy, over veth.
     pub(super) fn kernel(&self) -> Plan {
-        use Direction::{Down, Up};
         let subjects = [
             Subject::KERNEL,
             Subject::INTERCEPT,
@@ -166,13 +143,11 @@ impl Choice {
             Subject::DIRECT,
         ];
         let mut workloads = Vec::new();
-        for streams in [1, 8, 64] {
-            workloads.push(bulk(streams, Down));
-            workloads.extend((!self.quick).then_some(bulk(streams, Up)));
+        for streams in STREAMS {
+            workloads.push(Workload::down(streams));
+            workloads.extend((!self.quick).then_some(Workload::up(streams)));
         }
-        for size in [64, 1024, 16384] {
-            workloads.extend([1, 64, 512].map(|connections| request(size, connections)));
-        }
+        workloads.extend(Workload::REQUESTS);
         workloads.extend([Workload::Short, Workload::Intercept]);
         let entry = |workload| {
             let subjects = match workload {
@@ -180,7 +155,7 @@ impl Choice {
                 Workload::Short => [&[Subject::KERNEL.logging()], &subjects[..]].concat(),
                 _ => subjects.to_vec(),
             };
-            Entry { case: Case { topology: Topology::Veth, workload, placement: Placement::Free }, subjects }
+            Entry { case: Case::veth(workload), subjects }
         };
         self.repeated(workloads.into_iter().map(entry).collect())
     }
@@ -219,20 +194,21 @@ impl Choice {
                 entries.push(Entry { case, subjects: subjects.to_vec() });
             }
         };
-        use Direction::{Down, Up};
-        let (small, short, mixed) = (
-            [request(64, 1), request(64, 64), request(64, 512)],
-            Workload::Short,
-            Workload::Mixed { streams: 64 },
-        );
+        let small = [1, 64, 512].map(|connections| Workload::request(64, connections));
+        let short = Workload::Short;
         let all_logging = [plain.clone(), self.logging()].concat();
         let mut captured = plain.clone();
         captured.insert(1, Subject::INTERCEPT);
         add(Topology::Loopback, Placement::Free, &plain, &[Workload::Idle]);
         if self.quick {
-            add(Topology::Loopback, Placement::OneCpu, &plain, &[bulk(1, Down), bulk(8, Down), small[0]]);
+            add(
+                Topology::Loopback,
+                Placement::OneCpu,
+                &plain,
+                &[Workload::down(1), Workload::down(8), small[0]],
+            );
             add(Topology::Loopback, Placement::Free, &plain, &small[1..]);
-            add(Topology::Loopback, Placement::Free, &plain, &[mixed]);
+            add(Topology::Loopback, Placement::Free, &plain, &[Workload::MIXED]);
             add(Topology::Loopback, Placement::Free, &all_logging, &[short]);
             captured.retain(|subject| {
                 !matches!(subject.program, Program::HaproxySplice | Program::Nginx | Program::Base)
@@ -240,8 +216,8 @@ impl Choice {
             add(Topology::Veth, Placement::Free, &captured, &[short, Workload::Intercept]);
             return entries;
         }
-        let one_cpu = [bulk(1, Down), bulk(8, Down), bulk(64, Down), bulk(1, Up), bulk(8, Up), small[0]];
-        add(Topology::Loopback, Placement::OneCpu, &plain, &one_cpu);
+        add(Topology::Loopback, Placement::OneCpu, &plain, &BULK_ON_ONE_CPU);
+        add(Topology::Loopback, Placement::OneCpu, &plain, &small[..1]);
         let free: Vec<_> = every()
             .into_iter()
             .filter(|workload| !matches!(workload, Workload::Idle | Workload::Short | Workload::Intercept))
@@ -249,7 +225,7 @@ impl Choice {
             .collect();
         add(Topology::Loopback, Placement::Free, &plain, &free);
         add(Topology::Loopback, Placement::Free, &all_logging, &[small[1], short]);
-        let veth = [bulk(1, Down), bulk(8, Down), small[0], small[1], short, Workload::Intercept];
+        let veth = [Workload::down(1), Workload::down(8), small[0], small[1], short, Workload::Intercept];
         add(Topology::Veth, Placement::Free, &captured, &veth);
         entries
     }
@@ -271,6 +247,12 @@ impl Plan {
 
     pub(super) fn uses(&self, used: impl Fn(Workload) -> bool) -> bool {
         self.entries.iter().any(|entry| used(entry.case.workload))
+    }
+
+    /// Whether a subject is measured in a case.
+    #[cfg(test)]
+    pub(super) fn measures(&self, case: Case, subject: Subject) -> bool {
+        self.entries.iter().any(|entry| entry.case == case && entry.subjects.contains(&subject))
     }
 
     /// How many single measurements that are.
@@ -303,6 +285,16 @@ mod tests {
     }
 
     #[test]
+    fn every_workload_has_a_name_of_its_own() {
+        let mut names = std::collections::BTreeSet::new();
+        for workload in every() {
+            let name = workload.to_string();
+            assert_eq!(name.parse(), Ok(workload));
+            assert!(names.insert(name), "{workload} twice");
+        }
+    }
+
+    #[test]
     fn groups_and_placements() {
         let bulk: Selector = "bulk@pinned".parse().expect("a group");
         assert_eq!(bulk.workloads.len(), 9);
@@ -311,7 +303,7 @@ mod tests {
             assert!(wrong.parse::<Selector>().is_err(), "{wrong}");
         }
         let one: Selector = "request-100x3".parse().expect("any size");
-        assert_eq!(one.workloads, [request(100, 3)]);
+        assert_eq!(one.workloads, [Workload::request(100, 3)]);
     }
 
     #[test]

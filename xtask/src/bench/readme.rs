@@ -11,6 +11,7 @@ use tidegate_tests::program;
 use super::headline::{self, SHOWN};
 use super::report::number;
 use super::results::{Results, Series};
+use super::subject::Subject;
 use super::{chart, goals};
 
 /// The run that README shows, and its chart.
@@ -80,7 +81,7 @@ fn replace(text: &str, section: &str) -> Result<String> {
 
 fn section(results: &Results) -> String {
     let about = &results.about;
-    let version = |name: &str| about.versions.get(name).map_or("", String::as_str);
+    let version = |subject: Subject| about.versions.get(&subject.to_string()).map_or("", String::as_str);
     let mut text = format!(
         "Measured {} on {} CPUs of an {} under Linux {}: {} rounds{}, one worker thread each, medians; in brackets \
          tidegate's figure divided by theirs, median over the rounds.\n\n",
@@ -92,9 +93,9 @@ fn section(results: &Results) -> String {
         if about.settings.quick { " of `--quick`" } else { "" },
     );
     text.push_str("| |");
-    for (name, title) in SHOWN {
-        let short = version(name).split(['-', '+']).next().unwrap_or_default();
-        let version = if *name == "tidegate" { "" } else { short };
+    for (subject, title) in SHOWN {
+        let short = version(*subject).split(['-', '+']).next().unwrap_or_default();
+        let version = if *subject == Subject::TIDEGATE { "" } else { short };
         let _ = write!(text, " {} |", format!("{title} {version}").trim());
     }
     let _ = writeln!(text, "\n|---|{}", "---|".repeat(SHOWN.len()));
@@ -130,7 +131,10 @@ fn section(results: &Results) -> String {
 }
 
 fn cells(series: &Series) -> String {
-    let cell = |(name, _): &(&str, &str)| match (series.subjects.get(*name), series.tidegate_to.get(*name)) {
+    let cell = |(subject, _): &(Subject, &str)| match (
+        series.of(*subject),
+        series.tidegate_to.get(&subject.to_string()),
+    ) {
         (None, _) => " |".to_owned(),
         (Some(spread), None) => format!(" {} |", number(spread.median)),
         (Some(spread), Some(ratio)) => format!(" {} ({:.2}) |", number(spread.median), ratio.median),
@@ -140,8 +144,10 @@ fn cells(series: &Series) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::case::Case;
     use super::super::metric::Metric;
     use super::super::results::tests::results;
+    use super::super::workload::Workload;
     use super::*;
 
     #[test]
@@ -163,9 +169,9 @@ mod tests {
     fn a_line_has_figures_and_ratios() {
         let mut results = results();
         results.add(
-            "loopback/short",
+            Case::loopback(Workload::Short),
             Metric::ProxyCpu,
-            &[("tidegate", &[50.0, 50.0]), ("envoy", &[100.0, 100.0])],
+            &[(Subject::TIDEGATE, &[50.0, 50.0]), (Subject::ENVOY, &[100.0, 100.0])],
         );
         let section = section(&results);
         assert!(

@@ -7,7 +7,7 @@ use super::results::{About, Results, Series, Spread};
 use super::subject::Subject;
 
 /// When, where and how, in three lines. `base`: what figures are divided by, as for [`table`].
-pub(super) fn header(about: &About, base: Option<&str>) -> String {
+pub(super) fn header(about: &About, base: Option<Subject>) -> String {
     let ratio = base.map_or_else(
         || "tidegate's figure divided by it".to_owned(),
         |base| format!("its figure divided by that of {base}"),
@@ -35,7 +35,7 @@ pub(super) fn header(about: &About, base: Option<&str>) -> String {
 
 /// Every case with every figure that says something about the subjects. Ratios are tidegate's figures divided by theirs, or
 /// theirs divided by those of `base`.
-pub(super) fn table(results: &Results, base: Option<&str>) -> String {
+pub(super) fn table(results: &Results, base: Option<Subject>) -> String {
     let mut text = String::new();
     let mut case = "";
     let mut columns = Vec::new();
@@ -57,17 +57,15 @@ pub(super) fn table(results: &Results, base: Option<&str>) -> String {
     text
 }
 
-fn line(text: &mut String, series: &Series, columns: &[Subject], base: Option<&str>) {
+fn line(text: &mut String, series: &Series, columns: &[Subject], base: Option<Subject>) {
     let label = format!("  {} ({})", series.metric.title(), series.unit);
     let _ = write!(text, "{label:<54}{:>6}", widest(series.subjects.values()));
     for subject in columns {
-        let subject = subject.to_string();
-        let value =
-            series.subjects.get(&subject).map_or_else(|| "-".to_owned(), |spread| number(spread.median));
+        let value = series.of(*subject).map_or_else(|| "-".to_owned(), |spread| number(spread.median));
         let ratio = match base {
-            None => series.tidegate_to.get(&subject).map(|spread| spread.median),
-            Some(base) if base == subject => None,
-            Some(base) => series.ratio(&subject, base),
+            None => series.tidegate_to.get(&subject.to_string()).map(|spread| spread.median),
+            Some(base) if base == *subject => None,
+            Some(base) => series.ratio(*subject, base),
         };
         let ratio = ratio.map_or_else(String::new, |ratio| format!("×{ratio:.2}"));
         let _ = write!(text, "{value:>9}{ratio:>6}");

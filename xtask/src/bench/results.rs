@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::case::Case;
 use super::metric::Metric;
-use super::plan::Case;
 use super::site::Topology;
 use super::subject::Subject;
 
@@ -199,9 +199,14 @@ fn series(case: Case, metric: Metric, figures: &Figures) -> Series {
 }
 
 impl Series {
+    /// The figure of a subject.
+    pub(super) fn of(&self, subject: Subject) -> Option<&Spread> {
+        self.subjects.get(&subject.to_string())
+    }
+
     /// One figure divided by another, round by round: the median.
-    pub(super) fn ratio(&self, own: &str, to: &str) -> Option<f64> {
-        let (own, to) = self.subjects.get(own).zip(self.subjects.get(to))?;
+    pub(super) fn ratio(&self, own: Subject, to: Subject) -> Option<f64> {
+        let (own, to) = self.of(own).zip(self.of(to))?;
         Spread::of(ratios_by_round(&own.rounds, &to.rounds)).map(|spread| spread.median)
     }
 }
@@ -235,7 +240,7 @@ impl Results {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::site::Placement;
+    use super::super::workload::Workload;
     use super::*;
 
     /// Nothing yet.
@@ -271,20 +276,10 @@ pub(super) mod tests {
 
     impl Results {
         /// Adds a series of these figures.
-        pub(in super::super) fn add(&mut self, case: &str, metric: Metric, figures: &[(&str, &[f64])]) {
-            let (topology, rest) = case.split_once('/').expect("TOPOLOGY/WORKLOAD");
-            let (workload, placement) = rest.split_once('@').unwrap_or((rest, ""));
-            let case = Case {
-                topology: if topology == "veth" { Topology::Veth } else { Topology::Loopback },
-                workload: workload.parse().expect("a workload"),
-                placement: Placement::ALL
-                    .into_iter()
-                    .find(|known| known.suffix().trim_start_matches('@') == placement)
-                    .expect("a placement"),
-            };
-            let figures = figures.iter().map(|(name, rounds)| {
-                (name.parse().expect("a subject"), rounds.iter().copied().map(Some).collect())
-            });
+        pub(in super::super) fn add(&mut self, case: Case, metric: Metric, figures: &[(Subject, &[f64])]) {
+            let figures = figures
+                .iter()
+                .map(|(subject, rounds)| (*subject, rounds.iter().copied().map(Some).collect()));
             self.series.push(series(case, metric, &figures.collect()));
         }
     }
@@ -298,11 +293,7 @@ pub(super) mod tests {
 
     #[test]
     fn ratios_are_of_the_same_round() {
-        let case = Case {
-            topology: Topology::Loopback,
-            workload: "short".parse().expect("a workload"),
-            placement: Placement::Free,
-        };
+        let case = Case::loopback(Workload::Short);
         let mut samples = Samples::default();
         // One slow round of both: the ratio does not show it. One round that one of them missed does not count.
         for (round, own, theirs) in [

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit};
 
+use super::case::Case;
 use super::external::Servers;
 use super::metric::Metric;
-use super::plan::{Case, Plan};
+use super::plan::Plan;
 use super::results::{About, Results, SCHEMA, Samples, Settings};
 use super::running::Running;
 use super::site::{Site, Topology};
@@ -81,14 +82,14 @@ impl Run {
 
     fn settings(&self) -> Settings {
         let peers = [
-            ("envoy", "--concurrency 1; admin server and stats"),
-            ("haproxy", "nbthread 1; stats socket"),
+            (Subject::ENVOY, "--concurrency 1; admin server and stats"),
+            (Subject::HAPROXY, "nbthread 1; stats socket"),
             (
-                "haproxy-splice",
+                Subject::HAPROXY_SPLICE,
                 "nbthread 1; option splice-request, option splice-response, tune.pipesize 1048576; stats socket",
             ),
             (
-                "nginx",
+                Subject::NGINX,
                 "worker_processes 1; no stats of streams in the open source version; log buffer=64k flush=1s",
             ),
         ];
@@ -99,7 +100,7 @@ impl Run {
             seconds_per_measurement: self.plan.measure.as_secs_f64(),
             idle_connections: self.idle_connections,
             congestion_control: self.congestion_control.clone(),
-            peers: peers.into_iter().map(|(name, how)| (name.to_owned(), how.to_owned())).collect(),
+            peers: peers.into_iter().map(|(peer, how)| (peer.to_string(), how.to_owned())).collect(),
         }
     }
 

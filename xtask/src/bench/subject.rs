@@ -32,7 +32,8 @@ impl Program {
         Self::Direct,
     ];
 
-    fn name(self) -> &'static str {
+    /// What it is called in every output.
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Tidegate => "tidegate",
             Self::Base => "base",

@@ -37,6 +37,12 @@ const SETTLE: Duration = Duration::from_millis(1200);
 /// How long idle connections are watched.
 const IDLE_WATCH: Duration = Duration::from_secs(1);
 
+/// Streams of bulk: one, some, many.
+pub(super) const STREAMS: [usize; 3] = [1, 8, 64];
+
+/// Ways of bulk.
+pub(super) const DIRECTIONS: [Direction; 3] = [Direction::Down, Direction::Up, Direction::Both];
+
 /// A kind of load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Workload {
@@ -61,9 +67,7 @@ pub(super) enum Workload {
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&match self {
-            Self::Bulk { streams, direction: Direction::Down } => format!("bulk-{streams}-down"),
-            Self::Bulk { streams, direction: Direction::Up } => format!("bulk-{streams}-up"),
-            Self::Bulk { streams, direction: Direction::Both } => format!("bulk-{streams}-both"),
+            Self::Bulk { streams, direction } => format!("bulk-{streams}-{}", word(*direction)),
             Self::Request { size, connections } => format!("request-{size}x{connections}"),
             Self::Short => "short".to_owned(),
             Self::Mixed { streams } => format!("mixed-{streams}"),
@@ -72,6 +76,15 @@ impl fmt::Display for Workload {
             Self::Intercept => "intercept".to_owned(),
             Self::Idle => "idle".to_owned(),
         })
+    }
+}
+
+/// What follows the streams in the name of a bulk workload.
+fn word(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Down => "down",
+        Direction::Up => "up",
+        Direction::Both => "both",
     }
 }
 
@@ -85,17 +98,12 @@ impl FromStr for Workload {
             ["idle"] => Some(Self::Idle),
             ["intercept"] => Some(Self::Intercept),
             ["short"] => Some(Self::Short),
-            ["mixed"] => Some(Self::Mixed { streams: 64 }),
+            ["mixed"] => Some(Self::MIXED),
             ["mixed", streams] => count(streams).map(|streams| Self::Mixed { streams }),
             ["iperf3", streams] => count(streams).map(|streams| Self::Iperf3 { streams }),
             ["wrk", connections] => count(connections).map(|connections| Self::Wrk { connections }),
             ["bulk", streams, direction] => {
-                let direction = match direction {
-                    "down" => Some(Direction::Down),
-                    "up" => Some(Direction::Up),
-                    "both" => Some(Direction::Both),
-                    _ => None,
-                };
+                let direction = DIRECTIONS.into_iter().find(|known| word(*known) == direction);
                 count(streams).zip(direction).map(|(streams, direction)| Self::Bulk { streams, direction })
             }
             ["request", shape] => shape.split_once('x').and_then(|(size, connections)| {
@@ -113,6 +121,37 @@ impl FromStr for Workload {
 }
 
 impl Workload {
+    pub(super) const MIXED: Self = Self::Mixed { streams: 64 };
+
+    /// Downloads over one stream, some, many.
+    pub(super) const DOWNLOADS: [Self; 3] =
+        [Self::down(STREAMS[0]), Self::down(STREAMS[1]), Self::down(STREAMS[2])];
+
+    /// Requests of every size on one connection, some, many.
+    pub(super) const REQUESTS: [Self; 9] = [
+        Self::request(64, 1),
+        Self::request(64, 64),
+        Self::request(64, 512),
+        Self::request(1024, 1),
+        Self::request(1024, 64),
+        Self::request(1024, 512),
+        Self::request(16384, 1),
+        Self::request(16384, 64),
+        Self::request(16384, 512),
+    ];
+
+    pub(super) const fn down(streams: usize) -> Self {
+        Self::Bulk { streams, direction: Direction::Down }
+    }
+
+    pub(super) const fn up(streams: usize) -> Self {
+        Self::Bulk { streams, direction: Direction::Up }
+    }
+
+    pub(super) const fn request(size: usize, connections: usize) -> Self {
+        Self::Request { size, connections }
+    }
+
     /// What it is, for people.
     pub(super) fn title(self) -> String {
         let many = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
