@@ -225,14 +225,54 @@ fn duration(text: &str) -> Result<Duration, String> {
     let seconds =
         number.parse::<u64>().ok().zip(unit(rest)).and_then(|(number, unit)| number.checked_mul(unit));
     match seconds {
-        Some(1..) => Ok(Duration::from_secs(seconds.unwrap_or_default())),
-        _ => Err("a number of seconds, minutes or hours: 90s, 15m, 2h".to_owned()),
+        Some(seconds @ 1..) => Ok(Duration::from_secs(seconds)),
+        _ => Err("a number above 0 of seconds, minutes or hours: 90s, 15m, 2h".to_owned()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser, Debug)]
+    struct Line {
+        #[command(flatten)]
+        soak: Soak,
+    }
+
+    fn parse(line: &str) -> Result<Soak, clap::Error> {
+        Line::try_parse_from(line.split(' ')).map(|line| line.soak)
+    }
+
+    #[test]
+    fn a_command_line() {
+        let soak = parse("soak").expect("nothing is required");
+        assert_eq!((soak.duration, soak.tidegate, soak.seed), (Duration::from_mins(2), None, None));
+        let soak = parse("soak --duration 90s --tidegate target/debug/tidegate --seed 7").expect("options");
+        assert_eq!(soak.duration, Duration::from_secs(90));
+        assert_eq!(soak.tidegate, Some(PathBuf::from("target/debug/tidegate")));
+        assert_eq!(soak.seed, Some(7));
+    }
+
+    #[test]
+    fn an_error_names_the_option_and_the_remedy() {
+        for bad in ["2", "0s", "-2h", "1h30m", "2H", "2d", "1.5h", "99999999999999999999h"] {
+            let error = parse(&format!("soak --duration={bad}")).expect_err(bad).to_string();
+            assert!(error.contains(&format!("'{bad}' for '--duration <TIME>'")), "{error}");
+            assert!(error.contains("a number above 0 of seconds, minutes or hours: 90s, 15m, 2h"), "{error}");
+        }
+        for (line, wanted) in [
+            ("soak --duration", "--duration <TIME>"),
+            ("soak --seed=-1", "--seed <N>"),
+            ("soak --durations 2h", "'--duration'"),
+            ("soak 2h", "unexpected argument '2h'"),
+        ] {
+            let error = parse(line).expect_err(line).to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+    }
 
     #[test]
     fn durations() {
@@ -244,17 +284,33 @@ mod tests {
         }
     }
 
+    fn run(rounds: usize, sample: impl Fn(f64) -> Sample) -> Run {
+        let samples = (0..rounds).map(|round| (round as f64 * 10.0, sample(round as f64))).collect();
+        Run { started: Instant::now(), samples, rounds: Vec::new() }
+    }
+
     #[test]
     fn a_leak_among_the_samples_fails_the_run() {
-        let run = |files: fn(usize) -> f64| Run {
-            started: Instant::now(),
-            samples: (0..12)
-                .map(|round| (round as f64 * 10.0, Sample::from([("rss", 20e6), ("files", files(round))])))
-                .collect(),
-            rounds: Vec::new(),
-        };
-        assert!(run(|_| 40.0).judge().is_ok());
-        let error = run(|round| 40.0 + round as f64).judge().expect_err("it leaks");
-        assert_eq!(error.to_string(), "grows: files");
+        assert!(run(12, |_| Sample::from([("rss", 20e6), ("files", 40.0)])).judge().is_ok());
+        let leak = run(12, |round| Sample::from([("rss", 20e6), ("files", 40.0 + round)]));
+        assert_eq!(leak.judge().expect_err("it leaks").to_string(), "grows: files");
+        let both = run(12, |round| Sample::from([("rss", 20e6 + round * 1e6), ("files", 40.0 + round)]));
+        assert_eq!(both.judge().expect_err("it leaks").to_string(), "grows: rss, files");
+    }
+
+    #[test]
+    fn what_belongs_to_others_or_is_missing_fails_nothing() {
+        // The whole machine's, and a kernel without the memory controller.
+        let machine = run(12, |round| Sample::from([("files", 40.0), ("machine slab", round * 1e9)]));
+        assert!(machine.judge().is_ok());
+        let judged: Vec<_> = machine.verdicts().iter().map(|(quantity, _)| quantity.name).collect();
+        assert_eq!(judged, ["files", "machine slab"]);
+    }
+
+    #[test]
+    fn a_run_that_cannot_be_judged_has_not_passed() {
+        let short = run(growth::rounds() - 1, |_| Sample::from([("files", 40.0)]));
+        assert_eq!(short.judge().expect_err("too few").to_string(), "too few samples to judge: 8");
+        assert!(run(growth::rounds(), |_| Sample::from([("files", 40.0)])).judge().is_ok());
     }
 }

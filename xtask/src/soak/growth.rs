@@ -158,6 +158,40 @@ mod tests {
     }
 
     #[test]
+    fn only_growth_and_step_together_count() {
+        // One event, and never again: two thirds of the pairs see nothing.
+        let once = (0..20).map(|round| if round < 16 { 40.0 } else { 60.0 });
+        let verdict = judge(&points(once), 0.5).expect("enough samples");
+        assert!(verdict.step > 0.5 && verdict.growth < 0.5 && !verdict.grows, "{verdict:?}");
+        // A line of 11, whose last third is 8 above its first.
+        let line = || (0..16).map(f64::from);
+        let verdict = judge(&points(line()), 9.5).expect("enough samples");
+        assert!(verdict.growth > 9.5 && verdict.step < 9.5 && !verdict.grows, "{verdict:?}");
+        assert!(grows(line(), 7.9));
+        assert!(!grows(line(), 8.0), "what reaches the bound is within it");
+        assert!(!grows(line(), f64::INFINITY), "what is only shown");
+    }
+
+    #[test]
+    fn a_verdict_tells_what_was_judged() {
+        let verdict = judge(&points((0..16).map(f64::from)), 0.5).expect("enough samples");
+        let wanted =
+            Verdict { judged: 12, first: 4.0, last: 15.0, growth: 11.0, step: 8.0, bound: 0.5, grows: true };
+        let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
+        assert!(near(verdict.growth, wanted.growth), "{verdict:?}");
+        assert_eq!(Verdict { growth: wanted.growth, ..verdict }, wanted);
+    }
+
+    #[test]
+    fn time_counts_and_not_the_number_of_the_sample() {
+        // Twice as long between two samples, and so twice as much; two samples of the same moment have no slope.
+        let at = [0.0, 10.0, 30.0, 40.0, 40.0, 60.0, 70.0, 90.0, 100.0];
+        let points = at.map(|seconds| Point { seconds, value: 40.0 + seconds / 10.0 });
+        let verdict = judge(&points, 0.5).expect("enough samples");
+        assert!((verdict.growth - 6.0).abs() < 1e-9 && verdict.grows, "{verdict:?}");
+    }
+
+    #[test]
     fn too_few_samples_are_no_verdict() {
         assert_eq!(judge(&points((0..rounds() - 1).map(|round| round as f64)), 0.5), None);
         assert!(judge(&points((0..rounds()).map(|round| round as f64)), 0.5).is_some());
