@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::report::number;
 use super::results::{Results, Series, Spread};
+use super::subject::Program;
 
 /// Arguments of `bench compare`.
 #[derive(Args, Debug)]
@@ -36,10 +37,11 @@ impl Compare {
     }
 
     fn table(&self, old: &Results, new: &Results) -> String {
-        let mut text = format!(
-            "old: {} ({})\nnew: {} ({})\n",
-            old.about.date, old.about.versions["tidegate"], new.about.date, new.about.versions["tidegate"]
-        );
+        let run = |results: &Results| {
+            let version = results.about.versions.get(Program::Tidegate.name());
+            format!("{} ({})", results.about.date, version.map_or("no tidegate", String::as_str))
+        };
+        let mut text = format!("old: {}\nnew: {}\n", run(old), run(new));
         if old.about.machine != new.about.machine {
             text += "the machines differ: compare ratios, with --to haproxy, say\n";
         }
@@ -148,5 +150,11 @@ mod tests {
         };
         assert!(compare("none").table(&old, &new).contains("WORSE"));
         assert!(compare("haproxy").table(&old, &new).contains("1 figures compared, 0 shown"));
+        old.about.versions.clear();
+        let table = compare("none").table(&old, &new);
+        assert!(
+            table.contains("old: 2026-01-02 03:04 UTC (no tidegate)\nnew: 2026-01-02 03:04 UTC (v1)"),
+            "{table}"
+        );
     }
 }

@@ -113,6 +113,7 @@ fn rustc() -> Result<String> {
 /// Every work that the program lists, one process each.
 fn count(binary: &Path) -> Result<BTreeMap<String, f64>> {
     let list = Command::new(binary).output().with_context(|| format!("run {}", binary.display()))?;
+    ensure!(list.status.success(), "{}: {}", binary.display(), list.status);
     let list = String::from_utf8(list.stdout)?;
     let out = program::target().join("bench/callgrind.out");
     fs::create_dir_all(program::target().join("bench"))?;
