@@ -274,7 +274,9 @@ fn a_direct_connection_to_the_capture_port_has_no_original_destination() {
 
 #[test]
 fn two_pods_with_the_same_four_tuple_in_flight_at_once() {
-    carriers().into_iter().for_each(|(enrolment, _)| two_pods_with_the_same_four_tuple(enrolment));
+    for (enrolment, _) in carriers() {
+        two_pods_with_the_same_four_tuple(enrolment);
+    }
 }
 
 fn two_pods_with_the_same_four_tuple(enrolment: Enrolment) {
@@ -312,7 +314,9 @@ fn two_pods_with_the_same_four_tuple(enrolment: Enrolment) {
 
 #[test]
 fn a_thousand_times_three_connects_and_resets_never_mix_up() {
-    carriers().into_iter().for_each(|(enrolment, carried)| a_thousand_times_three(enrolment, carried));
+    for (enrolment, carried) in carriers() {
+        a_thousand_times_three(enrolment, carried);
+    }
 }
 
 fn a_thousand_times_three(enrolment: Enrolment, carried: &str) {
