@@ -57,7 +57,8 @@ pub struct OriginalDst {
     pub role: u16,
     /// Bits of [`Carrier`]; 0 on the accepted socket.
     pub carrier: u32,
-    /// Socket cookie of the application's socket: tells a connection from a later one with the same 4-tuple.
+    /// Socket cookie of the application's socket, where the map carries it: tells a connection from a later one with the
+    /// same 4-tuple. Otherwise 0.
     pub client_cookie: u64,
 }
 

@@ -5,7 +5,7 @@ use core::ptr::{addr_of, addr_of_mut};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{bpf_sock, bpf_sock_addr},
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval},
+    helpers::generated::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_set_retval},
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
@@ -129,9 +129,7 @@ fn capture(
         discard(&ORIGINAL_DST, sk);
         return fail(Reason::ListenerGonePassed, Reason::ListenerGoneRefused);
     }
-    // SAFETY: no preconditions.
-    let client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let mut original = OriginalDst { addr, port, role: Role::Client as u16, carrier, client_cookie };
+    let mut original = OriginalDst { addr, port, role: Role::Client as u16, carrier, client_cookie: 0 };
     if store(&ORIGINAL_DST, sk, &mut original) {
         rewrite(ctx, family, own, capture_port);
         Reason::Captured

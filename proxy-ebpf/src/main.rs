@@ -1,8 +1,8 @@
 //! tidegate's eBPF programs. Entry points only; each hook's work is in its module.
 //!
 //! A captured connection: `connect` rewrites the destination and leaves the original one on the application's
-//! socket → `sockops` carries it over the handshake to the socket that the proxy accepts → userspace reads it from
-//! there by file descriptor. `getpeername` keeps the application from noticing.
+//! socket → `sockops` puts it into the SYN, which the kernel keeps with the socket that the proxy accepts → userspace reads
+//! it from there. `getpeername` keeps the application from noticing.
 //!
 //! A connection on the kernel path: `connect` has `balance` choose an endpoint, rewrites the destination to it and leaves
 //! a record on the application's socket → `sockops` hears what becomes of it, `flow` counts and reports.

@@ -146,7 +146,9 @@ fn of_syn(ctx: &SockOpsContext) -> Option<&'static mut OriginalDst> {
 
 /// The map carries it.
 #[inline(always)]
-fn put_in_flight(ctx: &SockOpsContext, original: &OriginalDst) {
+fn put_in_flight(ctx: &SockOpsContext, original: &mut OriginalDst) {
+    // SAFETY: no preconditions.
+    original.client_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let value = InFlight { original_dst: *original };
     let (local, remote) = addresses(ctx);
     let key = key(ctx, local, local_port(ctx), remote, remote_port(ctx));
@@ -185,6 +187,11 @@ fn connected(ctx: &SockOpsContext) {
 /// The handshake is over and the child socket exists; nobody has accepted it yet.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
+    // Servers of pods have kept no SYN.
+    if syn_carries(ctx) {
+        count(Reason::HandedOver);
+        return;
+    }
     let local_port = local_port(ctx);
     // SAFETY: no preconditions.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
@@ -193,10 +200,6 @@ fn accepted(ctx: &SockOpsContext) {
         Some(enrolment) if enrolment.is_captured() => enrolment.capture_port,
         _ => return,
     };
-    if syn_carries(ctx) {
-        count(Reason::HandedOver);
-        return;
-    }
     let sk = socket(ctx);
     if sk.is_null() {
         return;
@@ -220,7 +223,9 @@ fn accepted(ctx: &SockOpsContext) {
     count(if stored { Reason::HandedOver } else { Reason::AcceptedStorageFailed });
 }
 
-/// Whether the SYN of the accepted socket carries an original destination. Capture listeners keep their SYNs.
+/// Whether the SYN of the accepted socket carries an original destination. Capture listeners keep their SYNs, and take them
+/// from their own pod only. (A server of a pod that keeps its SYNs can be sent one by a stranger: that makes a counter wrong,
+/// and nothing else.)
 #[inline(always)]
 fn syn_carries(ctx: &SockOpsContext) -> bool {
     // Its kind, and 0 for its length: any. The kernel writes the option over it.
