@@ -1,4 +1,5 @@
-/// Record of the events ring buffer: something connected from a namespace that has no [`crate::Enrolment`].
+/// Record of the events ring buffer: something connected from a namespace that has no [`crate::Enrolment`], or from one whose
+/// enrolment seems to be out of date: its capture listener was reached without an original destination.
 ///
 /// A hint to look at once, not a fact to act on: the process may have gone, or may have entered another namespace
 /// since it made the socket. The agent compares the cookie before it enrols.
@@ -7,9 +8,9 @@
 pub struct NotEnrolled {
     /// Network namespace of the socket.
     pub netns_cookie: u64,
-    /// cgroup v2 id of the process (inode number of its directory).
+    /// cgroup v2 id of the process (inode number of its directory); 0 if the namespace is enrolled.
     pub cgroup_id: u64,
-    /// Process id in the initial pid namespace.
+    /// Process id in the initial pid namespace; 0 likewise.
     pub tgid: u32,
     /// Zero.
     pub reserved: u32,

@@ -1,4 +1,4 @@
-//! Tells the agent about a namespace that it doesn't know, so that it looks at once and not at its next walk.
+//! Tells the agent about a namespace that it doesn't know, or should look at anew, at once and not at its next walk.
 
 use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use tidegate_common::{ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, NotEnrolled, Reason};
@@ -18,23 +18,25 @@ pub struct Slot {
 
 const _: () = assert!(ANNOUNCE_SLOTS.is_power_of_two());
 
+/// The process that connects is in a namespace that is not enrolled.
+#[inline(always)]
+pub fn announce_connect(netns_cookie: u64) {
+    // SAFETY (both): no preconditions.
+    let (cgroup_id, tgid) =
+        unsafe { (bpf_get_current_cgroup_id(), (bpf_get_current_pid_tgid() >> 32) as u32) };
+    announce(netns_cookie, cgroup_id, tgid);
+}
+
 /// Announces the namespace unless that was done within [`ANNOUNCE_INTERVAL_NS`].
 #[inline(always)]
-pub fn announce(netns_cookie: u64) {
+pub fn announce(netns_cookie: u64, cgroup_id: u64, tgid: u32) {
     let Some(slot) = ANNOUNCED.get_ptr_mut(netns_cookie as u32 & (ANNOUNCE_SLOTS - 1)) else { return };
-    // SAFETY: the helpers have no preconditions; the slot is map memory, and a torn update only costs an event.
+    // SAFETY: the helper has no preconditions; the slot is map memory, and a torn update only costs an event.
     let (slot, now) = unsafe { (&mut *slot, bpf_ktime_get_ns()) };
     if slot.netns_cookie == netns_cookie && now - slot.at_ns < ANNOUNCE_INTERVAL_NS {
         return;
     }
-    let event = NotEnrolled {
-        netns_cookie,
-        // SAFETY: no preconditions.
-        cgroup_id: unsafe { bpf_get_current_cgroup_id() },
-        // SAFETY: no preconditions.
-        tgid: (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32,
-        reserved: 0,
-    };
+    let event = NotEnrolled { netns_cookie, cgroup_id, tgid, reserved: 0 };
     if EVENTS.output(event, 0).is_ok() {
         slot.netns_cookie = netns_cookie;
         slot.at_ns = now;

@@ -15,7 +15,7 @@ use tidegate_common::{
 };
 
 use crate::{
-    announce::announce,
+    announce::announce_connect,
     balance::{Choice, balance},
     counters::count,
     flow::report_refusal,
@@ -237,7 +237,7 @@ fn decide(ctx: &SockAddrContext, sk: *mut bpf_sock, addr: Addr, port: u16, place
     // SAFETY: the agent replaces whole entries; a preallocated entry that is reused while we read it belongs to a
     // namespace that was just forgotten.
     let Some(enrolment) = (unsafe { NAMESPACES.get(netns_cookie) }) else {
-        announce(netns_cookie);
+        announce_connect(netns_cookie);
         if kernel_path() && verdict == Verdict::Balance && exact {
             // Some pod, since what is excluded is known. This path needs nothing of it but, maybe, its address.
             return Decision::Balance { service, enrolment: None };

@@ -23,6 +23,7 @@ use aya_log_ebpf::debug;
 use tidegate_common::{Addr, Carrier, Flow, FlowKey, InFlight, OriginalDst, Reason, Role, syn};
 
 use crate::{
+    announce::announce,
     counters::count,
     flow,
     maps::{self, IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
@@ -212,6 +213,8 @@ fn accepted(ctx: &SockOpsContext) {
         // connection began. Stored already: a predecessor's program that is attached here too was first.
         if local_port == capture_port && stored(&ORIGINAL_DST, sk).is_none() {
             count(Reason::NoOriginalDestination);
+            // Has it become one whose SYNs are not kept?
+            announce(netns_cookie, 0, 0);
             debug!(ctx, "no original destination: source port {}", key.client_port);
         }
         return;

@@ -223,14 +223,37 @@ fn disconnect(socket: &socket2::Socket) -> Result<()> {
 
 #[test]
 fn syn_cookies_lose_nothing() -> Result<()> {
-    let cluster = Cluster::start()?;
     // 2: every SYN is answered with a cookie.
-    cluster.client.netns().sysctl("net.ipv4.tcp_syncookies", "2")?;
+    let cluster = Cluster::prepared(Config::new(), &[], &[("net.ipv4.tcp_syncookies", "2")])?;
     for _ in 0..50 {
         assert_eq!(connected(cluster.talk("172.16.0.1:50001"))?.text(), "four\nhello");
     }
     wait_counter(&cluster.proxy, "handed_over", |count| count == 50)?;
+    assert_eq!(counter(&cluster.proxy, "in_flight")?, 50);
     assert_eq!(counter(&cluster.proxy, "no_original_destination")?, 0);
+    Ok(())
+}
+
+#[test]
+fn syn_cookies_that_are_turned_on_later_are_noticed() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let says = |outcome: Outcome| Ok::<_, anyhow::Error>(connected(outcome)?.text() == "four\nhello");
+    assert!(says(cluster.talk("172.16.0.1:50001"))?);
+    cluster.client.netns().sysctl("net.ipv4.tcp_syncookies", "2")?;
+    assert!(!says(cluster.talk("172.16.0.1:50001"))?, "the test tests nothing: there was no cookie");
+    wait_counter(&cluster.proxy, "no_original_destination", |count| count == 1)?;
+    let deadline = Instant::now() + script::GUARD;
+    while !says(cluster.talk("172.16.0.1:50001"))? {
+        assert!(Instant::now() < deadline, "not noticed:\n{}", cluster.proxy.log_tail());
+    }
+    for _ in 0..20 {
+        assert!(says(cluster.talk("172.16.0.1:50001"))?);
+    }
+    // And off again: by the next walk.
+    cluster.client.netns().sysctl("net.ipv4.tcp_syncookies", "1")?;
+    for _ in 0..20 {
+        assert!(says(cluster.talk("172.16.0.1:50001"))?);
+    }
     Ok(())
 }
 

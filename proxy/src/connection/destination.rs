@@ -11,7 +11,7 @@ use crate::sys::socket;
 
 /// The original destination of an accepted connection; none when it was made to our own address.
 ///
-/// In this order: what eBPF stored with the socket, what conntrack knows (iptables and nftables REDIRECT), the
+/// In this order: what eBPF put into the SYN or stored with the socket, what conntrack knows (iptables and nftables REDIRECT), the
 /// socket's own address where that is not the listening socket's (TPROXY).
 pub fn restore(
     socket: &Socket,

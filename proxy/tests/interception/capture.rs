@@ -266,10 +266,14 @@ fn a_direct_connection_to_the_capture_port_has_no_original_destination() {
         assert_eq!(original_dst(&interceptor, &accept(&listener)), None, "{to}");
         drop(client);
     }
+    let mut counts = counts(&interceptor);
+    // Once in a while: the agent is to look whether the namespace has changed.
+    counts.retain(|(reason, _)| *reason != Reason::Announced.label());
     assert_eq!(
-        counts(&interceptor),
+        counts,
         [("passed_loopback", 2), ("passed_capture_listener", 1), ("no_original_destination", 3)]
     );
+    assert!(count(&interceptor, Reason::Announced) > 0);
 }
 
 #[test]

@@ -269,8 +269,8 @@ impl Actor {
 
     fn hear_connect(&mut self, event: NotEnrolled) {
         let is_known = |known: &Known| known.netns.cookie() == event.netns_cookie;
-        if self.known.values().any(is_known) {
-            return;
+        if let Some((id, _)) = self.known.iter().find(|(_, known)| is_known(known)) {
+            return self.refresh(*id);
         }
         let cgroup = cgroup::of_process(event.tgid, &self.mount);
         if let Some(cgroup) = cgroup.filter(|cgroup| self.is_ours(cgroup)) {

@@ -164,7 +164,8 @@ impl Actor {
         }
     }
 
-    fn refresh(&mut self, id: NetNsId) {
+    /// Looks at the network of an enrolled pod again.
+    pub(super) fn refresh(&mut self, id: NetNsId) {
         if self.superseded {
             return;
         }
