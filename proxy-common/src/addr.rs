@@ -52,6 +52,19 @@ impl Addr {
         (self.words[0] | self.words[1] | (self.words[2] ^ MAPPED)) == 0
     }
 
+    /// Bits of [`Self::prefix_key`] before the address itself.
+    pub const PREFIX_KEY_HEAD: u32 = 32;
+
+    /// Key of a trie of networks: the family, then the address from its first bit. So that `::/0` is no prefix of IPv4.
+    #[inline(always)]
+    pub const fn prefix_key(&self) -> [u32; 5] {
+        if self.is_v4() {
+            [4, self.v4_be(), 0, 0, 0]
+        } else {
+            [6, self.words[0], self.words[1], self.words[2], self.words[3]]
+        }
+    }
+
     /// Whether all bytes are zero. `0.0.0.0` is not (see [`Self::is_unspecified`]).
     #[inline(always)]
     pub const fn is_zero(&self) -> bool {

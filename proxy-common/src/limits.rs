@@ -33,6 +33,8 @@ pub mod map {
     pub const IN_FLIGHT: &str = "IN_FLIGHT";
     /// HASH netns cookie (`u64`) → [`crate::Enrolment`].
     pub const NAMESPACES: &str = "NAMESPACES";
+    /// LPM_TRIE [`crate::Addr::prefix_key`] → `u8`, 1: destinations that only exact rules take. Not pinned.
+    pub const EXCLUDED: &str = "EXCLUDED";
     /// HASH [`crate::Destination`] → [`crate::RuleValue`] as `u32`.
     pub const DESTINATIONS: &str = "DESTINATIONS";
     /// ARRAY of one [`crate::Settings`].
@@ -61,6 +63,8 @@ pub mod map {
 pub mod global {
     /// `u8`: 1 when the kernel has `bpf_set_retval` (5.18), so that a refused connect gets its own errno.
     pub const HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
+    /// `u8`: 1 when there are excluded networks. Without, the programs don't look for them.
+    pub const EXCLUDES: &str = "EXCLUDES";
     /// `u8`: 1 when the kernel path is on. Off, the programs don't contain it.
     pub const KERNEL_PATH: &str = "KERNEL_PATH";
 }

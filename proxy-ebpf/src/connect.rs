@@ -22,7 +22,7 @@ use crate::{
     liveness::listener_waits,
     maps::{
         DESTINATIONS, FLOWS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard,
-        discard_flow, kernel_path, store, stored,
+        discard_flow, is_excluded, kernel_path, store, stored,
     },
 };
 
@@ -276,6 +276,9 @@ fn rule(addr: Addr, port: u16) -> (RuleValue, bool) {
     // SAFETY (both): the value is one word, replaced as a whole.
     if let Some(raw) = unsafe { DESTINATIONS.get(Destination::exact(addr, port)) } {
         return (RuleValue::decode(*raw).unwrap_or(NONE), true);
+    }
+    if is_excluded(addr) {
+        return (NONE, false);
     }
     // SAFETY: as above.
     if let Some(raw) = unsafe { DESTINATIONS.get(Destination::any_address(&addr, port)) } {

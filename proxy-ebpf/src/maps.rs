@@ -3,14 +3,14 @@
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
-    btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, lpm_trie},
     helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
     macros::btf_map,
 };
 use tidegate_common::{
-    ANNOUNCE_SLOTS, ClusterState, Destination, EVENTS_BYTES, Enrolment, FLOW_EVENTS_BYTES, Flow, FlowEvent,
-    FlowKey, HostState, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst,
-    Reason, ServiceState, Settings,
+    ANNOUNCE_SLOTS, Addr, ClusterState, Destination, EVENTS_BYTES, Enrolment, FLOW_EVENTS_BYTES, Flow,
+    FlowEvent, FlowKey, HostState, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled,
+    OriginalDst, Reason, ServiceState, Settings,
 };
 
 use crate::announce::Slot;
@@ -35,6 +35,10 @@ pub static NAMESPACES: HashMap<u64, Enrolment, { MAX_NAMESPACES as usize }> = Ha
 /// Rules by destination; values are [`tidegate_common::RuleValue`].
 #[btf_map]
 pub static DESTINATIONS: HashMap<Destination, u32, { MAX_DESTINATIONS as usize }> = HashMap::new();
+
+/// Networks that only exact rules take.
+#[btf_map]
+pub static EXCLUDED: LpmTrie<[u32; 5], u8, 1> = LpmTrie::new();
 
 /// One entry.
 #[btf_map]
@@ -81,9 +85,20 @@ pub static FLOW_EVENTS: RingBuf<FlowEvent, { FLOW_EVENTS_BYTES as usize }> = Rin
 #[unsafe(no_mangle)]
 pub static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
+/// 1 when there are excluded networks. Otherwise the verifier drops the search.
+#[unsafe(no_mangle)]
+pub static EXCLUDES: Global<u8> = Global::new(0);
+
 /// 1 when the kernel path is on. Off, the verifier drops it, and it costs nothing.
 #[unsafe(no_mangle)]
 pub static KERNEL_PATH: Global<u8> = Global::new(0);
+
+/// Whether a destination is in an excluded network.
+#[inline(always)]
+pub fn is_excluded(addr: Addr) -> bool {
+    EXCLUDES.load() != 0
+        && EXCLUDED.get(&lpm_trie::Key::new(Addr::PREFIX_KEY_HEAD + 128, addr.prefix_key())).is_some()
+}
 
 /// Whether connections may go straight to endpoints.
 #[inline(always)]

@@ -106,6 +106,7 @@ impl Interception {
             bootstrap::FailMode::Open => tidegate_common::FailMode::Open,
             bootstrap::FailMode::Closed => tidegate_common::FailMode::Closed,
         };
+        options.excluded.clone_from(&wanted.exclude.cidrs);
         if let Some(pin_dir) = &wanted.pin_path {
             options.pin_dir.clone_from(pin_dir);
         }

@@ -148,6 +148,41 @@ fn what_no_listener_names_is_left_alone() -> Result<()> {
 }
 
 #[test]
+fn what_is_excluded_is_left_alone_although_a_listener_takes_everything() -> Result<()> {
+    let node = Node::new()?;
+    let client = node.pod("client", &["10.9.0.9"])?;
+    let server = node.pod("server", &["10.9.0.1", "10.9.0.2"])?;
+    // The proxy sends all of it to "four"; who is not captured gets to where it wanted to go.
+    let _four = Upstream::identify(Some(server.netns()), "10.9.0.1:80", "four")?;
+    let _direct: Vec<_> = [("10.9.0.2:81", "network"), ("10.9.0.1:82", "port"), ("10.9.0.1:83", "own")]
+        .map(|(address, name)| Upstream::identify(Some(server.netns()), address, name))
+        .into_iter()
+        .collect::<Result<_>>()?;
+    let config = Config::new().pass_through().service("0.0.0.0:81", FOO).service("10.9.0.1:83", FOO);
+    let config = config.cluster(FOO, &["10.9.0.1:80"], json!({}));
+    let mut config: serde_json::Value = serde_json::from_str(&config.to_string())?;
+    config["bootstrap_extensions"] = json!([{
+        "name": "tidegate.bootstrap.interception",
+        "typed_config": {
+            "@type": "type.googleapis.com/tidegate.bootstrap.v1.Interception",
+            "exclude": {"cidrs": [{"address_prefix": "10.9.0.2", "prefix_len": 32}], "ports": [82]},
+        },
+    }]);
+    let proxy = node.proxy(&Config::new()).config(&format!("{config:#}")).start()?;
+    for (address, name) in [
+        ("10.9.0.1:81", "four"),
+        ("10.9.0.2:81", "network"),
+        ("10.9.0.1:82", "port"),
+        ("10.9.0.1:83", "four"),
+    ] {
+        assert_eq!(connected(talk(&client, address))?.text(), format!("{name}\nhello"), "{address}");
+    }
+    wait_counter(&proxy, "captured", |count| count == 2)?;
+    assert_eq!(counter(&proxy, "passed_no_rule")?, 2);
+    Ok(())
+}
+
+#[test]
 fn an_explicit_bind_is_kept() -> Result<()> {
     let cluster = Cluster::start()?;
     let connect = Connect::to("172.16.0.1:50001").from("10.9.0.9:4444");

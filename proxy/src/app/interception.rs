@@ -127,7 +127,9 @@ impl Proxy {
         let listeners: Vec<_> =
             self.store.listeners().iter().map(|listener| Arc::clone(&listener.config)).collect();
         let black_hole = self.snapshot().cluster(BLACK_HOLE).map(|cluster| Arc::clone(cluster.config()));
+        let exclude = self.loaded.bootstrap.interception.as_ref().map(|it| it.exclude.clone());
         Destinations::of(&listeners, black_hole.as_deref())
+            .excluding(&exclude.unwrap_or_default())
             .balanced(|listener| self.kernel_path.as_ref().and_then(|path| path.service(listener)))
     }
 

@@ -123,7 +123,7 @@ pub enum OnExit {
     Keep,
 }
 
-/// Destinations that are never captured.
+/// Destinations that are never captured, whatever listener owns them: their connections go on untouched.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exclusions {
     /// Networks.

@@ -142,3 +142,48 @@ pub struct Cidr {
     /// Prefix length in bits: 0–32 or 0–128.
     pub prefix_len: u8,
 }
+
+impl Cidr {
+    /// Whether the address is in it. IPv4 in either form is the same address.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        // All bits for a prefix of no length would be shifted out.
+        match (self.address, ip.to_canonical()) {
+            (IpAddr::V4(network), IpAddr::V4(ip)) => {
+                let bits = u32::from(network) ^ u32::from(ip);
+                bits.checked_shr(32 - u32::from(self.prefix_len)).unwrap_or(0) == 0
+            }
+            (IpAddr::V6(network), IpAddr::V6(ip)) => {
+                let bits = u128::from(network) ^ u128::from(ip);
+                bits.checked_shr(128 - u32::from(self.prefix_len)).unwrap_or(0) == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_prefix_contains() {
+        for (network, prefix_len, ip, contained) in [
+            ("10.1.2.0", 24, "10.1.2.255", true),
+            ("10.1.2.0", 24, "10.1.3.0", false),
+            ("10.1.2.3", 32, "10.1.2.3", true),
+            ("10.1.2.3", 32, "10.1.2.2", false),
+            ("0.0.0.0", 0, "255.255.255.255", true),
+            ("0.0.0.0", 0, "::1", false),
+            ("10.1.2.0", 24, "::ffff:10.1.2.9", true),
+            ("fd99::", 16, "fd99:ffff::1", true),
+            ("fd99::", 16, "fd98::1", false),
+            ("::", 0, "fd98::1", true),
+            ("::", 0, "10.0.0.1", false),
+            ("fd99::1", 128, "fd99::1", true),
+            ("fd99::1", 128, "fd99::2", false),
+        ] {
+            let cidr = Cidr { address: network.parse().unwrap(), prefix_len };
+            assert_eq!(cidr.contains(ip.parse().unwrap()), contained, "{network}/{prefix_len} {ip}");
+        }
+    }
+}

@@ -7,21 +7,24 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aya::Ebpf;
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage};
 use tidegate_common::{
-    ClusterState, Destination, EVENTS_BYTES, Enrolment, Flow, FlowKey, HostState, InFlight, MAX_DESTINATIONS,
-    MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, RuleValue, ServiceState, Settings,
-    Verdict, map,
+    Addr, ClusterState, Destination, EVENTS_BYTES, Enrolment, Flow, FlowKey, HostState, InFlight,
+    MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, RuleValue,
+    ServiceState, Settings, Verdict, map,
 };
 
 use super::bpf;
 use super::error::InterceptError;
 use super::tables::{FlowEvents, TableSizes, Tables};
+use crate::config::listener::Cidr;
 
 /// Sizes of the maps, entries. A map that a former process pinned with another size is replaced, contents kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapSizes {
-    /// Handshakes in progress on the node at one time. Default 65,536. Memory is taken up front, 120 bytes each.
+    /// Handshakes in progress on the node at one time that the map carries. Default 8,192. Memory is taken up front, 120
+    /// bytes each.
     pub in_flight: u32,
     /// Enrolled network namespaces. Default 4,096.
     pub namespaces: u32,
@@ -207,6 +210,20 @@ impl Maps {
         };
         Reason::ALL.iter().map(|reason| sum(*reason)).collect()
     }
+}
+
+/// Fills the table of excluded networks, before the programs are attached.
+pub(super) fn exclude(ebpf: &mut Ebpf, networks: &[Cidr]) -> Result<(), InterceptError> {
+    // Not taken: the programs are loaded with its descriptor's number.
+    let map = ebpf.map_mut(map::EXCLUDED).ok_or(InterceptError::NotInObject(map::EXCLUDED))?;
+    let mut map: LpmTrie<&mut MapData, [u32; 5], u8> =
+        map.try_into().map_err(InterceptError::map(map::EXCLUDED))?;
+    for network in networks {
+        let bits = Addr::PREFIX_KEY_HEAD + u32::from(network.prefix_len);
+        map.insert(&Key::new(bits, Addr::from(network.address).prefix_key()), 1, 0)
+            .map_err(InterceptError::map(map::EXCLUDED))?;
+    }
+    Ok(())
 }
 
 /// Inserts or replaces, with an error that says what to raise.

@@ -22,6 +22,7 @@ use super::links::{self, Links, PROGRAMS, detach_all};
 use super::maps::{self, Events, MapSizes, Maps};
 use super::original_dst::{OriginalDstReader, OwnSocketMarker};
 use super::tables::{FlowEvents, TableSizes, Tables};
+use crate::config::listener::Cidr;
 
 /// The compiled programs; `cargo xtask build-ebpf` makes it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../proxy-ebpf/prebuilt/tidegate.o");
@@ -43,6 +44,8 @@ pub struct Options {
     pub agent_cgroup: PathBuf,
     /// Sizes of the maps.
     pub sizes: MapSizes,
+    /// Networks that only rules for a single address take: a wildcard or the default verdict leaves them alone.
+    pub excluded: Vec<Cidr>,
     /// What a connect gets that should be captured and can't be.
     pub fail_mode: FailMode,
     /// Log each decision of the programs (see [`Interceptor::take_log`]). Off, the programs don't contain the lines.
@@ -60,6 +63,7 @@ impl Options {
             host_cgroups: Vec::new(),
             agent_cgroup,
             sizes: MapSizes::default(),
+            excluded: Vec::new(),
             fail_mode: FailMode::default(),
             debug: false,
         })
@@ -126,6 +130,7 @@ impl Interceptor {
         let lock = dir.lock()?;
         let held = dir.hold()?;
         let (mut ebpf, mut maps) = load_object(options, &dir)?;
+        maps::exclude(&mut ebpf, &options.excluded)?;
         let events = Events::take(&mut ebpf)?;
         let log = if options.debug { EbpfLogger::init(&mut ebpf).ok() } else { None };
 
@@ -385,7 +390,7 @@ pub fn cleanup(pin_dir: &Path, force: bool) -> Result<Cleaned, InterceptError> {
 /// attached or pinned.
 pub fn trial() -> Result<(), InterceptError> {
     let smallest = MapSizes { in_flight: 1, namespaces: 1, destinations: 1, ..MapSizes::default() };
-    let globals = Globals { has_set_retval: has_set_retval(), kernel_path: 1, log_level: 0 };
+    let globals = Globals { has_set_retval: has_set_retval(), excludes: 1, kernel_path: 1, log_level: 0 };
     let mut ebpf = loader(smallest, &globals).load(OBJECT).map_err(InterceptError::load)?;
     PROGRAMS.into_iter().try_for_each(|program| links::load(&mut ebpf, program))
 }
@@ -395,10 +400,13 @@ fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), Intercep
     let salvage = sizes.unpin_misfits(&dir.maps())?;
     let globals = Globals {
         has_set_retval: has_set_retval(),
+        excludes: u8::from(!options.excluded.is_empty()),
         kernel_path: u8::from(sizes.tables != TableSizes::OFF),
         log_level: if options.debug { aya_log::Level::Debug as u8 } else { 0 },
     };
     let mut loader = loader(sizes, &globals);
+    let excluded = u32::try_from(options.excluded.len()).unwrap_or(u32::MAX).max(1);
+    loader.map_max_entries(map::EXCLUDED, excluded);
     for name in sizes.pinned_names() {
         loader.map_pin_path(name, dir.maps().join(name));
     }
@@ -410,6 +418,7 @@ fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), Intercep
 /// What is fixed when the object is loaded.
 struct Globals {
     has_set_retval: u8,
+    excludes: u8,
     kernel_path: u8,
     log_level: u8,
 }
@@ -418,6 +427,7 @@ fn loader(sizes: MapSizes, globals: &Globals) -> EbpfLoader<'_> {
     let mut loader = EbpfLoader::new();
     loader
         .override_global(global::HAS_SET_RETVAL, &globals.has_set_retval, true)
+        .override_global(global::EXCLUDES, &globals.excludes, true)
         .override_global(global::KERNEL_PATH, &globals.kernel_path, true)
         .override_global(aya_log::LEVEL, &globals.log_level, true)
         .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
@@ -450,7 +460,7 @@ mod tests {
         let variants =
             [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)].map(|(retval, path, log)| {
                 let log_level = if log == 1 { aya_log::Level::Debug as u8 } else { 0 };
-                Globals { has_set_retval: retval, kernel_path: path, log_level }
+                Globals { has_set_retval: retval, excludes: log, kernel_path: path, log_level }
             });
         for globals in variants {
             let mut ebpf = loader(MapSizes::default(), &globals).load(OBJECT).unwrap();

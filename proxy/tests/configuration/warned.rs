@@ -1,12 +1,13 @@
 //! What is accepted, with or without a warning, and what it then means.
 
 use serde_json::{Value, json};
+use tidegate::config::bootstrap::Exclusions;
 use tidegate::config::cluster::{
     ClusterHashPolicy, ConsistentHashing, HashFunction, LbPolicy, Maglev, RingHash, Thresholds,
 };
 use tidegate::config::filter_chain::Terminal;
 use tidegate::config::health_check::ProxyProtocol;
-use tidegate::config::listener::ListenerFilter;
+use tidegate::config::listener::{Cidr, ListenerFilter};
 use tidegate::config::outlier::OutlierDetection;
 use tidegate::config::route::HttpRouting;
 use tidegate::config::tcp_proxy::ClusterChoice;
@@ -326,16 +327,14 @@ fn access_log_filters_that_tcp_can_not_evaluate() {
 }
 
 #[test]
-fn exclusions_are_not_active() {
+fn exclusions() {
     let exclude = json!({"cidrs": [{"address_prefix": "169.254.0.0", "prefix_len": 16}], "ports": [22]});
     let interception = extension("i", "tidegate.bootstrap.v1.Interception", json!({"exclude": exclude}));
-    warned(
-        &with(bootstrap(vec![], vec![]), json!({"bootstrap_extensions": [interception]})),
-        &[
-            "bootstrap_extensions[0].typed_config.exclude: parsed, not active in this version: what listeners own is \
-             captured all the same",
-        ],
-    );
+    let bootstrap = with(bootstrap(vec![], vec![]), json!({"bootstrap_extensions": [interception]}));
+    warned(&bootstrap, &[]);
+    let exclude = load_json(&bootstrap).unwrap().bootstrap.interception.clone().unwrap().exclude;
+    let network = Cidr { address: "169.254.0.0".parse().unwrap(), prefix_len: 16 };
+    assert_eq!(exclude, Exclusions { cidrs: vec![network], ports: vec![22] });
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 
 use socket2::{Domain, SockAddr, SockFilter, Socket};
+use tidegate::config::listener::Cidr;
 use tidegate::intercept::error::InterceptError;
 use tidegate::intercept::programs::Interceptor;
 use tidegate_common::{Destination, Enrolment, FailMode, Reason, RuleValue, Verdict};
@@ -61,6 +62,51 @@ fn exact_rule_then_port_rule_then_default() {
         assert_eq!(result.map(drop), outcome, "{to} with default {default:?}");
     }
     assert_eq!(interceptor.in_flight_len().unwrap(), 0);
+}
+
+#[test]
+fn an_excluded_network_is_a_hole_in_general_rules() {
+    let cidr = |address: &str, prefix_len| Cidr { address: address.parse().unwrap(), prefix_len };
+    let lab = Lab::new();
+    let mut options = lab.options();
+    options.excluded = vec![cidr("172.16.4.0", 23), cidr("fd99::", 16), cidr("172.16.9.9", 32)];
+    let mut interceptor = Interceptor::load(&options).unwrap();
+    let pod = lab.pod();
+    let listener = pod.capture(&mut interceptor);
+    let set = [
+        ("172.16.4.1:80", Verdict::Capture),
+        ("0.0.0.0:81", Verdict::Capture),
+        ("[::]:81", Verdict::Capture),
+    ];
+    interceptor.set_destinations(&rules(&set)).unwrap();
+    for (default, to, outcome) in [
+        (Verdict::Leave, "172.16.4.1:80", Ok(())), // named
+        (Verdict::Leave, "172.16.4.1:81", Err(PASSED)),
+        (Verdict::Leave, "172.16.5.255:81", Err(PASSED)),
+        (Verdict::Leave, "172.16.6.0:81", Ok(())),
+        (Verdict::Leave, "172.16.9.9:81", Err(PASSED)),
+        (Verdict::Leave, "172.16.9.8:81", Ok(())),
+        (Verdict::Leave, "[fd99:1::1]:81", Err(PASSED)),
+        (Verdict::Leave, "[fd98::1]:81", Ok(())),
+        (Verdict::Capture, "172.16.4.1:82", Err(PASSED)),
+        (Verdict::Refuse, "172.16.4.1:82", Err(PASSED)),
+        (Verdict::Capture, "172.16.3.1:82", Ok(())),
+        (Verdict::Capture, "[fd99::1]:82", Err(PASSED)),
+    ] {
+        interceptor.set_default_verdict(default).unwrap();
+        let result = pod.connect(to);
+        if result.is_ok() {
+            assert_eq!(original_dst(&interceptor, &accept(&listener)), Some(to.parse().unwrap()));
+        }
+        assert_eq!(result.map(drop), outcome, "{to} with default {default:?}");
+    }
+    // All of IPv6 is nothing of IPv4.
+    options.excluded = vec![cidr("::", 0)];
+    drop(interceptor);
+    let mut interceptor = Interceptor::load(&options).unwrap();
+    interceptor.set_default_verdict(Verdict::Capture).unwrap();
+    assert_eq!(pod.connect("[fd98::1]:82").map(drop), Err(PASSED));
+    assert_eq!(pod.connect("172.16.3.1:82").map(drop), Ok(()));
 }
 
 #[test]

@@ -353,7 +353,6 @@ fn interception(
     let exclude = exclude.map(|exclude| {
         let extension_api::interception::Exclusions { cidrs, ports } = exclude;
         let path = path.field("exclude");
-        report.warn(&path, "parsed, not active in this version: what listeners own is captured all the same");
         Exclusions {
             cidrs: each(cidrs, &path, "cidrs", |range, path| cidr(range, path, report)),
             ports: each(ports, &path, "ports", |number, path| port(number, path, report)),
