@@ -11,7 +11,7 @@ use tidegate_common::{Destination, RuleValue, Verdict};
 use crate::config::bootstrap::Exclusions;
 use crate::config::cluster::{Cluster, Discovery};
 use crate::config::filter_chain::{FilterChain, FilterChainMatch, Terminal};
-use crate::config::listener::{Listener, TrafficDirection};
+use crate::config::listener::{Cidr, Listener, TrafficDirection};
 use crate::config::tcp_proxy::{ClusterChoice, TcpProxy};
 
 /// Istio's name for the cluster that refuses: STATIC, without endpoints.
@@ -106,8 +106,8 @@ impl Destinations {
     #[must_use]
     pub fn excluding(mut self, Exclusions { cidrs, ports }: &Exclusions) -> Self {
         self.rules.retain(|address, _| {
-            let is_one = !address.ip().is_unspecified();
-            !ports.contains(&address.port()) && !(is_one && cidrs.iter().any(|it| it.contains(address.ip())))
+            let is_inside = |network: &Cidr| !address.ip().is_unspecified() && network.contains(address.ip());
+            !ports.contains(&address.port()) && !cidrs.iter().any(is_inside)
         });
         if self.everything_else != EverythingElse::Passes {
             let any: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];

@@ -5,7 +5,6 @@ use crate::config::cluster::{Dns, LbPolicy, LookupFamily, Thresholds};
 use crate::config::endpoint::{
     ClusterLoadAssignment, EndpointAddress, HealthStatus, LbEndpoint, LocalityLbEndpoints,
 };
-use crate::config::listener::Cidr;
 use crate::config::route::{HttpRouting, VirtualHost};
 use crate::config::tcp_proxy::WeightedCluster;
 use crate::config::transport_socket::TransportSocketMatches;
