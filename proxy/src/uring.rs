@@ -206,8 +206,18 @@ pub async fn connect(socket: &Socket, address: &SockAddr) -> io::Result<()> {
     if socket::connect(socket, address)? {
         return Ok(());
     }
-    ready(socket.as_fd(), Interest::Writable).await?;
-    socket::error(socket.as_fd())?.map_or(Ok(()), Err)
+    connected(socket.as_fd()).await
+}
+
+/// Waits for the end of a connect(2) that is under way. Errors as [`connect`].
+pub async fn connected(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // An error is a hang-up to poll(2), too: nothing to ask for where there is none.
+    if ready(socket, Interest::Writable).await?.is_hung_up()
+        && let Some(error) = socket::error(socket)?
+    {
+        return Err(error);
+    }
+    Ok(())
 }
 
 /// A listening socket that is waited for.

@@ -24,7 +24,7 @@ use crate::config::tcp_proxy::{Backoff, ClusterChoice, TcpProxy};
 use crate::connection::record::{Record, Upstream};
 use crate::response_flag::ResponseFlag;
 use crate::sys::socket::{self, OpenError};
-use crate::uring::{self, Interest, time};
+use crate::uring::{self, time};
 
 mod guard;
 
@@ -339,11 +339,7 @@ async fn dial(
     if socket::connect(&socket, &SockAddr::from(address)).map_err(AttemptError::Immediate)? {
         return Ok(socket);
     }
-    let connected = async {
-        uring::ready(socket.as_fd(), Interest::Writable).await?;
-        socket::error(socket.as_fd())?.map_or(Ok(()), Err)
-    };
-    match time::timeout(cluster.connect_timeout, connected).await {
+    match time::timeout(cluster.connect_timeout, uring::connected(socket.as_fd())).await {
         Ok(Ok(())) => Ok(socket),
         Ok(Err(error)) => Err(AttemptError::Delayed(error)),
         Err(_) => Err(AttemptError::Timeout),
