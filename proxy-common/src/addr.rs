@@ -46,6 +46,16 @@ impl Addr {
         self.words[3]
     }
 
+    /// As two numbers, the upper half first, so that addresses can be compared.
+    #[inline(always)]
+    pub const fn halves(&self) -> [u64; 2] {
+        const fn half(upper: u32, lower: u32) -> u64 {
+            (u32::from_be(upper) as u64) << 32 | u32::from_be(lower) as u64
+        }
+        let [a, b, c, d] = self.words;
+        [half(a, b), half(c, d)]
+    }
+
     /// Whether this is an IPv4 address.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {

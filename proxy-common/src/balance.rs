@@ -14,6 +14,7 @@
 //! Offsets are counted in words from the start of the block.
 
 use crate::Addr;
+use crate::selector::RANGE_WORDS;
 
 /// Routes of a block: two for each of eight priorities.
 pub const MAX_ROUTES: u32 = 16;
@@ -249,16 +250,27 @@ impl Endpoint {
 }
 
 /// First word of a service's block; one [`Entry`] for each of its clusters follows, with bounds by weight and a
-/// [`Member`] in the place of an offset.
+/// [`Member`] in the place of an offset. Without clusters it is a selector ([`crate::selector`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServiceHead {
-    /// How many clusters, at most [`MAX_CLUSTERS`]; at least 1.
+    /// How many clusters, at most [`MAX_CLUSTERS`]; 0: this is a selector.
     pub clusters: u32,
-    /// Sum of their weights.
+    /// Sum of their weights. Of a selector: how many ranges.
     pub total: u32,
 }
 
 impl ServiceHead {
+    /// Whether it leads to other services.
+    #[inline(always)]
+    pub const fn is_selector(self) -> bool {
+        self.clusters == 0
+    }
+
+    /// Words of the block, this one included.
+    pub const fn words(self) -> u32 {
+        if self.is_selector() { 1 + self.total.saturating_mul(RANGE_WORDS) } else { 1 + self.clusters }
+    }
+
     /// As a word.
     #[inline(always)]
     pub const fn encode(self) -> u64 {

@@ -43,16 +43,16 @@ pub struct Tally {
 
 const _: () = assert!(size_of::<Tally>() == 104 && align_of::<Tally>() == 8);
 
-/// Entry of the services map: a listener on the kernel path.
+/// Entry of the services map: a filter chain of a listener on the kernel path, or what chooses one of its chains.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceState {
-    /// Where the block of its clusters starts in the arena ([`crate::balance::ServiceHead`]); 0: it has none. Replaced as
-    /// a whole.
+    /// Where the block of its clusters ([`crate::balance::ServiceHead`]) or chains ([`crate::selector`]) starts in the arena;
+    /// 0: it has none. Replaced as a whole.
     pub block: u64,
     /// Tells a successor of the agent whose entry this is; 0: nobody's.
     pub key: u64,
-    /// What happened.
+    /// What happened. Nothing, where chains are chosen: they count.
     pub tally: Tally,
 }
 

@@ -22,6 +22,7 @@ mod kernel_path;
 mod limits;
 mod policy;
 mod reason;
+pub mod selector;
 pub mod syn;
 
 pub use addr::Addr;

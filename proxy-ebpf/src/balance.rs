@@ -5,10 +5,12 @@ use core::ptr::addr_of;
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use tidegate_common::{
     Addr, ClusterState, HostState, Reason, ServiceState,
-    balance::{ENDPOINT_WORDS, Endpoint, Located, NoPick, Table, choose_cluster, locate},
+    balance::{ENDPOINT_WORDS, Endpoint, Located, NoPick, ServiceHead, Table, choose_cluster, locate},
+    selector::select,
 };
 
 use crate::{
+    connect::Source,
     counters::add,
     maps::{ARENA, CLUSTERS, HOSTS, SERVICES},
 };
@@ -16,6 +18,7 @@ use crate::{
 /// What was chosen, or refused. Index 0: none.
 #[derive(Clone, Copy)]
 pub struct Choice {
+    pub service: u32,
     pub cluster: u32,
     pub outcome: Result<Endpoint, Reason>,
 }
@@ -64,31 +67,52 @@ pub extern "C" fn locate_endpoint(start: u32, turn: u32, hash: u64) -> u64 {
     Located::encode(locate(&Block { start, turn, hash }))
 }
 
-/// Chooses the endpoint for a connection to `addr` that belongs to a service. Counts what it refuses. `source_hash` is
-/// what is hashed of the connection's source, 0 if that is not known. None: only the proxy can choose.
-#[inline(always)]
-pub fn balance(
-    service: u32,
-    addr: &Addr,
-    source_hash: impl FnOnce() -> u64,
-    refusal: Reason,
-) -> Option<Choice> {
-    let mut choice = Choice { cluster: 0, outcome: Err(refusal) };
-    let Some(service) = SERVICES.get_ptr_mut(service) else { return Some(choice) };
-    // SAFETY (here and below): aligned words of maps; blocks are replaced as one word.
-    let start = unsafe { addr_of!((*service).block).read_volatile() } as u32;
-    if start == 0 {
-        return Some(choice);
+/// The service of a filter chain: this one, or the one that it leads connections from this source to ([`Addr::halves`];
+/// zeroes: it is not known). 0: only the proxy can choose. Global for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn service_of(service: u32, upper: u64, lower: u64) -> u64 {
+    let Some(start) = service_block(service) else { return service.into() };
+    match ARENA.get(start) {
+        Some(head) if ServiceHead::decode(*head).is_selector() => {}
+        _ => return service.into(),
     }
+    if upper | lower == 0 {
+        return 0;
+    }
+    select(&Block { start, turn: 0, hash: 0 }, [upper, lower]).unwrap_or(0).into()
+}
+
+/// Where the block of a service starts.
+#[inline(always)]
+fn service_block(service: u32) -> Option<u32> {
+    let service = SERVICES.get_ptr_mut(service)?;
+    // SAFETY: an aligned word of a map; blocks are replaced as one word.
+    let start = unsafe { addr_of!((*service).block).read_volatile() } as u32;
+    if start == 0 { None } else { Some(start) }
+}
+
+/// Chooses the endpoint for a connection to `addr` that belongs to a service. Counts what it refuses. None: only the proxy
+/// can choose.
+#[inline(always)]
+pub fn balance(service: u32, addr: &Addr, source: &Source<'_>, refusal: Reason) -> Option<Choice> {
+    let [upper, lower] = source.address().halves();
+    let service = service_of(service, upper, lower) as u32;
+    if service == 0 {
+        return None;
+    }
+    let mut choice = Choice { service, cluster: 0, outcome: Err(refusal) };
+    let Some(start) = service_block(service) else { return Some(choice) };
+    let Some(service) = SERVICES.get_ptr_mut(service) else { return Some(choice) };
     let Some(member) = choose_cluster(&Block { start, turn: 0, hash: 0 }) else { return Some(choice) };
     let index = member.cluster;
     // Whatever is done with it: the verifier goes through the rest once then, and not once for each case.
-    let hash = if member.by_source { source_hash() } else { random_hash() };
+    let hash = if member.by_source { source.hash() } else { random_hash() };
     if hash == 0 {
         return None;
     }
     let Some(cluster) = CLUSTERS.get_ptr_mut(index) else { return Some(choice) };
-    // SAFETY: as above.
+    // SAFETY (here and below): aligned words of maps; blocks are replaced as one word.
     let (start, max, active, turn) = unsafe {
         (
             addr_of!((*cluster).block).read_volatile() as u32,

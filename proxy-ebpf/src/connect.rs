@@ -56,9 +56,10 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
     let mut choice = None;
     if let Decision::Balance { service, enrolment } = decision {
         let refusal = fail(Reason::NoTablePassed, Reason::NoTableRefused);
-        choice = balance(service, &addr, || source_hash(sk, family, enrolment, &addr), refusal);
+        let source = Source { bound: bound_address(sk, family), enrolment, destination: &addr };
+        choice = balance(service, &addr, &source, refusal);
         if choice.is_none() {
-            // The proxy knows every source.
+            // The proxy knows every source, and what to do without a chain.
             decision = match enrolment {
                 Some(enrolment) => Decision::capture(enrolment, &addr),
                 None => Decision::Leave(fail(Reason::NotEnrolledPassed, Reason::NotEnrolledRefused)),
@@ -68,9 +69,9 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
     // A socket can be connected again (after a refusal, or AF_UNSPEC, which runs no hook): what an earlier connect
     // left behind must not outlive this one.
     let reason = match (decision, choice) {
-        (Decision::Balance { service, .. }, Some(choice)) => {
+        (Decision::Balance { .. }, Some(choice)) => {
             discard(&ORIGINAL_DST, sk);
-            to_endpoint(ctx, sk, family, addr, port, service, choice)
+            to_endpoint(ctx, sk, family, addr, port, choice)
         }
         (Decision::Capture { addr: own, port: capture_port, carrier }, _) => {
             discard_flow(sk);
@@ -138,13 +139,41 @@ fn capture(
     }
 }
 
-/// What the proxy would hash of the source that a socket would have at its capture listener: the pod's own address, unless
-/// the application has bound another one. 0: only the proxy knows.
+/// What is known of the source that a connection would have at the proxy's capture listener: what the application has
+/// bound, else the pod's own address.
+pub struct Source<'a> {
+    bound: Addr,
+    enrolment: Option<&'static Enrolment>,
+    destination: &'a Addr,
+}
+
+impl Source<'_> {
+    /// The address; zero: it is not known here.
+    #[inline(always)]
+    pub fn address(&self) -> Addr {
+        match self.enrolment {
+            _ if !self.bound.is_unspecified() => self.bound,
+            Some(enrolment) => own_address(enrolment, self.destination),
+            None => Addr::ZERO,
+        }
+    }
+
+    /// What the proxy would hash of it. 0: only the proxy knows, since the agent has hashed the pod's own addresses.
+    #[inline(always)]
+    pub fn hash(&self) -> u64 {
+        let Some(enrolment) = self.enrolment else { return 0 };
+        if !self.bound.is_unspecified() && !self.bound.same(&own_address(enrolment, self.destination)) {
+            return 0;
+        }
+        if self.destination.is_v4() { enrolment.hash_v4 } else { enrolment.hash_v6 }
+    }
+}
+
+/// The address that the application has bound its socket to; unspecified: none.
 #[inline(always)]
-fn source_hash(sk: *mut bpf_sock, family: Family, enrolment: Option<&'static Enrolment>, addr: &Addr) -> u64 {
-    let Some(enrolment) = enrolment else { return 0 };
+fn bound_address(sk: *mut bpf_sock, family: Family) -> Addr {
     // SAFETY: as in `capture`.
-    let bound = unsafe {
+    unsafe {
         match family {
             Family::V4 => Addr::from_v4_be(addr_of!((*sk).src_ip4).read_volatile()),
             Family::V6 => Addr::from_words([
@@ -154,11 +183,7 @@ fn source_hash(sk: *mut bpf_sock, family: Family, enrolment: Option<&'static Enr
                 addr_of!((*sk).src_ip6[3]).read_volatile(),
             ]),
         }
-    };
-    if !bound.is_unspecified() && !bound.same(&own_address(enrolment, addr)) {
-        return 0;
     }
-    if addr.is_v4() { enrolment.hash_v4 } else { enrolment.hash_v6 }
 }
 
 /// The kernel path: rewrites to the chosen endpoint, or says why not.
@@ -169,7 +194,6 @@ fn to_endpoint(
     family: Family,
     addr: Addr,
     port: u16,
-    service: u32,
     choice: Choice,
 ) -> Reason {
     match choice.outcome {
@@ -179,7 +203,7 @@ fn to_endpoint(
                 port,
                 phase: Phase::Chosen as u16,
                 user_timeout_ms: 0,
-                service,
+                service: choice.service,
                 cluster: choice.cluster,
                 host: endpoint.host,
                 flags: 0,
@@ -204,7 +228,7 @@ fn to_endpoint(
             };
             // SAFETY: no preconditions.
             let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-            report_refusal(end, addr, port, service, choice.cluster, netns_cookie);
+            report_refusal(end, addr, port, choice.service, choice.cluster, netns_cookie);
             reason
         }
     }

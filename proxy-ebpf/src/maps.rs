@@ -64,7 +64,7 @@ pub static FLOWS: SkStorage<Flow> = SkStorage::new();
 #[btf_map]
 pub static ARENA: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Listeners on the kernel path.
+/// Filter chains of listeners on the kernel path, and what chooses among those of one.
 #[btf_map]
 pub static SERVICES: Array<ServiceState, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 

@@ -19,7 +19,7 @@ mod slots;
 
 pub use journal::{Ids, Journal};
 pub use manager::Manager;
-pub use predicate::{ClusterObstacle, Obstacle, Plan, is_candidate, plan};
+pub use predicate::{ChainPlan, ClusterObstacle, Obstacle, Plan, Sources, is_candidate, plan};
 
 /// Which way the connections of a listener take.
 #[derive(Clone, Debug, PartialEq)]

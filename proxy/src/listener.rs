@@ -17,7 +17,7 @@ use crate::stats::{HttpStats, ListenerStats, Stats, TcpProxyStats};
 pub mod filter;
 pub mod filter_chain;
 
-use filter_chain::{MatchError, Matcher};
+use filter_chain::{MatchError, Matcher, SourceRange};
 
 /// One listener, shared by every connection that it serves. Replaced as a whole when its configuration changes.
 #[derive(Debug)]
@@ -185,9 +185,16 @@ impl Listener {
         self.chains.get(self.matcher.find(input)?)
     }
 
-    /// The same for all connections to a destination, where that alone decides; see [`Matcher::find_by_destination`].
-    pub fn chain_by_destination(&self, destination: SocketAddr) -> Result<Option<&Arc<Chain>>, &'static str> {
-        Ok(self.matcher.find_by_destination(destination)?.and_then(|index| self.chains.get(index)))
+    /// The same for all connections to a destination, by their source; see [`Matcher::find_by_source`].
+    pub fn chains_by_source(
+        &self,
+        destination: SocketAddr,
+    ) -> Result<Vec<SourceRange<&Arc<Chain>>>, &'static str> {
+        let chain = |range: SourceRange<usize>| SourceRange {
+            first: range.first,
+            chain: range.chain.and_then(|index| self.chains.get(index)),
+        };
+        Ok(self.matcher.find_by_source(destination)?.into_iter().map(chain).collect())
     }
 
     /// Whether it looks for the original destination of its connections.

@@ -103,7 +103,7 @@ pub struct Interception {
 /// Capacities of the tables of the kernel path; none: the default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KernelPathCapacity {
-    /// Listeners. Default 4,096.
+    /// Filter chains of listeners, and one more for each listener that has several. Default 4,096.
     pub services: Option<u32>,
     /// Their clusters. Default 4,096.
     pub clusters: Option<u32>,

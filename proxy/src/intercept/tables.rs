@@ -24,7 +24,7 @@ use super::error::InterceptError;
 /// Sizes of the tables, entries. Entry 0 of each is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableSizes {
-    /// Listeners on the kernel path.
+    /// Filter chains of listeners on the kernel path, and selectors of those.
     pub services: u32,
     /// Their clusters.
     pub clusters: u32,

@@ -1,4 +1,5 @@
-//! From the endpoints of a cluster to the words that the eBPF programs choose from (`tidegate_common::balance`).
+//! From the endpoints of a cluster to the words that the eBPF programs choose from (`tidegate_common::balance`), and from the
+//! filter chains of a listener (`tidegate_common::selector`).
 //!
 //! What a worker's `Balancer` draws from at each pick is laid out beforehand: a route for each priority that gets load,
 //! with the list that it goes to (healthy, degraded, or all hosts in panic mode), by locality where localities are
@@ -8,10 +9,11 @@ use std::sync::Arc;
 
 use tidegate_common::Addr;
 use tidegate_common::balance::{
-    self, ENDPOINT_WORDS, Entry, Head, List, ListKind, MAX_ROUTES, Places, Policy, Route,
+    self, ENDPOINT_WORDS, Entry, Head, List, ListKind, MAX_ROUTES, Places, Policy, Route, ServiceHead,
 };
+use tidegate_common::selector::Range;
 
-use super::ClusterObstacle;
+use super::{ClusterObstacle, Sources};
 use crate::addr::EndpointAddr;
 use crate::cluster::endpoint::{Endpoint, Host, HostSet, LocalityHosts, Source};
 use crate::cluster::hashing::{Indexes, Layout, Table};
@@ -188,6 +190,17 @@ impl<F: FnMut(&Arc<Host>) -> u32> Block<F> {
     fn offset(&self) -> u32 {
         self.words.len() as u32
     }
+}
+
+/// The block of a selector. `chains` are the indexes of the services of a plan's chains.
+pub fn compile_selector(sources: &[Sources], chains: &[u32]) -> Vec<u64> {
+    let head = ServiceHead { clusters: 0, total: sources.len() as u32 };
+    let range = |sources: &Sources| {
+        // Without a chain the proxy closes the connection, and says why.
+        let service = sources.chain.and_then(|chain| chains.get(chain)).copied().unwrap_or_default();
+        Range { first: sources.first.into(), service }.encode()
+    };
+    std::iter::once(head.encode()).chain(sources.iter().flat_map(range)).collect()
 }
 
 /// The sum of these weights (at least 1 each), and how far each of them reaches.

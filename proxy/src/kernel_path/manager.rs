@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tidegate_common::balance::{Entry, Head, Member, ServiceHead};
+use tidegate_common::balance::Head;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::arena::{Arena, Block};
@@ -18,17 +18,21 @@ use super::mirror::Seen;
 use super::predicate::{canonical, clusters_of, is_candidate, plan};
 use super::removal::Doomed;
 use super::slots::Slots;
-use super::{Board, Obstacle, Plan, State};
+use super::{Board, Obstacle, State};
 use crate::addr::EndpointAddr;
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::HostSet;
-use crate::cluster::hashing;
 use crate::cluster::host::Host;
 use crate::cluster::removal::Loss;
 use crate::config::cluster::DataPath;
 use crate::intercept::flows::FlowHost;
 use crate::intercept::tables::Tables;
 use crate::snapshot::Snapshot;
+
+mod services;
+
+pub(super) use services::Service;
+use services::{OnPath, Placed, Selector, ServiceKey, service_block};
 
 /// An entry that is gone is kept so long at the least: records of its last connections may wait to be read.
 const KEEP: Duration = Duration::from_secs(2);
@@ -43,7 +47,11 @@ pub struct Manager {
     free_services: Slots<u64>,
     free_clusters: Slots<u64>,
     free_hosts: Slots<HostKey>,
-    services: HashMap<Arc<str>, Service>,
+    /// Listeners that are on the kernel path.
+    listeners: HashMap<Arc<str>, OnPath>,
+    services: HashMap<ServiceKey, Service>,
+    /// By listener.
+    selectors: HashMap<Arc<str>, Selector>,
     targets: HashMap<Arc<str>, Target>,
     /// Their names, by index.
     names: Names,
@@ -56,26 +64,14 @@ pub struct Manager {
 
 #[derive(Debug, Default)]
 struct Names {
-    services: HashMap<u32, Arc<str>>,
+    services: HashMap<u32, ServiceKey>,
     targets: HashMap<u32, Arc<str>>,
 }
 
 /// A host of a cluster: index of the cluster, address and port.
 type HostKey = (u32, SocketAddr);
 
-/// A listener on the kernel path.
-#[derive(Debug)]
-pub(super) struct Service {
-    pub(super) index: u32,
-    pub(super) plan: Plan,
-    words: Vec<u64>,
-    block: Block,
-    seen: Seen,
-    /// Since when it is gone.
-    gone: Option<Instant>,
-}
-
-/// A cluster of such listeners.
+/// A cluster of listeners on the kernel path.
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) index: u32,
@@ -129,7 +125,9 @@ impl Manager {
             free_services: Slots::new(sizes.services, |index| named(tables.service(index).key)),
             free_clusters: Slots::new(sizes.clusters, |index| named(tables.cluster(index).key)),
             free_hosts: Slots::new(sizes.hosts, host_key),
+            listeners: HashMap::new(),
             services: HashMap::new(),
+            selectors: HashMap::new(),
             targets: HashMap::new(),
             names: Names::default(),
             users: HashMap::new(),
@@ -161,8 +159,9 @@ impl Manager {
         let there: HashSet<&str> = names.iter().map(|name| &**name).collect();
         self.board.retain(|listener| there.contains(listener));
         let now = Instant::now();
-        for (_, service) in self.services.iter_mut().filter(|(name, _)| !there.contains(&***name)) {
-            service.gone.get_or_insert(now);
+        let gone: Vec<_> = self.listeners.keys().filter(|name| !there.contains(&***name)).cloned().collect();
+        for listener in gone {
+            self.leave(&listener, now);
         }
         self.let_go(now);
     }
@@ -187,10 +186,10 @@ impl Manager {
 
     /// The index of a listener that is on the kernel path.
     pub fn service(&self, listener: &str) -> Option<u32> {
-        self.services.get(listener).filter(|service| service.gone.is_none()).map(|service| service.index)
+        self.listeners.get(listener).map(|on_path| on_path.index)
     }
 
-    /// A listener that is on the kernel path, or was until lately.
+    /// A filter chain of a listener that is on the kernel path, or was until lately.
     pub(super) fn service_at(&self, index: u32) -> Option<&Service> {
         self.services.get(self.names.services.get(&index)?)
     }
@@ -220,54 +219,11 @@ impl Manager {
         let state = match decided {
             Ok(()) => State::Kernel,
             Err(obstacles) => {
-                if let Some(service) = self.services.get_mut(name) {
-                    service.gone.get_or_insert(now);
-                }
+                self.leave(name, now);
                 State::Proxy(obstacles)
             }
         };
         self.board.set(name, state);
-    }
-
-    /// Compiles a listener and its clusters.
-    fn serve(&mut self, name: &Arc<str>, plan: Plan, now: Instant) -> Result<(), Vec<Obstacle>> {
-        let mut words = vec![0];
-        let mut bound = 0_u32;
-        // Weights of a tcp_proxy fit 32 bits together, as in Envoy.
-        for (cluster, weight) in &plan.clusters {
-            let index = self.compile(cluster, now).map_err(|obstacle| vec![obstacle])?;
-            let policy = &cluster.config().lb_policy;
-            let by_source = hashing::is_by_source(policy, plan.proxy.config.hash_policy.as_ref());
-            bound = bound.saturating_add(*weight);
-            words.push(Entry { bound, offset: Member { cluster: index, by_source }.encode() }.encode());
-        }
-        words[0] = ServiceHead { clusters: plan.clusters.len() as u32, total: bound }.encode();
-        if let Some(service) = self.services.get_mut(name)
-            && service.words == words
-        {
-            (service.plan, service.gone) = (plan, None);
-            return Ok(());
-        }
-        let key = key_of(name);
-        let block = self.write(&words, now).map_err(|obstacle| vec![obstacle])?;
-        if let Some(service) = self.services.get_mut(name) {
-            self.tables.set_service(service.index, key, block.start);
-            self.arena.retire(std::mem::replace(&mut service.block, block), now);
-            (service.plan, service.words, service.gone) = (plan, words, None);
-            return Ok(());
-        }
-        let Some(index) = self.free_services.take(&key) else {
-            self.arena.give_back(block);
-            return Err(vec![Obstacle::TableFull {
-                table: "services",
-                entries: self.tables.sizes().services,
-            }]);
-        };
-        self.tables.set_service(index, key, block.start);
-        let service = Service { index, plan, words, block, seen: Seen::default(), gone: None };
-        self.names.services.insert(index, Arc::clone(name));
-        self.services.insert(Arc::clone(name), service);
-        Ok(())
     }
 
     /// Compiles a cluster, unless it is what was compiled. Returns its index.
@@ -294,7 +250,7 @@ impl Manager {
             entry.gone.get_or_insert(now);
         }
         let compiled = self.compile_hosts(cluster, &hosts, index, &mut entries);
-        let written = compiled.and_then(|words| self.write(&words, now));
+        let written = compiled.and_then(|words| write(&self.tables, &mut self.arena, &words, now));
         let target = self.targets.get_mut(name);
         let block = match (written, &target) {
             (Ok(block), _) => block,
@@ -386,14 +342,6 @@ impl Manager {
         words.map_err(|obstacle| Obstacle::Cluster { cluster: Arc::clone(cluster.name()), obstacle })
     }
 
-    fn write(&mut self, words: &[u64], now: Instant) -> Result<Block, Obstacle> {
-        let len = words.len() as u32;
-        let full = || Obstacle::TableFull { table: "arena", entries: self.tables.sizes().arena };
-        let block = self.arena.allocate(len, now).ok_or_else(full)?;
-        self.tables.write_block(block.start, words);
-        Ok(block)
-    }
-
     /// Clusters that no listener leads to any more are gone.
     fn let_go(&mut self, now: Instant) {
         let used: HashSet<Arc<str>> = self
@@ -416,7 +364,7 @@ impl Manager {
     pub fn observe(&mut self) {
         let tables = &self.tables;
         for service in self.services.values_mut() {
-            service.seen.news(tables.service(service.index).tally).of_service(&service.plan);
+            service.seen.news(tables.service(service.placed.index).tally).of_service(&service.plan);
         }
         for target in self.targets.values_mut() {
             let news = target.seen.news(tables.cluster(target.index).tally);
@@ -441,13 +389,23 @@ impl Manager {
         let now = Instant::now();
         let old = |gone: Option<Instant>| gone.is_some_and(|since| now.duration_since(since) >= KEEP);
         let Self { tables, arena, names, free_services, free_clusters, free_hosts, .. } = self;
+        let mut clear = |placed: &Placed| {
+            tables.clear_service(placed.index);
+            free_services.give_back(placed.index);
+            arena.retire(placed.block, now);
+        };
         self.services.retain(|_, service| {
-            let over = old(service.gone) && tables.service(service.index).tally.active == 0;
+            let over = old(service.gone) && tables.service(service.placed.index).tally.active == 0;
             if over {
-                tables.clear_service(service.index);
-                names.services.remove(&service.index);
-                free_services.give_back(service.index);
-                arena.retire(service.block, now);
+                names.services.remove(&service.placed.index);
+                clear(&service.placed);
+            }
+            !over
+        });
+        self.selectors.retain(|_, selector| {
+            let over = old(selector.gone);
+            if over {
+                clear(&selector.placed);
             }
             !over
         });
@@ -509,18 +467,19 @@ impl Manager {
     }
 }
 
-/// The block of a service's entry, if it has one.
-fn service_block(tables: &Tables, index: u32) -> Option<Block> {
-    let start = tables.service(index).block as u32;
-    let head = (start != 0).then(|| tables.block_word(start))??;
-    Some(Block { start, len: 1 + ServiceHead::decode(head).clusters })
-}
-
-/// The same of a cluster's.
+/// The block of a cluster's entry, if it has one.
 fn cluster_block(tables: &Tables, index: u32) -> Option<Block> {
     let start = tables.cluster(index).block as u32;
     let head = (start != 0).then(|| tables.block_word(start))??;
     Some(Block { start, len: Head::decode(head).words }).filter(|block| block.len != 0)
+}
+
+fn write(tables: &Tables, arena: &mut Arena, words: &[u64], now: Instant) -> Result<Block, Obstacle> {
+    let len = words.len() as u32;
+    let full = || Obstacle::TableFull { table: "arena", entries: tables.sizes().arena };
+    let block = arena.allocate(len, now).ok_or_else(full)?;
+    tables.write_block(block.start, words);
+    Ok(block)
 }
 
 /// Tells a successor whose entry it is; never 0.

@@ -2,7 +2,7 @@
 
 use tidegate_common::Tally;
 
-use super::Plan;
+use super::ChainPlan;
 use crate::cluster::Cluster;
 use crate::cluster::host::Host;
 use crate::cluster::outlier::Outcome;
@@ -73,7 +73,7 @@ impl News {
     }
 
     /// Into `listener.*` and `tcp.*`.
-    pub(super) fn of_service(&self, plan: &Plan) {
+    pub(super) fn of_service(&self, plan: &ChainPlan) {
         if self.is_nothing() {
             return;
         }

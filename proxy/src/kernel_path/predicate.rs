@@ -1,7 +1,7 @@
 //! Which listeners may take the kernel path, and what stands in the way of the others.
 //!
-//! A listener may when its connections would fare the same: what is known at connect(2) chooses the filter chain, and
-//! nothing between there and the endpoint needs a proxy. Every obstacle is *hard*, but for a few that only cost what a
+//! A listener may when its connections would fare the same: what is known at connect(2), their destination and their source
+//! address, chooses the filter chain, and nothing between there and the endpoint needs a proxy, whichever chain it is. Every obstacle is *hard*, but for a few that only cost what a
 //! cluster with `mode: KERNEL` says it can do without ([`Obstacle::is_soft`]).
 
 use std::collections::BTreeSet;
@@ -18,10 +18,12 @@ use crate::intercept::destinations::is_black_hole;
 use crate::listener::{Chain, Listener, Service, TcpProxy};
 use crate::snapshot::Snapshot;
 
+mod chains;
 mod cluster;
 mod obstacle;
 mod tcp_proxy;
 
+pub use chains::Sources;
 pub use obstacle::{ClusterObstacle, Obstacle};
 
 /// Clusters that a `tcp_proxy` may choose from by weight.
@@ -30,9 +32,19 @@ pub const MAX_CLUSTERS: usize = tidegate_common::balance::MAX_CLUSTERS as usize;
 /// How connections to a listener get to their endpoints.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Whose addresses they are.
+    /// Those that its connections choose, each of them once; not empty.
+    pub chains: Vec<ChainPlan>,
+    /// Who chooses which, in ascending order; not empty, at most [`MAX_RANGES`](tidegate_common::selector::MAX_RANGES). One:
+    /// all sources have the first chain.
+    pub sources: Vec<Sources>,
+}
+
+/// How connections of a filter chain get to their endpoints.
+#[derive(Clone, Debug)]
+pub struct ChainPlan {
+    /// Whose chain it is.
     pub listener: Arc<Listener>,
-    /// The chain of all its connections.
+    /// The chain.
     pub chain: Arc<Chain>,
     /// Its filter.
     pub proxy: Arc<TcpProxy>,
@@ -50,6 +62,12 @@ impl Obstacles {
             self.0.push(obstacle);
         }
     }
+
+    /// Adds these, but for the soft ones if everybody does without what is lost.
+    fn add_all(&mut self, others: Self, modes: &[DataPath]) {
+        let waives = modes.iter().all(|mode| *mode == DataPath::Kernel);
+        others.0.into_iter().filter(|obstacle| !(waives && obstacle.is_soft())).for_each(|it| self.add(it));
+    }
 }
 
 /// Whether a listener could take the kernel path at all: connections reach it only because they were captured.
@@ -65,65 +83,57 @@ pub fn plan(listener: &Arc<Listener>, snapshot: &Snapshot, default: DataPath) ->
         return Err(vec![Obstacle::NotVirtual]);
     }
     let mut found = Obstacles::default();
-    let chain = chain_of(listener, &mut found);
-    let proxy = chain.and_then(|chain| proxy_of(chain, &mut found));
-    let targets = match proxy {
-        Some(proxy) => targets(&proxy.config.clusters),
-        None => all_targets(listener),
+    let chosen = chains::of(listener, &mut found);
+    let proxies = chosen.as_ref().and_then(|chosen| {
+        let proxies: Vec<_> = chosen.chains.iter().map(|chain| proxy_of(chain, &mut found)).collect();
+        proxies.into_iter().collect::<Option<Vec<_>>>()
+    });
+    // By chain, if all of those are known.
+    let targets: Vec<Targets> = match &proxies {
+        Some(proxies) => proxies.iter().map(|proxy| targets(&proxy.config.clusters)).collect(),
+        None => vec![all_targets(listener)],
     };
-    let modes: Vec<DataPath> = targets
-        .iter()
-        .map(|(name, _)| snapshot.cluster(name).and_then(|it| it.config().data_path).unwrap_or(default))
-        .chain(targets.is_empty().then_some(default))
-        .collect();
-    if modes.iter().all(|mode| *mode == DataPath::Proxy) {
+    let modes_of = |targets: &Targets| -> Vec<DataPath> {
+        let mode =
+            |name: &str| snapshot.cluster(name).and_then(|it| it.config().data_path).unwrap_or(default);
+        targets.iter().map(|(name, _)| mode(name)).chain(targets.is_empty().then_some(default)).collect()
+    };
+    let modes: Vec<Vec<DataPath>> = targets.iter().map(modes_of).collect();
+    let all_modes = modes.concat();
+    if all_modes.iter().all(|mode| *mode == DataPath::Proxy) {
         return Err(vec![Obstacle::NotWanted]);
     }
     if refuses(listener, snapshot) {
         return Err(vec![Obstacle::BlackHole]);
     }
-    if modes.contains(&DataPath::Proxy) {
+    if all_modes.contains(&DataPath::Proxy) {
         found.add(Obstacle::MixedDataPath);
     }
-    look_at_listener(&listener.config, snapshot, &mut found);
-    if let Some(proxy) = proxy {
-        tcp_proxy::look_at(&proxy.config, &mut found);
+    let mut of_listener = Obstacles::default();
+    look_at_listener(&listener.config, snapshot, &mut of_listener);
+    found.add_all(of_listener, &all_modes);
+    let mut clusters = Vec::with_capacity(targets.len());
+    for (index, (targets, modes)) in targets.iter().zip(&modes).enumerate() {
+        let mut of_chain = Obstacles::default();
+        if let Some(proxies) = &proxies {
+            tcp_proxy::look_at(&proxies[index].config, &mut of_chain);
+        }
+        clusters.push(cluster::look_at(&listener.config, targets, snapshot, &mut of_chain));
+        found.add_all(of_chain, modes);
     }
-    let clusters = cluster::look_at(&listener.config, &targets, snapshot, &mut found);
-    let waives = modes.iter().all(|mode| *mode == DataPath::Kernel);
-    found.0.retain(|obstacle| !(waives && obstacle.is_soft()));
-    match (chain, proxy) {
-        (Some(chain), Some(proxy)) if found.0.is_empty() => Ok(Plan {
-            listener: Arc::clone(listener),
-            chain: Arc::clone(chain),
-            proxy: Arc::clone(proxy),
-            clusters,
-        }),
+    match (chosen, proxies) {
+        (Some(chosen), Some(proxies)) if found.0.is_empty() => {
+            let chain = |((chain, proxy), clusters): ((&Arc<Chain>, &Arc<TcpProxy>), _)| ChainPlan {
+                listener: Arc::clone(listener),
+                chain: Arc::clone(chain),
+                proxy: Arc::clone(proxy),
+                clusters,
+            };
+            let chains = chosen.chains.into_iter().zip(proxies).zip(clusters).map(chain).collect();
+            Ok(Plan { chains, sources: chosen.sources })
+        }
         _ => Err(found.0),
     }
-}
-
-/// The one chain that every connection to the listener chooses.
-fn chain_of<'a>(listener: &'a Listener, found: &mut Obstacles) -> Option<&'a Arc<Chain>> {
-    let mut chosen: Option<&Arc<Chain>> = None;
-    for address in &listener.config.addresses {
-        let address = canonical(*address);
-        if address.port() == 0 {
-            found.add(Obstacle::NoPort(address));
-        }
-        match listener.chain_by_destination(address) {
-            Err(field) => found.add(Obstacle::ChainMatch(field)),
-            Ok(None) => found.add(Obstacle::NoChain(address)),
-            Ok(Some(chain)) if chosen.is_some_and(|other| other.id != chain.id) => {
-                found.add(Obstacle::DifferentChains);
-            }
-            Ok(Some(chain)) => chosen = Some(chain),
-        }
-    }
-    let undecided = |obstacle: &Obstacle| {
-        matches!(obstacle, Obstacle::ChainMatch(_) | Obstacle::NoChain(_) | Obstacle::DifferentChains)
-    };
-    chosen.filter(|_| !found.0.iter().any(undecided))
 }
 
 fn proxy_of<'a>(chain: &'a Chain, found: &mut Obstacles) -> Option<&'a Arc<TcpProxy>> {
@@ -140,7 +150,7 @@ fn proxy_of<'a>(chain: &'a Chain, found: &mut Obstacles) -> Option<&'a Arc<TcpPr
 fn look_at_listener(listener: &config::listener::Listener, snapshot: &Snapshot, found: &mut Obstacles) {
     let config::listener::Listener {
         name: _,
-        addresses: _, // the chain is chosen by each of them
+        addresses: _, // the chains are those of each of them
         bind_to_port: _,
         use_original_dst: _, // restores what is known here
         filter_chains: _,
@@ -197,7 +207,10 @@ fn refuses(listener: &Listener, snapshot: &Snapshot) -> bool {
     !targets.is_empty() && targets.iter().all(is_black_hole)
 }
 
-fn targets(choice: &ClusterChoice) -> Vec<(Arc<str>, u32)> {
+/// Names of clusters, and their weights.
+type Targets = Vec<(Arc<str>, u32)>;
+
+fn targets(choice: &ClusterChoice) -> Targets {
     match choice {
         ClusterChoice::Single(name) => vec![(Arc::clone(name), 1)],
         ClusterChoice::Weighted(all) => all.iter().map(|it| (Arc::clone(&it.name), it.weight)).collect(),
@@ -205,7 +218,7 @@ fn targets(choice: &ClusterChoice) -> Vec<(Arc<str>, u32)> {
 }
 
 /// Where any of its chains leads, as far as that is known.
-fn all_targets(listener: &Listener) -> Vec<(Arc<str>, u32)> {
+fn all_targets(listener: &Listener) -> Targets {
     let of_chain = |chain: &Arc<Chain>| match &chain.config.terminal {
         Some(Terminal::TcpProxy(proxy)) => targets(&proxy.clusters),
         Some(Terminal::HttpAsTcp(routing)) => {

@@ -18,9 +18,11 @@ use crate::config::listener::Cidr;
 
 mod prefixes;
 mod rules;
+mod sources;
 
 use prefixes::Prefixes;
 use rules::{Key, Name, Row, rows_of};
+pub use sources::SourceRange;
 
 /// What is known of a connection when its filter chain is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -101,13 +103,6 @@ impl Matcher {
     pub fn find(&self, input: &MatchInput<'_>) -> Option<usize> {
         self.root.as_ref().and_then(|root| root.find(input)).map(|index| index as usize).or(self.default)
     }
-
-    /// The same for all connections to a destination (an unspecified address: to any address with this port), where
-    /// that alone decides. Else the field of `filter_chain_match` that more would have to be known for.
-    pub fn find_by_destination(&self, destination: SocketAddr) -> Result<Option<usize>, &'static str> {
-        let found = self.root.as_ref().map(|root| root.find_by_destination(destination)).transpose()?;
-        Ok(found.flatten().map(|index| index as usize).or(self.default))
-    }
 }
 
 /// The criteria in the order in which they apply.
@@ -185,41 +180,6 @@ impl Node {
                     node = match table.find(*step, input) {
                         Some(child) => &children[child as usize],
                         None => any.as_deref()?,
-                    };
-                }
-            }
-        }
-    }
-}
-
-impl Node {
-    fn find_by_destination(&self, destination: SocketAddr) -> Result<Option<u32>, &'static str> {
-        let input = MatchInput {
-            destination,
-            // Nothing looks at the rest.
-            source: destination,
-            direct_source: destination.ip(),
-            transport_protocol: "",
-            server_name: "",
-            application_protocols: &[],
-        };
-        let mut node = self;
-        loop {
-            match node {
-                Self::Chain(index) => return Ok(Some(*index)),
-                Self::Level { step, table, children, any } => {
-                    let known = match step {
-                        Step::DestinationPort => true,
-                        Step::Destination => !destination.ip().is_unspecified(),
-                        _ => false,
-                    };
-                    if !known {
-                        return Err(step.field());
-                    }
-                    node = match (table.find(*step, &input), any) {
-                        (Some(child), _) => &children[child as usize],
-                        (None, Some(any)) => any,
-                        (None, None) => return Ok(None),
                     };
                 }
             }
@@ -463,6 +423,17 @@ mod tests {
         assert_eq!(found(&matcher, &input("[::ffff:10.1.0.1]:80", "1.1.1.1:7")), Some("narrow"));
     }
 
+    /// First addresses and chains.
+    type Ranges<'m> = Vec<(String, Option<&'m str>)>;
+
+    fn by_source<'m>(
+        Built(matcher, names): &'m Built,
+        destination: &str,
+    ) -> Result<Ranges<'m>, &'static str> {
+        let ranges = matcher.find_by_source(destination.parse().unwrap())?;
+        Ok(ranges.iter().map(|it| (it.first.to_string(), it.chain.map(|index| &*names[index]))).collect())
+    }
+
     #[test]
     fn the_destination_alone_may_decide() {
         let with = |name: &str, matches| chain(name, matches);
@@ -492,19 +463,76 @@ mod tests {
         )
         .unwrap();
         let name = |destination: &str| {
-            let found = matcher.0.find_by_destination(destination.parse().unwrap())?;
-            Ok(found.map(|index| &*matcher.1[index]))
+            let ranges = by_source(&matcher, destination)?;
+            assert_eq!(ranges.len(), 1, "{ranges:?}");
+            Ok(ranges[0].1)
         };
         assert_eq!(name("10.0.0.1:443"), Ok(Some("port")));
         assert_eq!(name("0.0.0.0:443"), Ok(Some("port")));
         assert_eq!(name("[::]:443"), Ok(Some("port")));
         assert_eq!(name("10.2.0.1:80"), Ok(Some("net")));
+        assert_eq!(name("[::ffff:10.2.0.1]:80"), Ok(Some("net")));
         assert_eq!(name("11.0.0.1:80"), Ok(Some("default")));
         assert_eq!(name("10.1.0.1:80"), Err("source_ports"));
         assert_eq!(name("0.0.0.0:80"), Err("prefix_ranges"));
         assert_eq!(name("0.0.0.0:81"), Ok(Some("default")));
-        let none = build(&[], None).unwrap();
-        assert_eq!(none.0.find_by_destination("10.0.0.1:1".parse().unwrap()), Ok(None));
+        assert_eq!(by_source(&build(&[], None).unwrap(), "10.0.0.1:1"), Ok(vec![("0.0.0.0".into(), None)]));
+    }
+
+    #[test]
+    fn sources_fall_into_ranges() {
+        let of = |list: &[&str]| FilterChainMatch {
+            source_prefix_ranges: list.iter().map(|text| cidr(text)).collect(),
+            ..FilterChainMatch::default()
+        };
+        let ports = FilterChainMatch { source_ports: vec![7], ..of(&["10.2.0.0/16"]) };
+        let matcher = build(
+            &[
+                chain("wide", of(&["10.0.0.0/8", "2001:db8::/32"])),
+                chain("narrow", of(&["10.1.0.0/16", "10.0.0.0/32"])),
+            ],
+            None,
+        )
+        .unwrap();
+        let ranges = |list: &[(&str, Option<&'static str>)]| {
+            Ok(list.iter().map(|(first, name)| ((*first).to_owned(), *name)).collect::<Ranges<'_>>())
+        };
+        let v4 = ranges(&[
+            ("0.0.0.0", None),
+            ("10.0.0.0", Some("narrow")),
+            ("10.0.0.1", Some("wide")),
+            ("10.1.0.0", Some("narrow")),
+            ("10.2.0.0", Some("wide")),
+            ("11.0.0.0", None),
+        ]);
+        for destination in ["172.16.0.1:80", "0.0.0.0:80", "[::ffff:172.16.0.1]:80"] {
+            assert_eq!(by_source(&matcher, destination), v4, "{destination}");
+        }
+        assert_eq!(
+            by_source(&matcher, "[fd00::1]:80"),
+            ranges(&[("::", None), ("2001:db8::", Some("wide")), ("2001:db9::", None)])
+        );
+        // One source of which more has to be known is enough.
+        let matcher =
+            build(&[chain("ports", ports), chain("any", FilterChainMatch::default())], None).unwrap();
+        assert_eq!(by_source(&matcher, "172.16.0.1:80"), Err("source_ports"));
+        assert_eq!(by_source(&matcher, "[fd00::1]:80"), ranges(&[("::", Some("any"))]));
+    }
+
+    #[test]
+    fn local_sources_depend_on_the_destination() {
+        let of = |source_type| FilterChainMatch { source_type, ..FilterChainMatch::default() };
+        let matcher = build(
+            &[chain("local", of(SourceType::SameIpOrLoopback)), chain("any", FilterChainMatch::default())],
+            None,
+        )
+        .unwrap();
+        let ranges = by_source(&matcher, "172.16.0.1:80").unwrap();
+        let firsts: Vec<&str> = ranges.iter().map(|(first, _)| &**first).collect();
+        assert_eq!(firsts, ["0.0.0.0", "127.0.0.1", "127.0.0.2", "172.16.0.1", "172.16.0.2"]);
+        assert_eq!((ranges[1].1, ranges[2].1, ranges[3].1), (Some("local"), Some("any"), Some("local")));
+        assert_eq!(by_source(&matcher, "0.0.0.0:80"), Err("source_type"));
+        assert_eq!(by_source(&matcher, "255.255.255.255:80").unwrap().len(), 4);
     }
 
     #[test]
@@ -768,6 +796,17 @@ mod tests {
             })
     }
 
+    /// Without what is said by clients; seldom with ports.
+    fn any_match_of_addresses() -> impl Strategy<Value = FilterChainMatch> {
+        (any_match(), prop::bool::weighted(0.05)).prop_map(|(matches, ports)| FilterChainMatch {
+            server_names: Vec::new(),
+            transport_protocol: "".into(),
+            application_protocols: Vec::new(),
+            source_ports: if ports { matches.source_ports } else { Vec::new() },
+            ..matches
+        })
+    }
+
     #[derive(Debug, Clone)]
     struct Probe {
         destination: SocketAddr,
@@ -828,6 +867,49 @@ mod tests {
                 };
                 let expected = naive(&chains, &input).map(|index| &*chains[index].name);
                 prop_assert_eq!(found(&matcher, &input), expected, "{:?} of {:#?}", probe, chains);
+            }
+        }
+
+        #[test]
+        fn ranges_of_sources_find_what_is_found_for_each(
+            matches in prop::collection::vec(any_match_of_addresses(), 0..12),
+            destinations in prop::collection::vec((any_ip(), 0..4u16), 4),
+            sources in prop::collection::vec(any_ip(), 16),
+        ) {
+            let mut chains: Vec<Arc<FilterChain>> = Vec::new();
+            for (index, m) in matches.into_iter().enumerate() {
+                chains.push(chain(&index.to_string(), m));
+                if build(&chains, None).is_err() {
+                    chains.pop();
+                }
+            }
+            let Built(matcher, _) = build(&chains, None).unwrap();
+            for destination in destinations.into_iter().map(SocketAddr::from) {
+                let ranges = match matcher.find_by_source(destination) {
+                    Ok(ranges) => ranges,
+                    Err(field) => {
+                        prop_assert!(field == "source_ports" || destination.ip().is_unspecified(), "{field}");
+                        continue;
+                    }
+                };
+                prop_assert!(ranges.windows(2).all(|pair| pair[0].first < pair[1].first), "{ranges:?}");
+                prop_assert!(ranges.windows(2).all(|pair| pair[0].chain != pair[1].chain), "{ranges:?}");
+                let edges = ranges.iter().map(|range| range.first);
+                for source in sources.iter().copied().chain(edges) {
+                    if source.is_ipv4() != destination.is_ipv4() {
+                        continue;
+                    }
+                    let input = MatchInput {
+                        destination,
+                        source: (source, 9).into(),
+                        direct_source: source,
+                        transport_protocol: "tls",
+                        server_name: "a.x.y",
+                        application_protocols: &["h2".into()],
+                    };
+                    let range = ranges.iter().rfind(|range| range.first <= source).unwrap();
+                    prop_assert_eq!(range.chain, matcher.find(&input), "{} to {} of {:#?}", source, destination, chains);
+                }
             }
         }
     }

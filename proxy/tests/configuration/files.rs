@@ -265,7 +265,7 @@ fn kernel_path() {
         bootstrap.clusters.iter().map(|it| Cluster::build(Arc::clone(it), &stats, None)).collect(),
     );
     let of = |name: &str| {
-        plan(snapshot.listener(name).unwrap(), &snapshot, default).map(|plan| plan.clusters.len())
+        plan(snapshot.listener(name).unwrap(), &snapshot, default).map(|plan| plan.chains[0].clusters.len())
     };
     assert_eq!((of("foo"), of("bar")), (Ok(1), Ok(1)));
     assert_eq!(of("baz"), Err(vec![Obstacle::ConnectAttempts(2)]));

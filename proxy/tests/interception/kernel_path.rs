@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use tidegate::intercept::tables::{FlowEvents, TableSizes, Tables};
 use tidegate_common::balance::{
     ENDPOINT_WORDS, Endpoint, Entry, Head, List, ListKind, Member, Places, Policy, Route, ServiceHead,
 };
+use tidegate_common::selector::Range;
 use tidegate_common::{Destination, End, FlowEvent, FlowFlag, Reason, RuleValue, Tally, Verdict};
 
 use crate::lab::*;
@@ -108,6 +109,21 @@ impl Path {
             .write_block(self.next_block, &[head, Entry { bound: 1, offset: member.encode() }.encode()]);
         self.tables.set_service(1, 11, self.next_block);
         self.next_block += 2;
+    }
+
+    /// Service 1 leads sources from these addresses on to these services, which have the cluster.
+    fn selector(&mut self, ranges: &[(&str, u32)]) {
+        let mut words = vec![ServiceHead { clusters: 0, total: ranges.len() as u32 }.encode()];
+        for (first, service) in ranges {
+            let first = first.parse::<IpAddr>().unwrap().into();
+            words.extend(Range { first, service: *service }.encode());
+            if *service != 0 {
+                self.tables.set_service(*service, u64::from(*service), 4);
+            }
+        }
+        self.tables.write_block(self.next_block, &words);
+        self.tables.set_service(1, 11, self.next_block);
+        self.next_block += words.len() as u32;
     }
 
     /// The next record.
@@ -396,12 +412,7 @@ fn a_source_that_is_known_is_hashed_and_others_are_left_to_the_proxy() {
     let (servers, addresses): (Vec<_>, Vec<_>) = (0..3).map(|i| listen(&pod, 9_001 + i)).unzip();
     path.table(&addresses, [0, 1, 2, 2, 1, 0, 0, 1], true);
     let host_at = [1_u32, 2, 3, 3, 2, 1, 1, 2];
-    let bound = |to: &str, address: &str| {
-        let to: SocketAddr = to.parse().unwrap();
-        let client = pod.app_socket(Domain::for_address(to));
-        client.bind(&SocketAddr::new(address.parse().unwrap(), 0).into()).unwrap();
-        connect(&client, to).map(|()| client)
-    };
+    let bound = |to, address| bound(&pod, to, address);
     for (hash, host) in [0xffff_ffff_0000_0008_u64, 1, 2, 3, 4, 5, 6, 7].into_iter().zip(host_at) {
         let record = enrolment().hashed(|ip| if ip.is_ipv4() { hash } else { 77 });
         path.interceptor.enrol(pod.cookie, record).unwrap();
@@ -432,6 +443,66 @@ fn a_source_that_is_known_is_hashed_and_others_are_left_to_the_proxy() {
     path.table(&addresses, [0, 1, 2, 2, 1, 0, 0, 1], false);
     drop(pod.connect(SERVICE).unwrap());
     assert!((1..=3).contains(&path.event().host));
+}
+
+/// `to` from a socket that is bound to this address.
+fn bound(pod: &Pod, to: &str, address: &str) -> Result<Socket, i32> {
+    let to: SocketAddr = to.parse().unwrap();
+    let client = pod.app_socket(Domain::for_address(to));
+    client.bind(&SocketAddr::new(address.parse().unwrap(), 0).into()).unwrap();
+    connect(&client, to).map(|()| client)
+}
+
+#[test]
+fn the_source_chooses_the_service() {
+    let lab = Lab::new();
+    let mut path = Path::new(&lab);
+    let pod = lab.pod();
+    pod.run("ip addr add 10.77.0.3/24 dev eth0; ip addr add 10.77.0.4/24 dev eth0");
+    let (server, address) = listen(&pod, 9_001);
+    path.endpoints(&[address], 1024, 5_000);
+    path.selector(&[("::", 3), ("10.77.0.2", 2), ("10.77.0.3", 3), ("10.77.0.4", 0), ("10.77.0.5", 3)]);
+    const MAPPED: &str = "[::ffff:172.16.0.1]:50001";
+
+    // Nobody has said who the pod is: its app may.
+    assert_eq!(pod.connect(SERVICE).map(drop), Err(libc::EACCES), "it passes, and has no way");
+    drop((bound(&pod, SERVICE, "10.77.0.3").unwrap(), accept(&server)));
+    assert_eq!(path.event().service, 3);
+    let of = |path: &Path, reason| count(&path.interceptor, reason);
+    assert_eq!((of(&path, Reason::Balanced), of(&path, Reason::NotEnrolledPassed)), (1, 1));
+
+    let listener = pod.capture(&mut path.interceptor);
+    path.rule(SERVICE, 1);
+    for (client, service, source) in [
+        (pod.connect(SERVICE), 2, POD_V4),
+        (pod.connect(MAPPED), 2, POD_V4),
+        (bound(&pod, SERVICE, POD_V4), 2, POD_V4),
+        (bound(&pod, SERVICE, "0.0.0.0"), 2, POD_V4),
+        (bound(&pod, SERVICE, "10.77.0.3"), 3, "10.77.0.3"),
+        (bound(&pod, MAPPED, "::ffff:10.77.0.3"), 3, "10.77.0.3"),
+    ] {
+        let client = client.unwrap();
+        assert_eq!(canonical(peer(&client)).to_string(), SERVICE);
+        drop((client, accept(&server)));
+        let event = path.event();
+        assert_eq!((event.service, event.client.to_ip().to_string()), (service, source.to_owned()));
+    }
+    // Without a chain.
+    for (to, from) in [(SERVICE, "10.77.0.4"), (MAPPED, "::ffff:10.77.0.4")] {
+        let client = bound(&pod, to, from).unwrap();
+        assert_eq!(original_dst(&path.interceptor, &accept(&listener)), Some(SERVICE.parse().unwrap()));
+        drop(client);
+    }
+    let attempts = [1, 2, 3].map(|service| path.tables.service(service).tally.attempts);
+    assert_eq!(attempts, [0, 4, 3], "the selector counts nothing");
+    assert_eq!((of(&path, Reason::Balanced), of(&path, Reason::Captured)), (7, 2));
+
+    // What is refused is told of the chain, too.
+    path.endpoints(&[], 1024, 5_000);
+    assert_eq!(pod.connect(SERVICE).map(drop), Err(libc::EHOSTUNREACH));
+    let event = path.event();
+    assert_eq!((end(&event), event.service), (End::NoHost, 2));
+    assert_eq!(path.tables.service(2).tally.no_host, 1);
 }
 
 #[test]

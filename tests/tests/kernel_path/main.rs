@@ -5,6 +5,7 @@ mod endpoints;
 mod hashing;
 mod life;
 mod log;
+mod sources;
 
 use std::net::SocketAddr;
 

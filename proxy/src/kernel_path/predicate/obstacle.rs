@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate_common::balance;
+use tidegate_common::{balance, selector};
 
 use super::MAX_CLUSTERS;
 
@@ -40,12 +40,14 @@ pub enum Obstacle {
     ListenerKeepalive,
     /// Runtime key `envoy.resource_limits.listener.<name>.connection_limit`.
     ConnectionLimit(u64),
-    /// A field of `filter_chain_match` by which more than the destination chooses a chain.
+    /// A field of `filter_chain_match` by which more than addresses and the port of the destination choose a chain.
     ChainMatch(&'static str),
     /// No filter chain matches connections to this address.
     NoChain(SocketAddr),
-    /// The addresses of the listener choose different chains.
+    /// The addresses of the listener choose different chains, for some source at least.
     DifferentChains,
+    /// Sources fall into so many ranges with different chains.
+    TooManySources(usize),
     /// The chain of this name has no filters.
     EmptyChain(Arc<str>),
     /// The chain of this name ends in `http_connection_manager`.
@@ -62,7 +64,7 @@ pub enum Obstacle {
     LogOperator(&'static str),
     /// So many weighted clusters.
     TooManyClusters(usize),
-    /// Some of the weighted clusters say PROXY, others don't.
+    /// Some of the clusters say PROXY, others don't.
     MixedDataPath,
     /// One of its clusters.
     Cluster {
@@ -148,10 +150,16 @@ impl fmt::Display for Obstacle {
             ),
             Self::ChainMatch(field) => write!(
                 f,
-                "filter_chain_match.{field} decides, but only the destination of all connections is known beforehand"
+                "filter_chain_match.{field} decides, but only the destination and the source address of connections are known \
+                 beforehand"
             ),
             Self::NoChain(address) => write!(f, "no filter chain matches connections to {address}"),
             Self::DifferentChains => f.write_str("its addresses choose different filter chains"),
+            Self::TooManySources(ranges) => write!(
+                f,
+                "filter_chain_match divides source addresses into {ranges} ranges, more than {}; use shorter prefixes",
+                selector::MAX_RANGES
+            ),
             Self::EmptyChain(name) => write!(f, "filter chain '{name}' has no filters"),
             Self::HttpChain(name) => write!(f, "filter chain '{name}' ends in http_connection_manager"),
             Self::IdleTimeout(timeout) => write!(
@@ -180,7 +188,7 @@ impl fmt::Display for Obstacle {
                 write!(f, "{count} weighted clusters, more than {MAX_CLUSTERS}")
             }
             Self::MixedDataPath => {
-                f.write_str("data_path is PROXY for some of its weighted clusters, but not for all")
+                f.write_str("data_path is PROXY for some of its clusters, but not for all")
             }
             Self::Cluster { cluster, obstacle } => write!(f, "cluster '{cluster}': {obstacle}"),
         }

@@ -1,5 +1,6 @@
 #![allow(clippy::needless_pass_by_value)] // fields are built in place
 
+use std::net::Ipv6Addr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -10,12 +11,12 @@ use crate::config::proto::Source;
 use crate::config::{Sources, load, static_options};
 use crate::stats::Stats;
 
-const LISTENER: &str = "/static_resources/listeners/1";
-const CHAIN: &str = "/static_resources/listeners/1/filter_chains/0";
+pub(super) const LISTENER: &str = "/static_resources/listeners/1";
+pub(super) const CHAIN: &str = "/static_resources/listeners/1/filter_chains/0";
 const PROXY: &str = "/static_resources/listeners/1/filter_chains/0/filters/0/typed_config";
-const CLUSTER: &str = "/static_resources/clusters/0";
+pub(super) const CLUSTER: &str = "/static_resources/clusters/0";
 
-fn address(ip: &str, port: u16) -> Value {
+pub(super) fn address(ip: &str, port: u16) -> Value {
     json!({"socket_address": {"address": ip, "port_value": port}})
 }
 
@@ -24,7 +25,7 @@ fn filter(name: &str, message: &str, mut config: Value) -> Value {
     json!({"name": name, "typed_config": config})
 }
 
-fn tcp_proxy(cluster: &str) -> Value {
+pub(super) fn tcp_proxy(cluster: &str) -> Value {
     filter(
         "envoy.filters.network.tcp_proxy",
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
@@ -32,7 +33,7 @@ fn tcp_proxy(cluster: &str) -> Value {
     )
 }
 
-fn data_path(mode: &str) -> Value {
+pub(super) fn data_path(mode: &str) -> Value {
     let typed = filter("", "tidegate.cluster.v1.DataPath", json!({"mode": mode}))["typed_config"].clone();
     json!({"typed_filter_metadata": {"tidegate.data_path": typed}})
 }
@@ -43,7 +44,7 @@ fn endpoint(ip: &str, fields: Value) -> Value {
     endpoint
 }
 
-fn cluster(name: &str, mode: &str) -> Value {
+pub(super) fn cluster(name: &str, mode: &str) -> Value {
     json!({
         "name": name,
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint("10.0.0.1", json!({}))]}]},
@@ -52,7 +53,7 @@ fn cluster(name: &str, mode: &str) -> Value {
 }
 
 /// Sets these fields; null removes one.
-fn merge(base: &mut Value, fields: Value) {
+pub(super) fn merge(base: &mut Value, fields: Value) {
     for (key, value) in fields.as_object().unwrap() {
         if value.is_null() {
             base.as_object_mut().unwrap().remove(key);
@@ -63,7 +64,7 @@ fn merge(base: &mut Value, fields: Value) {
 }
 
 /// Nothing stands in the way of listener `l`.
-fn clear() -> Value {
+pub(super) fn clear() -> Value {
     json!({"static_resources": {
         "listeners": [
             {"name": "virtualOutbound", "address": address("127.0.0.1", 15001), "use_original_dst": true,
@@ -76,13 +77,13 @@ fn clear() -> Value {
 }
 
 /// The same with these fields of one part set.
-fn with(at: &str, fields: Value) -> Value {
+pub(super) fn with(at: &str, fields: Value) -> Value {
     let mut bootstrap = clear();
     merge(bootstrap.pointer_mut(at).unwrap(), fields);
     bootstrap
 }
 
-fn snapshot(bootstrap: &Value) -> Snapshot {
+pub(super) fn snapshot(bootstrap: &Value) -> Snapshot {
     let text = serde_json::to_string_pretty(bootstrap).unwrap();
     let sources = Sources { config_path: Some(Source::yaml("test.yaml", text)), config_yaml: None };
     let loaded = load(&sources, &static_options()).unwrap_or_else(|error| panic!("{error}\n{bootstrap:#}"));
@@ -101,7 +102,7 @@ fn plan_in(snapshot: &Snapshot, default: DataPath) -> Result<Plan, Vec<Obstacle>
     plan(snapshot.listener("l").unwrap(), snapshot, default)
 }
 
-fn plan_of(bootstrap: &Value) -> Result<Plan, Vec<Obstacle>> {
+pub(super) fn plan_of(bootstrap: &Value) -> Result<Plan, Vec<Obstacle>> {
     plan_in(&snapshot(bootstrap), DataPath::Proxy)
 }
 
@@ -111,7 +112,7 @@ fn of_cluster(obstacle: ClusterObstacle) -> Obstacle {
 
 /// Exactly this stands in the way.
 #[track_caller]
-fn blocked(bootstrap: &Value, obstacle: Obstacle) {
+pub(super) fn blocked(bootstrap: &Value, obstacle: Obstacle) {
     let found = plan_of(bootstrap).map(|_| "no obstacle");
     assert_eq!(found, Err(vec![obstacle]), "{bootstrap:#}");
 }
@@ -119,9 +120,11 @@ fn blocked(bootstrap: &Value, obstacle: Obstacle) {
 #[test]
 fn a_plain_listener_has_a_plan() {
     let plan = plan_of(&clear()).unwrap();
-    assert_eq!((&*plan.listener.config.name, &*plan.chain.config.name), ("l", "f"));
-    assert_eq!(&*plan.proxy.config.stat_prefix, "p");
-    let [(cluster, 1)] = &plan.clusters[..] else { panic!("{:?}", plan.clusters) };
+    let [ChainPlan { listener, chain, proxy, clusters }] = &plan.chains[..] else { panic!("{plan:?}") };
+    assert_eq!((&*listener.config.name, &*chain.config.name), ("l", "f"));
+    assert_eq!(&*proxy.config.stat_prefix, "p");
+    assert_eq!(plan.sources, [super::Sources { first: Ipv6Addr::UNSPECIFIED, chain: Some(0) }]);
+    let [(cluster, 1)] = &clusters[..] else { panic!("{clusters:?}") };
     assert_eq!(&**cluster.name(), "c");
 }
 
@@ -190,7 +193,7 @@ fn who_wants_it() {
         }
         let weighted = json!({"clusters": [{"name": "c", "weight": 3}, {"name": "d", "weight": 1}]});
         merge(bootstrap.pointer_mut(PROXY).unwrap(), json!({"cluster": null, "weighted_clusters": weighted}));
-        plan_in(&snapshot(&bootstrap), default).map(|plan| plan.clusters.len())
+        plan_in(&snapshot(&bootstrap), default).map(|plan| plan.chains[0].clusters.len())
     };
     assert_eq!(wants([None, None], Proxy), Err(vec![Obstacle::NotWanted]));
     assert_eq!(wants([None, None], Auto), Ok(2));
@@ -260,9 +263,6 @@ fn filter_chains() {
         ("server_names", json!(["a.example"])),
         ("transport_protocol", json!("tls")),
         ("application_protocols", json!(["h2"])),
-        ("direct_source_prefix_ranges", json!([{"address_prefix": "10.0.0.0", "prefix_len": 8}])),
-        ("source_type", json!("EXTERNAL")),
-        ("source_prefix_ranges", json!([{"address_prefix": "10.0.0.0", "prefix_len": 8}])),
         ("source_ports", json!([7])),
     ] {
         blocked(&with(CHAIN, json!({"filter_chain_match": {field: value}})), Obstacle::ChainMatch(field));

@@ -23,6 +23,14 @@ impl Prefixes {
         Self { v4: intervals(v4, 32), v6: intervals(v6, 128) }
     }
 
+    /// Where the intervals of IPv4 or of IPv6 start: between two of these addresses the same prefix is found for all.
+    pub(super) fn starts(&self, v4: bool) -> impl Iterator<Item = IpAddr> {
+        let of_v4 = |bits: u128| IpAddr::V4((bits as u32).into());
+        let of_v6 = |bits: u128| IpAddr::V6(bits.into());
+        let table = if v4 { &self.v4 } else { &self.v6 };
+        table.iter().map(move |interval| if v4 { of_v4(interval.start) } else { of_v6(interval.start) })
+    }
+
     pub(super) fn find(&self, ip: IpAddr) -> Option<u32> {
         let (table, bits) = match ip.to_canonical() {
             IpAddr::V4(ip) => (&self.v4, u128::from(ip.to_bits())),
