@@ -10,6 +10,7 @@ mod client;
 pub mod job;
 mod latencies;
 pub mod server;
+pub mod visits;
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::latencies::Latencies;
 pub use self::server::Server;
+pub use self::visits::Visit;
 
 /// Bytes of a small request, and of its response.
 pub const MESSAGE: usize = 64;

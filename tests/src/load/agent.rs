@@ -11,6 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
 use super::job::{Job, Measured};
+use super::visits::{Visit, Visitors};
 use crate::program;
 
 #[derive(Serialize, Deserialize)]
@@ -22,11 +23,18 @@ enum Order {
         count: usize,
     },
     Release,
+    /// Visit a server until told to stop.
+    Visit {
+        to: SocketAddr,
+        at_once: usize,
+    },
+    EndVisits,
 }
 
 #[derive(Serialize, Deserialize)]
 enum Answer {
     Measured(Measured),
+    Visits(Vec<Visit>),
     Done,
     Failed(String),
 }
@@ -79,6 +87,19 @@ impl Agent {
         self.ask(&Order::Release).map(drop)
     }
 
+    /// Starts threads that connect to a [`super::Server::whereabouts`], so many at once, as fast as they can.
+    pub fn visit(&mut self, to: SocketAddr, at_once: usize) -> Result<()> {
+        self.ask(&Order::Visit { to, at_once }).map(drop)
+    }
+
+    /// Stops them, and gives their connections. Fails when one has failed.
+    pub fn visits(&mut self) -> Result<Vec<Visit>> {
+        match self.ask(&Order::EndVisits)? {
+            Answer::Visits(visits) => Ok(visits),
+            _ => bail!("the load generator answers something else"),
+        }
+    }
+
     fn ask(&mut self, order: &Order) -> Result<Answer> {
         writeln!(self.orders, "{}", serde_json::to_string(order)?).context("the load generator has ended")?;
         let mut line = String::new();
@@ -100,9 +121,9 @@ impl Drop for Agent {
 /// `workload load-client`: does what it is told until its input ends.
 pub fn serve() -> Result<()> {
     raise_file_limit()?;
-    let mut held: Vec<TcpStream> = Vec::new();
+    let mut state = State::default();
     for line in std::io::stdin().lines() {
-        let answer = match obey(serde_json::from_str(&line?)?, &mut held) {
+        let answer = match obey(serde_json::from_str(&line?)?, &mut state) {
             Ok(answer) => answer,
             Err(error) => Answer::Failed(format!("{error:#}")),
         };
@@ -111,7 +132,14 @@ pub fn serve() -> Result<()> {
     Ok(())
 }
 
-fn obey(order: Order, held: &mut Vec<TcpStream>) -> Result<Answer> {
+/// What goes on between orders.
+#[derive(Default)]
+struct State {
+    held: Vec<TcpStream>,
+    visitors: Vec<Visitors>,
+}
+
+fn obey(order: Order, State { held, visitors }: &mut State) -> Result<Answer> {
     match order {
         Order::Run(job) => job.run().map(Answer::Measured),
         Order::Hold { to, count } => {
@@ -121,6 +149,14 @@ fn obey(order: Order, held: &mut Vec<TcpStream>) -> Result<Answer> {
         Order::Release => {
             held.clear();
             Ok(Answer::Done)
+        }
+        Order::Visit { to, at_once } => {
+            visitors.push(Visitors::start(to, at_once)?);
+            Ok(Answer::Done)
+        }
+        Order::EndVisits => {
+            let visits = visitors.drain(..).map(Visitors::finish).collect::<Result<Vec<_>>>()?;
+            Ok(Answer::Visits(visits.concat()))
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Servers: an echo, and bulk data both ways.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -43,8 +43,14 @@ impl Server {
         Self::start::<Bulk>(address)
     }
 
+    /// Answers whatever it gets with the IPv4 address at which it was reached, all connections on one thread.
+    pub fn whereabouts(address: SocketAddr) -> Result<Self> {
+        Self::start::<Whereabouts>(address)
+    }
+
     fn start<C: Connection>(address: SocketAddr) -> Result<Self> {
         let listener = listen(address)?;
+        let address = listener.local_addr()?;
         let stop: Arc<AtomicBool> = Arc::default();
         let [accepted, received]: [Arc<AtomicU64>; 2] = Default::default();
         let thread = {
@@ -198,6 +204,31 @@ impl Connection for Echo {
                 Next::Wait(EpollFlags::EPOLLOUT)
             }
             Err(_) => Next::End,
+        }
+    }
+}
+
+/// The answer to every read is the connection's own address.
+#[derive(Default)]
+struct Whereabouts;
+
+impl Connection for Whereabouts {
+    fn ready(
+        &mut self,
+        mut stream: &TcpStream,
+        _events: EpollFlags,
+        buffer: &mut [u8],
+        _: &AtomicU64,
+    ) -> Next {
+        match unless_blocked(stream.read(buffer)) {
+            Ok(Some(0)) | Err(_) => return Next::End,
+            Ok(None) => return Next::Same,
+            Ok(Some(_)) => {}
+        }
+        // Four bytes have room: the client waits for them before it writes again.
+        match stream.local_addr().map(|address| address.ip()) {
+            Ok(IpAddr::V4(address)) if stream.write_all(&address.octets()).is_ok() => Next::Same,
+            _ => Next::End,
         }
     }
 }
