@@ -2,15 +2,11 @@
 
 use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tidegate_tests::config::{Config, load_assignment};
-use tidegate_tests::load::Server;
-use tidegate_tests::load::agent::Agent;
-use tidegate_tests::load::job::{Job, Work};
 use tidegate_tests::node::{Node, field};
 use tidegate_tests::pod::Pod;
 use tidegate_tests::proxy::{PATIENCE, Proxy};
@@ -72,84 +68,6 @@ impl<'a> Eds<'a> {
         std::thread::sleep(Duration::from_millis(5));
         Ok(())
     }
-}
-
-/// A client that connects as fast as it can, 64 bytes there and back on each connection. A connect that is refused ends it.
-fn short(client: &Pod, at_once: usize, measure: Duration) -> Result<Short> {
-    let service = SERVICE.parse()?;
-    let job = Job {
-        work: Work::Short { at_once },
-        echo: service,
-        bulk: service,
-        warm_up: Duration::ZERO,
-        measure,
-        proxy: Vec::new(),
-        server: std::process::id(),
-        control: PathBuf::new(),
-    };
-    let mut agent = Agent::start(client.command("env"))?;
-    Ok(std::thread::spawn(move || Ok(agent.run(&job)?.requests)))
-}
-
-/// How many connections there were.
-type Short = std::thread::JoinHandle<Result<u64>>;
-
-/// Endpoints come and go as fast as they can be said, under all the connects that two pods can make. No connect is refused,
-/// none goes to an endpoint that was removed before it began, and load is spread evenly over those that are there.
-#[test]
-fn endpoints_come_and_go_under_load() -> Result<()> {
-    const AT_ONCE: usize = 4;
-    const LONG: Duration = Duration::from_secs(3);
-    let node = Node::new()?;
-    let clients = [node.pod("one", &["10.9.0.8"])?, node.pod("two", &["10.9.0.9"])?];
-    let server = node.pod("server", &["10.9.0.1"])?;
-    // Others change with it.
-    let clusters = ["foo", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9"];
-    let config = clusters.iter().zip(1..).fold(Config::new(), |config, (cluster, number)| {
-        let service = format!("172.16.0.{number}:50001");
-        config.service(&service, cluster).cluster(cluster, &[], eds(data_path("KERNEL")))
-    });
-    let proxy = node.proxy(&config).start()?;
-    let echo = |address: &str| server.netns().enter(|| Server::echo(address.parse()?))?;
-    let (a, b) = (echo(BOTH[0])?, echo(BOTH[1])?);
-    let mut eds = Eds::new(&proxy, &clusters);
-    eds.apply(&BOTH)?;
-    let loads = clients.iter().map(|client| short(client, AT_ONCE, LONG));
-    let loads = loads.collect::<Result<Vec<_>>>()?;
-    let begin = Instant::now();
-    while begin.elapsed() + Duration::from_millis(500) < LONG && !loads.iter().any(Short::is_finished) {
-        for round in 0..400 {
-            match round % 4 {
-                0 => eds.push(&BOTH[..1])?,
-                2 => eds.push(&BOTH[1..])?,
-                _ => eds.push(&BOTH)?,
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        eds.apply(&BOTH[..1])?;
-        let before = (a.accepted(), b.accepted());
-        wait_for(|| a.accepted() >= before.0 + 100 || loads.iter().any(Short::is_finished))?;
-        // Each client may have had one connect under way when the endpoint was removed.
-        let late = b.accepted() - before.1;
-        ensure!(late <= (clients.len() * AT_ONCE) as u64, "{late} connects to an endpoint that was removed");
-    }
-    let updates = eds.version;
-    let mut total = 0;
-    for load in loads {
-        total += load.join().map_err(|_| anyhow::anyhow!("a load panicked"))?.context("a client")?;
-    }
-    let taken = proxy.stat("cluster.foo.update_success")?;
-    println!("{updates} updates of 10 clusters, {taken} of them looked at, {total} connects in {LONG:?}");
-    eds.apply(&BOTH)?;
-    let before = (a.accepted(), b.accepted());
-    let load = short(&clients[0], 1, Duration::from_millis(200))?;
-    load.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
-    let (to_a, to_b) = (a.accepted() - before.0, b.accepted() - before.1);
-    ensure!(to_a + to_b > 20 && to_a.abs_diff(to_b) <= 3, "{to_a} and {to_b}");
-    let total = a.accepted() + b.accepted();
-    proxy.wait_stat("cluster.foo.upstream_cx_total", |value| value == total)?;
-    proxy.wait_stat("cluster.foo.upstream_cx_active", |value| value == 0)?;
-    Ok(())
 }
 
 fn wait_for(done: impl Fn() -> bool) -> Result<()> {

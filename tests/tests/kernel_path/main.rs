@@ -1,6 +1,7 @@
 //! The kernel path by the whole proxy: the client's own socket at an endpoint, and what the log, the stats and the admin
 //! server say of it.
 
+mod churn;
 mod endpoints;
 mod hashing;
 mod life;
