@@ -21,8 +21,9 @@ pub enum Carrier {
     Map = 1,
     /// In the SYN: the room is reserved.
     Reserved = 2,
-    /// Another program has asked for the option callbacks before: they are not turned off.
-    Shared = 4,
+    /// The option callbacks were asked for by us and not by another program: they are turned off when the handshake is over.
+    /// It stays when a connect fails and the socket is connected again.
+    Asked = 4,
 }
 
 impl Carrier {

@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use tidegate_common::{
-    Addr, Destination, End, Enrolment, FailMode, Flow, OriginalDst, Phase, Place, Reason, Role, RuleValue,
-    Settings, Verdict,
+    Addr, Carrier, Destination, End, Enrolment, FailMode, Flow, OriginalDst, Phase, Place, Reason, Role,
+    RuleValue, Settings, Verdict,
 };
 
 use crate::{
@@ -130,7 +130,9 @@ fn capture(
         discard(&ORIGINAL_DST, sk);
         return fail(Reason::ListenerGonePassed, Reason::ListenerGoneRefused);
     }
-    let mut original = OriginalDst { addr, port, role: Role::Client as u16, carrier, client_cookie: 0 };
+    let asked = stored(&ORIGINAL_DST, sk).map_or(0, |former| former.carrier & Carrier::Asked as u32);
+    let mut original =
+        OriginalDst { addr, port, role: Role::Client as u16, carrier: carrier | asked, client_cookie: 0 };
     if store(&ORIGINAL_DST, sk, &mut original) {
         rewrite(ctx, family, own, capture_port);
         Reason::Captured

@@ -87,16 +87,17 @@ fn connecting(ctx: &SockOpsContext) {
 fn ask_for_option_callbacks(ctx: &SockOpsContext, original: &mut OriginalDst) -> bool {
     let flags = ctx.cb_flags();
     if flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG != 0 {
-        original.carrier |= Carrier::Shared as u32;
         return true;
     }
+    original.carrier |= Carrier::Asked as u32;
     set_cb_flags(ctx, flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
 }
 
 /// The SYN is over, or carries nothing.
 #[inline(always)]
-fn end_option_callbacks(ctx: &SockOpsContext, original: &OriginalDst) {
-    if !Carrier::Shared.is_in(original.carrier) {
+fn end_option_callbacks(ctx: &SockOpsContext, original: &mut OriginalDst) {
+    if Carrier::Asked.is_in(original.carrier) {
+        original.carrier &= !(Carrier::Asked as u32);
         set_cb_flags(ctx, ctx.cb_flags() & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
     }
 }
