@@ -1,7 +1,7 @@
 //! Choosing a filter chain by source address in connect(2): the layout, and the choice itself.
 //!
 //! Each filter chain is a service of its own. A listener with several of them has one more, whose block is a *selector*:
-//! a [`ServiceHead`](crate::balance::ServiceHead) without clusters, then [`RANGE_WORDS`] words for each range of addresses,
+//! a [`ServiceHead`] without clusters, then [`RANGE_WORDS`] words for each range of addresses,
 //! in ascending order. A range ends where the next one starts; the first one starts at `::`.
 
 use crate::Addr;
