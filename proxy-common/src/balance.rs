@@ -336,7 +336,7 @@ pub trait Table {
     fn random(&self) -> u32;
     /// Which pick of the cluster this is, counted from anywhere.
     fn turn(&self) -> u32;
-    /// Active connections of a host.
+    /// Active connections of a host, on both paths.
     fn active(&self, host: u32) -> u64;
     /// What is hashed of the connection, or a random number. Asked for once at most.
     fn hash(&self) -> u64;

@@ -1,6 +1,7 @@
 //! The kernel path: what the programs keep of services, clusters, hosts and connections that no proxy stands in.
 //!
-//! Index 0 of each table is never used: in a record it says "none".
+//! Index 0 of each table is never used: in a record it says "none". In the tables of clusters and hosts, its `proxied` says
+//! whose counts those of the other entries are: a number that the agent at work has chosen; 0: nobody's.
 
 use crate::Addr;
 
@@ -68,15 +69,17 @@ pub struct ClusterState {
     pub key: u64,
     /// Picks so far.
     pub turn: u64,
-    /// Circuit breaker: connects are refused while so many are active.
+    /// Circuit breaker: connects are refused while so many are active, with those through the proxy.
     pub max_connections: u32,
     /// A handshake may take so long, milliseconds; 0: as long as the kernel allows.
     pub connect_timeout_ms: u32,
+    /// Connections through the proxy that count now. Written by the agent only.
+    pub proxied: u64,
     /// What happened.
     pub tally: Tally,
 }
 
-const _: () = assert!(size_of::<ClusterState>() == 136);
+const _: () = assert!(size_of::<ClusterState>() == 144);
 
 /// Entry of the hosts map.
 #[repr(C)]
@@ -90,11 +93,13 @@ pub struct HostState {
     pub reserved: u16,
     /// Index of its cluster; 0: nobody's entry.
     pub cluster: u32,
+    /// Connections through the proxy that count now. Written by the agent only.
+    pub proxied: u64,
     /// What happened.
     pub tally: Tally,
 }
 
-const _: () = assert!(size_of::<HostState>() == 128 && align_of::<HostState>() == 8);
+const _: () = assert!(size_of::<HostState>() == 136 && align_of::<HostState>() == 8);
 
 /// A socket of an application that is connected straight to an endpoint. SK_STORAGE value; it dies with the socket.
 #[repr(C)]

@@ -1,5 +1,5 @@
 /// Version of every layout in this crate; names the pin directory of the maps.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// Default size of the in-flight map, entries. One per handshake in progress whose SYN can't carry its original
 /// destination ([`crate::Carrier::Map`]). The memory is taken up front (about 1 MB).

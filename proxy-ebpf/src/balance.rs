@@ -50,8 +50,12 @@ impl Table for Block {
 
     #[inline(always)]
     fn active(&self, host: u32) -> u64 {
-        // SAFETY: an aligned word of a map that others add to.
-        host_state(host).map_or(u64::MAX, |host| unsafe { addr_of!((*host).tally.active).read_volatile() })
+        let Some(host) = host_state(host) else { return u64::MAX };
+        // SAFETY: aligned words of a map that others write to.
+        let (active, proxied) = unsafe {
+            (addr_of!((*host).tally.active).read_volatile(), addr_of!((*host).proxied).read_volatile())
+        };
+        active.wrapping_add(proxied)
     }
 
     #[inline(always)]
@@ -113,11 +117,12 @@ pub fn balance(service: u32, addr: &Addr, source: &Source<'_>, refusal: Reason) 
     }
     let Some(cluster) = CLUSTERS.get_ptr_mut(index) else { return Some(choice) };
     // SAFETY (here and below): aligned words of maps; blocks are replaced as one word.
-    let (start, max, active, turn) = unsafe {
+    let (start, max, active, proxied, turn) = unsafe {
         (
             addr_of!((*cluster).block).read_volatile() as u32,
             addr_of!((*cluster).max_connections).read_volatile(),
             addr_of!((*cluster).tally.active).read_volatile(),
+            addr_of!((*cluster).proxied).read_volatile(),
             addr_of!((*cluster).turn).read_volatile(),
         )
     };
@@ -125,7 +130,7 @@ pub fn balance(service: u32, addr: &Addr, source: &Source<'_>, refusal: Reason) 
         return Some(choice);
     }
     choice.cluster = index;
-    if active >= max as u64 {
+    if active.wrapping_add(proxied) >= max as u64 {
         // SAFETY: as above.
         unsafe {
             add(&raw mut (*cluster).tally.overflow, 1);

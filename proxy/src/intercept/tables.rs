@@ -1,11 +1,13 @@
 //! The tables of the kernel path in this process's memory, and the records of its connections.
 //!
-//! The agent writes blocks and settings, the programs add to the tallies. Nothing here is a system call, and nothing waits.
+//! The agent writes blocks, settings and the counts of the proxy's connections, the programs add to the tallies. Nothing here is a
+//! system call, and nothing waits.
 
 use std::fmt;
 use std::io;
 use std::mem::offset_of;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
@@ -20,6 +22,11 @@ use tokio::io::unix::AsyncFd;
 
 use super::bpf::Mapped;
 use super::error::InterceptError;
+
+mod counts;
+
+pub use counts::Counts;
+use counts::Layout;
 
 /// Sizes of the tables, entries. Entry 0 of each is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,22 +47,22 @@ impl TableSizes {
     /// Nothing is on the kernel path.
     pub const OFF: Self = Self { services: 1, clusters: 1, hosts: 1, arena: 1, events: 4_096 };
 
-    /// About 7 MB of kernel memory.
+    /// About 8 MB of kernel memory.
     pub const ON: Self =
         Self { services: 4_096, clusters: 4_096, hosts: 32_768, arena: 1 << 18, events: FLOW_EVENTS_BYTES };
 }
 
 const SERVICE_WORDS: usize = size_of::<ServiceState>() / 8;
-const CLUSTER_WORDS: usize = size_of::<ClusterState>() / 8;
-const HOST_WORDS: usize = size_of::<HostState>() / 8;
+const CLUSTER_WORDS: usize = Layout::CLUSTERS.words;
+const HOST_WORDS: usize = Layout::HOSTS.words;
 
 /// The tables.
 #[derive(Debug)]
 pub struct Tables {
     sizes: TableSizes,
     services: Mapped,
-    clusters: Mapped,
-    hosts: Mapped,
+    clusters: Arc<Counts>,
+    hosts: Arc<Counts>,
     arena: Mapped,
     /// The programs are loaded with these descriptors' numbers in their instructions.
     _maps: Vec<MapData>,
@@ -63,29 +70,68 @@ pub struct Tables {
 
 impl Tables {
     pub(super) fn take(ebpf: &mut Ebpf, sizes: TableSizes) -> Result<Self, InterceptError> {
-        let mut maps = Vec::new();
-        let mut mapped = |name: &'static str, words: usize| {
-            let Some(Map::Array(data)) = ebpf.take_map(name) else {
-                return Err(InterceptError::NotInObject(name));
-            };
-            let mapped =
-                Mapped::new(data.fd().as_fd(), words).map_err(InterceptError::pin("mapping", name))?;
-            maps.push(data);
-            Ok(mapped)
+        let mut take = |name: &'static str| match ebpf.take_map(name) {
+            Some(Map::Array(data)) => Ok(data),
+            _ => Err(InterceptError::NotInObject(name)),
         };
+        let maps = vec![take(map::SERVICES)?, take(map::CLUSTERS)?, take(map::HOSTS)?, take(map::ARENA)?];
+        let [services, clusters, hosts, arena] = [0, 1, 2, 3].map(|at: usize| maps[at].fd().as_fd());
+        let this = Self::map(sizes, [services, clusters, hosts, arena]);
+        let this = this.map_err(|(name, error)| InterceptError::pin("mapping", name)(error))?;
+        Ok(Self { _maps: maps, ..this })
+    }
+
+    /// Maps services, clusters, hosts and the arena. Fails with the name of the one that can't be mapped.
+    fn map(sizes: TableSizes, maps: [BorrowedFd<'_>; 4]) -> Result<Self, (&'static str, io::Error)> {
+        let named = |name: &'static str| move |error| (name, error);
+        let [services, clusters, hosts, arena] = maps;
+        let counts = |map, layout, entries| Counts::new(map, layout, entries).map(Arc::new);
         Ok(Self {
             sizes,
-            services: mapped(map::SERVICES, sizes.services as usize * SERVICE_WORDS)?,
-            clusters: mapped(map::CLUSTERS, sizes.clusters as usize * CLUSTER_WORDS)?,
-            hosts: mapped(map::HOSTS, sizes.hosts as usize * HOST_WORDS)?,
-            arena: mapped(map::ARENA, sizes.arena as usize)?,
-            _maps: maps,
+            services: Mapped::new(services, sizes.services as usize * SERVICE_WORDS)
+                .map_err(named(map::SERVICES))?,
+            clusters: counts(clusters, Layout::CLUSTERS, sizes.clusters).map_err(named(map::CLUSTERS))?,
+            hosts: counts(hosts, Layout::HOSTS, sizes.hosts).map_err(named(map::HOSTS))?,
+            arena: Mapped::new(arena, sizes.arena as usize).map_err(named(map::ARENA))?,
+            _maps: Vec::new(),
         })
     }
 
     /// How much there is room for.
     pub fn sizes(&self) -> TableSizes {
         self.sizes
+    }
+
+    /// The counts of clusters.
+    pub fn clusters(&self) -> &Arc<Counts> {
+        &self.clusters
+    }
+
+    /// The counts of hosts.
+    pub fn hosts(&self) -> &Arc<Counts> {
+        &self.hosts
+    }
+
+    /// From here on the counts of the proxy's connections are this process's; those of a predecessor are gone.
+    pub fn own(&self) {
+        self.clusters.own();
+        self.hosts.own();
+    }
+
+    /// The counts of the proxy's connections are nobody's from here on; false: they are another process's. They stay until
+    /// [`Self::forget_if_nobodys`]: workers that are just writing must have ended before.
+    pub fn disown(&self) -> bool {
+        let clusters = self.clusters.disown();
+        self.hosts.disown() && clusters
+    }
+
+    /// Sets the counts of the proxy's connections to 0, unless some process owns them.
+    pub fn forget_if_nobodys(&self) {
+        for counts in [&self.clusters, &self.hosts] {
+            if counts.is_nobodys() {
+                counts.forget();
+            }
+        }
     }
 
     /// Writes a block. Nobody may be able to find what was there before.
@@ -127,39 +173,44 @@ impl Tables {
         connect_timeout_ms: u32,
     ) {
         let at = index as usize * CLUSTER_WORDS;
-        set(&self.clusters, at + offset_of!(ClusterState, key) / 8, key);
+        let clusters = &self.clusters.memory;
+        set(clusters, at + offset_of!(ClusterState, key) / 8, key);
         let limits = u64::from(max_connections) | u64::from(connect_timeout_ms) << 32;
-        set(&self.clusters, at + offset_of!(ClusterState, max_connections) / 8, limits);
-        publish(&self.clusters, at + offset_of!(ClusterState, block) / 8, block);
+        set(clusters, at + offset_of!(ClusterState, max_connections) / 8, limits);
+        publish(clusters, at + offset_of!(ClusterState, block) / 8, block);
     }
 
     /// A cluster's entry.
     pub fn cluster(&self, index: u32) -> ClusterState {
         let at = index as usize * CLUSTER_WORDS;
-        let limits = get(&self.clusters, at + offset_of!(ClusterState, max_connections) / 8);
+        let clusters = &self.clusters.memory;
+        let limits = get(clusters, at + offset_of!(ClusterState, max_connections) / 8);
         ClusterState {
-            block: get(&self.clusters, at + offset_of!(ClusterState, block) / 8),
-            key: get(&self.clusters, at + offset_of!(ClusterState, key) / 8),
-            turn: get(&self.clusters, at + offset_of!(ClusterState, turn) / 8),
+            block: get(clusters, at + offset_of!(ClusterState, block) / 8),
+            key: get(clusters, at + offset_of!(ClusterState, key) / 8),
+            turn: get(clusters, at + offset_of!(ClusterState, turn) / 8),
             max_connections: limits as u32,
             connect_timeout_ms: (limits >> 32) as u32,
-            tally: tally(&self.clusters, at + offset_of!(ClusterState, tally) / 8),
+            proxied: self.clusters.proxied(index),
+            tally: tally(clusters, at + offset_of!(ClusterState, tally) / 8),
         }
     }
 
     /// Gives an entry to a host; cluster 0: to nobody.
     pub fn set_host(&self, index: u32, addr: Addr, port: u16, cluster: u32) {
         let at = index as usize * HOST_WORDS;
+        let hosts = &self.hosts.memory;
         let words = addr.words().map(u64::from);
-        set(&self.hosts, at, words[0] | words[1] << 32);
-        set(&self.hosts, at + 1, words[2] | words[3] << 32);
-        set(&self.hosts, at + 2, u64::from(port) | u64::from(cluster) << 32);
+        set(hosts, at, words[0] | words[1] << 32);
+        set(hosts, at + 1, words[2] | words[3] << 32);
+        set(hosts, at + 2, u64::from(port) | u64::from(cluster) << 32);
     }
 
     /// A host's entry.
     pub fn host(&self, index: u32) -> HostState {
         let at = index as usize * HOST_WORDS;
-        let words = [get(&self.hosts, at), get(&self.hosts, at + 1), get(&self.hosts, at + 2)];
+        let hosts = &self.hosts.memory;
+        let words = [get(hosts, at), get(hosts, at + 1), get(hosts, at + 2)];
         let half = |word: u64| [word as u32, (word >> 32) as u32];
         let [[a, b], [c, d]] = [half(words[0]), half(words[1])];
         HostState {
@@ -167,7 +218,8 @@ impl Tables {
             port: words[2] as u16,
             reserved: 0,
             cluster: (words[2] >> 32) as u32,
-            tally: tally(&self.hosts, at + offset_of!(HostState, tally) / 8),
+            proxied: self.hosts.proxied(index),
+            tally: tally(hosts, at + offset_of!(HostState, tally) / 8),
         }
     }
 
@@ -178,12 +230,12 @@ impl Tables {
 
     /// The same for a cluster.
     pub fn clear_cluster(&self, index: u32) {
-        clear(&self.clusters, index, CLUSTER_WORDS);
+        clear(&self.clusters.memory, index, CLUSTER_WORDS);
     }
 
     /// The same for a host.
     pub fn clear_host(&self, index: u32) {
-        clear(&self.hosts, index, HOST_WORDS);
+        clear(&self.hosts.memory, index, HOST_WORDS);
     }
 
     /// Whether the next record of a flow wakes whoever polls [`FlowEvents`]. Look once more before sleeping: a record
@@ -200,7 +252,7 @@ impl Tables {
 const _: () = assert!(
     offset_of!(HostState, port) == 16
         && offset_of!(HostState, cluster) == 20
-        && offset_of!(HostState, tally) == 24
+        && offset_of!(HostState, proxied) == 24
         && offset_of!(ClusterState, connect_timeout_ms) == offset_of!(ClusterState, max_connections) + 4
 );
 
@@ -290,5 +342,59 @@ impl Alarm {
 impl fmt::Debug for FlowEvents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FlowEvents").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    /// What the kernel would have.
+    pub(crate) struct Memory([File; 4]);
+
+    impl Memory {
+        const SIZES: TableSizes =
+            TableSizes { services: 8, clusters: 8, hosts: 16, arena: 256, ..TableSizes::OFF };
+
+        pub(crate) fn new() -> Self {
+            let words = [8 * SERVICE_WORDS, 8 * CLUSTER_WORDS, 16 * HOST_WORDS, 256];
+            Self(words.map(|words| {
+                let file = tempfile::tempfile().unwrap();
+                file.set_len(words as u64 * 8).unwrap();
+                file
+            }))
+        }
+
+        /// The tables, as one more process has them.
+        pub(crate) fn tables(&self) -> Arc<Tables> {
+            let [services, clusters, hosts, arena] = &self.0;
+            let maps = [services, clusters, hosts, arena].map(|file| file.as_fd());
+            Arc::new(Tables::map(Self::SIZES, maps).unwrap())
+        }
+    }
+
+    #[test]
+    fn entries_keep_what_is_written_and_nothing_else() {
+        let memory = Memory::new();
+        let tables = memory.tables();
+        tables.own();
+        let addr = Addr::from(std::net::IpAddr::from([10, 0, 0, 1]));
+        tables.set_host(1, addr, 80, 2);
+        tables.set_cluster(2, 77, 9, 5, 250);
+        tables.hosts().set_proxied(1, 3);
+        tables.clusters().set_proxied(2, 4);
+        tables.hosts().set_active(1, 6);
+        let host = memory.tables().host(1);
+        assert_eq!((host.addr, host.port, host.cluster), (addr, 80, 2));
+        assert_eq!((host.proxied, host.tally), (3, Tally { active: 6, ..Tally::default() }));
+        let cluster = tables.cluster(2);
+        assert_eq!((cluster.key, cluster.block, cluster.turn), (77, 9, 0));
+        assert_eq!((cluster.max_connections, cluster.connect_timeout_ms, cluster.proxied), (5, 250, 4));
+        tables.clear_host(1);
+        tables.clear_cluster(2);
+        assert_eq!((tables.host(1).proxied, tables.host(1).tally), (0, Tally::default()));
+        assert_eq!((tables.host(1).cluster, tables.cluster(2).key, tables.cluster(2).proxied), (0, 0, 0));
     }
 }
