@@ -32,6 +32,7 @@ pub mod original_dst;
 pub mod outlier;
 pub mod priority;
 pub mod removal;
+pub mod shared_count;
 
 use circuit_breaker::CircuitBreaker;
 use endpoint::{Endpoint, HostSet};

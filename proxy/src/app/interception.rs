@@ -101,10 +101,12 @@ impl Proxy {
         self.look_at_kernel_path();
         self.count_kernel_path();
         let destinations = self.destinations();
-        let kept = self.kernel_path.take().is_some() && self.on_exit() == OnExit::Keep;
+        let tables = self.kernel_path.take().map(KernelPath::end);
         let Some(interception) = self.interception.take() else { return };
-        if kept {
+        if let Some(tables) = tables.filter(|_| self.on_exit() == OnExit::Keep) {
             interception.keep_kernel_path(&destinations);
+            // It has taken long enough for workers that were just writing.
+            tables.forget_if_nobodys();
             tracing::info!("the kernel path goes on without this process (on_exit: KEEP)");
         } else if let Err(error) = interception.stop() {
             tracing::error!(%error, "the interception can't be removed; `tidegate cleanup` will");

@@ -1,15 +1,16 @@
-//! Circuit breakers: limits of a cluster that all workers share.
+//! Circuit breakers: limits of a cluster that all workers share. That of connections is also the programs' on the kernel path.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use super::shared_count::SharedCount;
 use crate::config::cluster::Thresholds;
 
 /// What a cluster has in use. Shared by the cluster and its successors of the same name, so that an update of the
 /// thresholds neither forgets open connections nor lets the limit be exceeded.
 #[derive(Debug, Default)]
 pub struct InUse {
-    connections: AtomicU32,
+    connections: SharedCount,
     pending: AtomicU32,
 }
 
@@ -28,10 +29,15 @@ enum Resource {
 }
 
 impl InUse {
-    fn counter(&self, resource: Resource) -> &AtomicU32 {
+    /// Connections: the kernel path may share this count.
+    pub fn connections(&self) -> &SharedCount {
+        &self.connections
+    }
+
+    fn give_back(&self, resource: Resource) {
         match resource {
-            Resource::Connections => &self.connections,
-            Resource::Pending => &self.pending,
+            Resource::Connections => self.connections.subtract(),
+            Resource::Pending => _ = self.pending.fetch_sub(1, Relaxed),
         }
     }
 }
@@ -47,20 +53,24 @@ impl CircuitBreaker {
         &self.in_use
     }
 
-    /// A place under `max_connections`.
+    /// A place under `max_connections`, which connections of the kernel path take, too.
     pub fn connection(&self) -> Option<Permit> {
-        self.acquire(Resource::Connections, self.thresholds.max_connections)
+        let max = self.thresholds.max_connections.into();
+        self.in_use.connections.add_below(max).then(|| self.permit(Resource::Connections))
     }
 
     /// A place under `max_pending_requests`, held while connecting.
     pub fn pending(&self) -> Option<Permit> {
-        self.acquire(Resource::Pending, self.thresholds.max_pending_requests)
+        let max = self.thresholds.max_pending_requests;
+        let raise = |count: u32| (count < max).then(|| count + 1);
+        self.in_use.pending.fetch_update(Relaxed, Relaxed, raise).ok()?;
+        Some(self.permit(Resource::Pending))
     }
 
-    /// Whether `max_connections` are open (`circuit_breakers.default.cx_open`).
+    /// Whether `max_connections` are open (`circuit_breakers.default.cx_open`), on both paths.
     pub fn cx_open(&self) -> bool {
-        let count = self.in_use.connections.load(Relaxed);
-        count > 0 && count >= self.thresholds.max_connections
+        let count = self.in_use.connections.total();
+        count > 0 && count >= self.thresholds.max_connections.into()
     }
 
     /// Whether `max_pending_requests` are connecting (`circuit_breakers.default.rq_pending_open`).
@@ -69,20 +79,18 @@ impl CircuitBreaker {
         count > 0 && count >= self.thresholds.max_pending_requests
     }
 
-    /// Connections that hold a permit.
+    /// Connections that hold a permit, and those of the kernel path.
     pub fn connections(&self) -> u32 {
-        self.in_use.connections.load(Relaxed)
+        self.in_use.connections.total().try_into().unwrap_or(u32::MAX)
     }
 
     /// Gives back a place that was taken for a connection, and [kept](Permit::keep).
     pub fn release_connection(&self) {
-        self.in_use.connections.fetch_sub(1, Relaxed);
+        self.in_use.give_back(Resource::Connections);
     }
 
-    fn acquire(&self, resource: Resource, max: u32) -> Option<Permit> {
-        let raise = |count: u32| (count < max).then(|| count + 1);
-        self.in_use.counter(resource).fetch_update(Relaxed, Relaxed, raise).ok()?;
-        Some(Permit { in_use: Some(Arc::clone(&self.in_use)), resource })
+    fn permit(&self, resource: Resource) -> Permit {
+        Permit { in_use: Some(Arc::clone(&self.in_use)), resource }
     }
 }
 
@@ -106,7 +114,7 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         if let Some(in_use) = &self.in_use {
-            in_use.counter(self.resource).fetch_sub(1, Relaxed);
+            in_use.give_back(self.resource);
         }
     }
 }
@@ -114,6 +122,7 @@ impl Drop for Permit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::intercept::tables::tests::Memory;
 
     fn breaker(max_connections: u32, max_pending_requests: u32) -> CircuitBreaker {
         CircuitBreaker::new(Thresholds { max_connections, max_pending_requests }, Arc::default())
@@ -143,6 +152,26 @@ mod tests {
         drop(permits);
         assert_eq!(new.connections(), 0);
         assert!(new.connection().is_some());
+    }
+
+    #[test]
+    fn connections_of_the_kernel_path_take_places() {
+        let tables = Memory::new().tables();
+        tables.own();
+        let breaker = breaker(3, 1);
+        breaker.in_use().connections().attach(tables.clusters(), 1);
+        tables.clusters().set_active(1, 2);
+        let permit = breaker.connection().unwrap();
+        assert_eq!((tables.cluster(1).proxied, breaker.connections()), (1, 3));
+        assert!(breaker.cx_open() && breaker.connection().is_none());
+        assert!(breaker.pending().is_some(), "that one is the proxy's alone");
+        tables.clusters().set_active(1, 1);
+        assert!(!breaker.cx_open());
+        breaker.connection().unwrap().keep();
+        drop(permit);
+        assert_eq!(tables.cluster(1).proxied, 1);
+        breaker.release_connection();
+        assert_eq!((tables.cluster(1).proxied, breaker.connections()), (0, 1));
     }
 
     #[test]

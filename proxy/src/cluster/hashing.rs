@@ -205,7 +205,7 @@ impl Table {
         let Weighted { endpoint, share } = &self.hosts[host];
         let slots = (u64::from(active.max(1)) * u64::from(factor)).div_ceil(100);
         let slots = (slots as f64 * share).ceil().max(1.0);
-        endpoint.host.cx_active() as f64 / slots
+        endpoint.host.load() as f64 / slots
     }
 
     /// The index of a host, or of none if there is none.

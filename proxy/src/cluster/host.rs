@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::outlier::Monitor;
 use super::removal::{Absence, Loss};
+use super::shared_count::SharedCount;
 use crate::addr::EndpointAddr;
 
 /// The live state of one address of one cluster. It survives updates of the cluster and its endpoints for as long
@@ -13,7 +14,9 @@ use crate::addr::EndpointAddr;
 #[derive(Debug)]
 pub struct Host {
     address: EndpointAddr,
-    cx_active: AtomicU64,
+    cx_active: SharedCount,
+    /// Of the kernel path, at the last look.
+    kernel_cx_active: AtomicU64,
     cx_total: AtomicU64,
     cx_connect_fail: AtomicU64,
     rq_active: AtomicU64,
@@ -56,7 +59,8 @@ impl Host {
     pub fn new(address: EndpointAddr) -> Self {
         Self {
             address,
-            cx_active: AtomicU64::new(0),
+            cx_active: SharedCount::default(),
+            kernel_cx_active: AtomicU64::new(0),
             cx_total: AtomicU64::new(0),
             cx_connect_fail: AtomicU64::new(0),
             rq_active: AtomicU64::new(0),
@@ -74,9 +78,19 @@ impl Host {
         &self.address
     }
 
-    /// Connections to it that are open or being opened (`cx_active`).
+    /// Connections to it that are open or being opened (`cx_active`); those of the kernel path as of the last look.
     pub fn cx_active(&self) -> u64 {
-        self.cx_active.load(Relaxed)
+        self.cx_active.proxied().wrapping_add(self.kernel_cx_active.load(Relaxed))
+    }
+
+    /// The same as it is now: what balancers compare.
+    pub fn load(&self) -> u64 {
+        self.cx_active.total()
+    }
+
+    /// Connections to it: the kernel path may share this count.
+    pub(crate) fn connections(&self) -> &SharedCount {
+        &self.cx_active
     }
 
     /// Connection attempts ever made (`cx_total`).
@@ -158,7 +172,7 @@ impl Host {
     /// Counts an attempt to connect; it is active until [`Host::note_ended`].
     pub(super) fn note_connecting(&self) {
         self.cx_total.fetch_add(1, Relaxed);
-        self.cx_active.fetch_add(1, Relaxed);
+        self.cx_active.add();
     }
 
     /// The attempt succeeded.
@@ -169,7 +183,7 @@ impl Host {
 
     /// The attempt, or the connection that came of it, is over.
     pub(super) fn note_ended(&self, established: bool) {
-        self.cx_active.fetch_sub(1, Relaxed);
+        self.cx_active.subtract();
         if established {
             self.rq_active.fetch_sub(1, Relaxed);
         }
@@ -182,7 +196,7 @@ impl Host {
         self.rq_total.fetch_add(established, Relaxed);
         self.cx_connect_fail.fetch_add(failed, Relaxed);
         // Two's complement: adding a negative number subtracts.
-        self.cx_active.fetch_add(active.cast_unsigned(), Relaxed);
+        self.kernel_cx_active.fetch_add(active.cast_unsigned(), Relaxed);
         self.rq_active.fetch_add(open.cast_unsigned(), Relaxed);
     }
 
@@ -284,6 +298,7 @@ impl HostRegistry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::intercept::tables::tests::Memory;
 
     #[test]
     fn a_host_is_kept_while_a_connection_uses_it_and_forgotten_after() {
@@ -302,5 +317,23 @@ mod tests {
         drop(again);
         registry.prune();
         assert!(registry.is_empty());
+    }
+
+    #[test]
+    fn the_load_is_that_of_both_paths_now_and_stats_follow() {
+        let tables = Memory::new().tables();
+        tables.own();
+        let host = Arc::new(Host::new(EndpointAddr::Ip(([127, 0, 0, 1], 1).into())));
+        host.connections().attach(tables.hosts(), 2);
+        let active = host.connecting();
+        tables.hosts().set_active(2, 4);
+        assert_eq!((tables.host(2).proxied, host.load(), host.cx_active()), (1, 5, 1));
+        host.add(4, 4, 0, 4, 4);
+        assert_eq!((host.load(), host.cx_active(), host.rq_active()), (5, 5, 4));
+        drop(active);
+        tables.hosts().set_active(2, 1);
+        assert_eq!((tables.host(2).proxied, host.load(), host.cx_active()), (0, 1, 4));
+        host.add(0, 0, 0, -3, -3);
+        assert_eq!((host.cx_active(), host.rq_active()), (1, 1));
     }
 }

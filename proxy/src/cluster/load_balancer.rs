@@ -4,7 +4,7 @@
 //! - ROUND_ROBIN: in turn from a random start when all weights are equal, else weighted by `edf`.
 //! - LEAST_REQUEST: with equal weights, `choice_count` hosts are drawn and the one with the fewest active
 //!   connections wins; else earliest deadline first with weight / (active + 1) ^ bias. Active counts include
-//!   connections that are still being opened, so that a host that doesn't answer doesn't look idle.
+//!   connections that are still being opened, so that a host that doesn't answer doesn't look idle, and those of the kernel path.
 //! - RANDOM: any host of the list, whatever its weight, as in Envoy.
 //! - RING_HASH, MAGLEV: the host that a hash of the connection belongs to (`hashing`), by a table that comes with the host set.
 //!   A connection of which nothing is hashed gets a random number for it.
@@ -282,7 +282,7 @@ impl Schedule {
 
 /// The next deadline of a host whose weight falls with its load.
 fn later(now: Instant, endpoint: &Arc<Endpoint>, bias: f64) -> Instant {
-    let active = (endpoint.host.cx_active() as f64) + 1.0;
+    let active = (endpoint.host.load() as f64) + 1.0;
     // Most configurations have one of these two.
     let slow_down = if bias == 0.0 {
         1.0
@@ -297,10 +297,10 @@ fn later(now: Instant, endpoint: &Arc<Endpoint>, bias: f64) -> Instant {
 /// The least loaded of `choices` random hosts, which need not differ; the first drawn on a tie.
 fn least_of(hosts: &[Arc<Endpoint>], choices: u32, rng: &mut Rng) -> usize {
     let mut best = rng.usize(..hosts.len());
-    let mut load = hosts[best].host.cx_active();
+    let mut load = hosts[best].host.load();
     for _ in 1..choices {
         let index = rng.usize(..hosts.len());
-        let other = hosts[index].host.cx_active();
+        let other = hosts[index].host.load();
         if other < load {
             (best, load) = (index, other);
         }

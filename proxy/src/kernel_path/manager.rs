@@ -30,12 +30,19 @@ use crate::intercept::tables::Tables;
 use crate::snapshot::Snapshot;
 
 mod services;
+mod target;
 
 pub(super) use services::Service;
 use services::{OnPath, Placed, Selector, ServiceKey, service_block};
+pub(super) use target::Target;
+use target::{HostEntry, is_over};
 
-/// An entry that is gone is kept so long at the least: records of its last connections may wait to be read.
+/// An entry that is gone and has no connection is kept so long at the least: records of its last connections may wait to be read, and
+/// workers that were just writing its count of proxied connections have to end.
 const KEEP: Duration = Duration::from_secs(2);
+
+/// What nothing happens to is looked at once in so many looks.
+const RARELY: u32 = 16;
 
 /// The tables, and whose entries are whose.
 #[derive(Debug)]
@@ -57,6 +64,8 @@ pub struct Manager {
     names: Names,
     /// Listeners by the clusters that they lead to, also those that go through the proxy.
     users: HashMap<Arc<str>, Vec<Arc<str>>>,
+    /// How often was looked.
+    looks: u32,
     /// Since when the rules are ours, so that what a predecessor left and nobody asked for can go.
     settled: Option<Instant>,
     changed: UnboundedSender<Arc<str>>,
@@ -71,44 +80,11 @@ struct Names {
 /// A host of a cluster: index of the cluster, address and port.
 type HostKey = (u32, SocketAddr);
 
-/// A cluster of listeners on the kernel path.
-#[derive(Debug)]
-pub(super) struct Target {
-    pub(super) index: u32,
-    pub(super) cluster: Arc<Cluster>,
-    /// Of the host set that is compiled.
-    version: u64,
-    block: Block,
-    pub(super) hosts: HashMap<SocketAddr, HostEntry>,
-    seen: Seen,
-    /// Nothing had happened at the last look.
-    quiet: bool,
-    gone: Option<Instant>,
-}
-
-impl Target {
-    fn observe_hosts(&mut self, tables: &Tables) {
-        for entry in self.hosts.values_mut() {
-            entry.seen.news(tables.host(entry.index).tally).of_host(&entry.host, &self.cluster);
-        }
-    }
-}
-
-/// A host of such a cluster.
-#[derive(Debug)]
-pub(super) struct HostEntry {
-    index: u32,
-    /// Of the endpoint.
-    pub(super) hostname: Arc<str>,
-    host: Arc<Host>,
-    seen: Seen,
-    gone: Option<Instant>,
-}
-
 impl Manager {
     /// Over tables that may hold what a predecessor left. `default` is for clusters that have no `data_path`. What comes
     /// out of the receiver goes into [`Manager::clusters_changed`].
     pub fn new(tables: Arc<Tables>, board: Board, default: DataPath) -> (Self, UnboundedReceiver<Arc<str>>) {
+        tables.own();
         let sizes = tables.sizes();
         let services = (1..sizes.services).filter_map(|index| service_block(&tables, index));
         let clusters = (1..sizes.clusters).filter_map(|index| cluster_block(&tables, index));
@@ -131,6 +107,7 @@ impl Manager {
             targets: HashMap::new(),
             names: Names::default(),
             users: HashMap::new(),
+            looks: 0,
             settled: None,
             changed,
             tables,
@@ -232,8 +209,11 @@ impl Manager {
         let hosts = cluster.hosts();
         if let Some(target) = self.targets.get_mut(name) {
             let same = Arc::ptr_eq(&target.cluster, cluster) && target.version == hosts.version();
-            target.gone = None;
+            let was_gone = target.gone.take().is_some();
             if same {
+                if was_gone {
+                    target.share(&self.tables);
+                }
                 return Ok(target.index);
             }
         }
@@ -277,10 +257,15 @@ impl Manager {
         match target {
             Some(target) => {
                 self.arena.retire(std::mem::replace(&mut target.block, block), now);
+                if !Arc::ptr_eq(target.cluster.breaker().in_use(), cluster.breaker().in_use()) {
+                    // It was removed and has come again: the connections of the former one are nobody's limit.
+                    target.connections().detach();
+                }
                 (target.cluster, target.version, target.hosts) = (Arc::clone(cluster), version, entries);
+                target.share(&self.tables);
             }
             None => {
-                let target = Target {
+                let mut target = Target {
                     index,
                     cluster: Arc::clone(cluster),
                     version,
@@ -289,7 +274,9 @@ impl Manager {
                     seen: Seen::default(),
                     quiet: false,
                     gone: None,
+                    parted: None,
                 };
+                target.share(&self.tables);
                 self.names.targets.insert(index, Arc::clone(name));
                 self.targets.insert(Arc::clone(name), target);
             }
@@ -310,7 +297,11 @@ impl Manager {
             let EndpointAddr::Ip(address) = host.address() else { return 0 };
             let address = canonical(*address);
             if let Some(entry) = entries.get_mut(&address) {
-                (entry.gone, entry.host) = (None, Arc::clone(host));
+                entry.gone = None;
+                if !Arc::ptr_eq(&entry.host, host) {
+                    entry.host.connections().detach();
+                    entry.host = Arc::clone(host);
+                }
                 return entry.index;
             }
             let Some(index) = self.free_hosts.take(&(cluster_index, address)) else {
@@ -324,6 +315,7 @@ impl Manager {
                 host: Arc::clone(host),
                 seen: Seen::default(),
                 gone: None,
+                parted: None,
             };
             entries.insert(address, entry);
             index
@@ -362,6 +354,7 @@ impl Manager {
 
     /// Brings stats up to date.
     pub fn observe(&mut self) {
+        self.looks = self.looks.wrapping_add(1);
         let tables = &self.tables;
         for service in self.services.values_mut() {
             service.seen.news(tables.service(service.placed.index).tally).of_service(&service.plan);
@@ -369,9 +362,11 @@ impl Manager {
         for target in self.targets.values_mut() {
             let news = target.seen.news(tables.cluster(target.index).tally);
             news.of_cluster(&target.cluster);
+            target.connections().restore();
             // What happens to a host is counted for its cluster first: the look after the last news may find more of it.
             let was_quiet = std::mem::replace(&mut target.quiet, news.is_nothing());
-            if !(was_quiet && target.quiet) {
+            let is_due = target.index % RARELY == self.looks % RARELY;
+            if !(was_quiet && target.quiet) || is_due {
                 target.observe_hosts(tables);
             }
         }
@@ -386,7 +381,10 @@ impl Manager {
 
     /// Gives back entries whose last connection has ended.
     pub fn sweep(&mut self) {
-        let now = Instant::now();
+        self.sweep_at(Instant::now());
+    }
+
+    fn sweep_at(&mut self, now: Instant) {
         let old = |gone: Option<Instant>| gone.is_some_and(|since| now.duration_since(since) >= KEEP);
         let Self { tables, arena, names, free_services, free_clusters, free_hosts, .. } = self;
         let mut clear = |placed: &Placed| {
@@ -410,17 +408,22 @@ impl Manager {
             !over
         });
         self.targets.retain(|_, target| {
-            let cluster_is_over = old(target.gone);
+            let cluster_is_gone = target.gone.is_some();
             target.hosts.retain(|_, entry| {
-                let over = (cluster_is_over || old(entry.gone)) && tables.host(entry.index).tally.active == 0;
+                let active = tables.host(entry.index).tally.active;
+                let over = (cluster_is_gone || entry.gone.is_some())
+                    && is_over(active, &mut entry.parted, entry.host.connections(), now);
                 if over {
                     tables.clear_host(entry.index);
                     free_hosts.give_back(entry.index);
                 }
                 !over
             });
-            let over =
-                cluster_is_over && target.hosts.is_empty() && tables.cluster(target.index).tally.active == 0;
+            let active = tables.cluster(target.index).tally.active;
+            let shared = target.cluster.breaker().in_use().connections();
+            let over = cluster_is_gone
+                && is_over(active, &mut target.parted, shared, now)
+                && target.hosts.is_empty();
             if over {
                 tables.clear_cluster(target.index);
                 names.targets.remove(&target.index);
@@ -430,14 +433,13 @@ impl Manager {
             !over
         });
         if old(self.settled) {
-            self.reclaim();
+            self.reclaim(now);
         }
     }
 
     /// What a predecessor left.
-    fn reclaim(&mut self) {
+    fn reclaim(&mut self, now: Instant) {
         let tables = &self.tables;
-        let now = Instant::now();
         let arena = &mut self.arena;
         self.free_services.reclaim(|index| {
             let over = tables.service(index).tally.active == 0;
@@ -486,3 +488,6 @@ fn write(tables: &Tables, arena: &mut Arena, words: &[u64], now: Instant) -> Res
 fn key_of(name: &str) -> u64 {
     xxhash_rust::xxh64::xxh64(name.as_bytes(), 0).max(1)
 }
+
+#[cfg(test)]
+mod tests;

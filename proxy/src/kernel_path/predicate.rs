@@ -241,4 +241,4 @@ pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -11,6 +11,8 @@ use crate::cluster::host::{ActiveConnection, HostRegistry};
 use crate::cluster::load_balancer::Balancer;
 use crate::config::cluster::{ConsistentHashing, HashFunction, Maglev, RingHash};
 use crate::config::endpoint::{HealthStatus, Locality};
+use crate::intercept::tables::Counts;
+use crate::intercept::tables::tests::Memory;
 
 /// Picks of each executor in a comparison.
 const PICKS: u32 = 10_000;
@@ -23,6 +25,8 @@ struct Kernel {
     hash: Cell<u64>,
     /// By index.
     hosts: Vec<Arc<Host>>,
+    /// What the programs count, at index + 1. None: nothing.
+    counts: Option<Arc<Counts>>,
 }
 
 impl Kernel {
@@ -37,7 +41,16 @@ impl Kernel {
         })?;
         let mut rng = Rng::with_seed(seed);
         let turn = Cell::new(rng.u32(..));
-        Ok(Self { words, rng: RefCell::new(rng), turn, hash: Cell::new(0), hosts })
+        Ok(Self { words, rng: RefCell::new(rng), turn, hash: Cell::new(0), hosts, counts: None })
+    }
+
+    /// The proxy takes connections to these hosts, too; `active` says how many take the kernel path.
+    fn share(&mut self, counts: &Arc<Counts>, active: impl Fn(&Host) -> u64) {
+        for (host, entry) in self.hosts.iter().zip(1..) {
+            counts.set_active(entry, active(host));
+            host.connections().attach(counts, entry);
+        }
+        self.counts = Some(Arc::clone(counts));
     }
 
     /// Every endpoint that some route leads to, by port.
@@ -75,7 +88,10 @@ impl Table for Kernel {
     }
 
     fn active(&self, host: u32) -> u64 {
-        self.hosts[host as usize].cx_active()
+        match &self.counts {
+            Some(counts) => counts.active(host + 1) + counts.proxied(host + 1),
+            None => self.hosts[host as usize].load(),
+        }
     }
 
     fn hash(&self) -> u64 {
@@ -125,8 +141,10 @@ struct Member {
     health: HealthStatus,
     priority: u32,
     locality: usize,
-    /// Connections to it.
+    /// Connections to it through the proxy.
     active: usize,
+    /// And those of the kernel path.
+    balanced: u64,
 }
 
 /// The state of a cluster.
@@ -176,8 +194,15 @@ fn any_member(same_weights: bool) -> impl Strategy<Value = Member> {
     let health =
         prop::sample::select(vec![Unknown, Unknown, Healthy, Degraded, Unhealthy, Draining, Timeout]);
     let weight = if same_weights { 3..4_u32 } else { 1..6 };
-    (weight, health, 0..3_u32, 0..3_usize, 0..4_usize).prop_map(
-        |(weight, health, priority, locality, active)| Member { weight, health, priority, locality, active },
+    (weight, health, 0..3_u32, 0..3_usize, 0..4_usize, 0..4_u64).prop_map(
+        |(weight, health, priority, locality, active, balanced)| Member {
+            weight,
+            health,
+            priority,
+            locality,
+            active,
+            balanced,
+        },
     )
 }
 
@@ -234,7 +259,13 @@ proptest! {
     fn both_executors_choose_alike((policy, state) in any_policy_and_state(), seed in any::<u64>()) {
         let registry = HostRegistry::default();
         let (set, _active) = state.build(&registry);
-        let kernel = Kernel::new(policy, &set, seed).unwrap();
+        let mut kernel = Kernel::new(policy, &set, seed).unwrap();
+        let tables = Memory::new().tables();
+        tables.own();
+        kernel.share(tables.hosts(), |host| {
+            let port = host.address().ip().unwrap().port();
+            state.members[usize::from(port) - 1].balanced
+        });
         let by_kernel = kernel_picks(&kernel, PICKS);
         let by_proxy = proxy_picks(policy, &set, seed, PICKS);
         let outcomes: BTreeSet<_> = by_kernel.keys().chain(by_proxy.keys()).copied().collect();
@@ -263,7 +294,7 @@ proptest! {
     /// Where nothing is drawn at random, a whole cycle has exactly the shares of the proxy.
     #[test]
     fn equal_hosts_take_turns(hosts in 1..40_usize, cycles in 1..5_u32, seed in any::<u64>()) {
-        let member = Member { weight: 2, health: HealthStatus::Healthy, priority: 0, locality: 0, active: 0 };
+        let member = Member { weight: 2, health: HealthStatus::Healthy, priority: 0, locality: 0, active: 0, balanced: 0 };
         let state = State { members: vec![member; hosts], localities: None, overprovisioning: 140, panic_threshold: 50.0 };
         let registry = HostRegistry::default();
         let (set, _active) = state.build(&registry);
@@ -310,7 +341,7 @@ proptest! {
         picks in 1..5_000_u32,
         seed in any::<u64>(),
     ) {
-        let member = Member { weight: 1, health: HealthStatus::Healthy, priority: 0, locality: 0, active: 0 };
+        let member = Member { weight: 1, health: HealthStatus::Healthy, priority: 0, locality: 0, active: 0, balanced: 0 };
         let members = weights.iter().map(|weight| Member { weight: *weight, ..member }).collect();
         let state = State { members, localities: None, overprovisioning: 140, panic_threshold: 50.0 };
         let registry = HostRegistry::default();
@@ -325,7 +356,7 @@ proptest! {
 }
 
 fn one(weight: u32, health: HealthStatus, priority: u32) -> Member {
-    Member { weight, health, priority, locality: 0, active: 0 }
+    Member { weight, health, priority, locality: 0, active: 0, balanced: 0 }
 }
 
 fn state(members: Vec<Member>) -> State {

@@ -14,7 +14,7 @@ use crate::stats::Stats;
 pub(super) const LISTENER: &str = "/static_resources/listeners/1";
 pub(super) const CHAIN: &str = "/static_resources/listeners/1/filter_chains/0";
 const PROXY: &str = "/static_resources/listeners/1/filter_chains/0/filters/0/typed_config";
-pub(super) const CLUSTER: &str = "/static_resources/clusters/0";
+pub(in crate::kernel_path) const CLUSTER: &str = "/static_resources/clusters/0";
 
 pub(super) fn address(ip: &str, port: u16) -> Value {
     json!({"socket_address": {"address": ip, "port_value": port}})
@@ -53,7 +53,7 @@ pub(super) fn cluster(name: &str, mode: &str) -> Value {
 }
 
 /// Sets these fields; null removes one.
-pub(super) fn merge(base: &mut Value, fields: Value) {
+pub(in crate::kernel_path) fn merge(base: &mut Value, fields: Value) {
     for (key, value) in fields.as_object().unwrap() {
         if value.is_null() {
             base.as_object_mut().unwrap().remove(key);
@@ -64,7 +64,7 @@ pub(super) fn merge(base: &mut Value, fields: Value) {
 }
 
 /// Nothing stands in the way of listener `l`.
-pub(super) fn clear() -> Value {
+pub(in crate::kernel_path) fn clear() -> Value {
     json!({"static_resources": {
         "listeners": [
             {"name": "virtualOutbound", "address": address("127.0.0.1", 15001), "use_original_dst": true,
@@ -83,7 +83,7 @@ pub(super) fn with(at: &str, fields: Value) -> Value {
     bootstrap
 }
 
-pub(super) fn snapshot(bootstrap: &Value) -> Snapshot {
+pub(in crate::kernel_path) fn snapshot(bootstrap: &Value) -> Snapshot {
     let text = serde_json::to_string_pretty(bootstrap).unwrap();
     let sources = Sources { config_path: Some(Source::yaml("test.yaml", text)), config_yaml: None };
     let loaded = load(&sources, &static_options()).unwrap_or_else(|error| panic!("{error}\n{bootstrap:#}"));
