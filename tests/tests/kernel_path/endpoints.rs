@@ -80,7 +80,7 @@ fn wait_for(done: impl Fn() -> bool) -> Result<()> {
 }
 
 /// A connection to a service, and the name of the endpoint that it is at.
-fn connect(client: &Pod, service: &str) -> Result<(TcpStream, String)> {
+pub(super) fn connect(client: &Pod, service: &str) -> Result<(TcpStream, String)> {
     let mut stream = client.connect(service)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut name = [0; 2];

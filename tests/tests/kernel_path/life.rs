@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
-use serde_json::json;
 use tidegate_tests::config::Config;
 use tidegate_tests::node::Node;
 use tidegate_tests::pod::Pod;
@@ -15,7 +14,7 @@ use tidegate_tests::proxy::{PATIENCE, Proxy};
 use tidegate_tests::script::{self, End, Step, write};
 use tidegate_tests::upstream::Upstream;
 
-use crate::data_path;
+use crate::{data_path, with_on_exit};
 
 const SERVICE: &str = "172.16.0.1:50001";
 
@@ -84,13 +83,7 @@ impl Lab {
 
 fn config(on_exit: &str) -> String {
     let config = Config::new().service(SERVICE, "foo").cluster("foo", &["10.9.0.1:80"], data_path("KERNEL"));
-    let mut config: serde_json::Value = serde_json::from_str(&config.to_string()).unwrap_or_default();
-    config["bootstrap_extensions"] = json!([{
-        "name": "tidegate.bootstrap.interception",
-        "typed_config": {
-            "@type": "type.googleapis.com/tidegate.bootstrap.v1.Interception", "on_exit": on_exit},
-    }]);
-    format!("{config:#}")
+    with_on_exit(&config, on_exit)
 }
 
 /// What the counters of the cluster come to, once nothing is open.

@@ -6,6 +6,7 @@ mod endpoints;
 mod hashing;
 mod life;
 mod log;
+mod shared;
 mod sources;
 
 use std::net::SocketAddr;
@@ -24,6 +25,17 @@ use tidegate_tests::upstream::Upstream;
 fn data_path(mode: &str) -> Value {
     let ours = json!({"@type": "type.googleapis.com/tidegate.cluster.v1.DataPath", "mode": mode});
     json!({"metadata": {"typed_filter_metadata": {"tidegate.data_path": ours}}})
+}
+
+/// The same with what becomes of the kernel path when the process stops.
+fn with_on_exit(config: &Config, on_exit: &str) -> String {
+    let mut config: Value = serde_json::from_str(&config.to_string()).unwrap_or_default();
+    config["bootstrap_extensions"] = json!([{
+        "name": "tidegate.bootstrap.interception",
+        "typed_config": {
+            "@type": "type.googleapis.com/tidegate.bootstrap.v1.Interception", "on_exit": on_exit},
+    }]);
+    format!("{config:#}")
 }
 
 /// A node with a client and a server.
