@@ -163,6 +163,31 @@ pub fn spawn(future: impl Future<Output = ()> + 'static) {
     }
 }
 
+/// Waits that the running task begins while this lives are for bulk. When they have ended, those who wait for small
+/// messages go first: one task that moves bulk runs, and then they again.
+#[must_use = "waits are for bulk while it lives"]
+pub struct Bulk(());
+
+impl Bulk {
+    /// Must be made in a running runtime.
+    pub fn begin() -> Self {
+        Self::set(true);
+        Self(())
+    }
+
+    fn set(bulk: bool) {
+        if engine() == Engine::IoUring {
+            ring::with(|driver| driver.set_bulk(bulk));
+        }
+    }
+}
+
+impl Drop for Bulk {
+    fn drop(&mut self) {
+        Self::set(false);
+    }
+}
+
 fn engine() -> Engine {
     RUNNING.get().expect("waits need uring::start")
 }

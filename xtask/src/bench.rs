@@ -16,6 +16,7 @@ mod kernel;
 mod metric;
 mod options;
 mod plan;
+mod profile;
 mod readme;
 mod report;
 mod results;
@@ -36,6 +37,7 @@ use clap::{Args, Subcommand};
 use self::options::Options;
 use self::plan::{Choice, Selector};
 use self::results::Results;
+use self::run::How;
 use self::site::{Placement, Topology};
 use self::subject::{Program, Subject};
 
@@ -46,7 +48,7 @@ pub(crate) struct Bench {
     /// Something else than the data path.
     #[command(subcommand)]
     of: Option<Of>,
-    /// The measurements that the goals need, fewer rounds, shorter: under 3 minutes instead of 25.
+    /// The measurements that the goals need, fewer rounds, shorter: under 3 minutes instead of some 20.
     #[arg(long)]
     quick: bool,
     /// Only these workloads: bulk-STREAMS-down|up|both, request-BYTESxCONNECTIONS, short, mixed-STREAMS, idle,
@@ -74,6 +76,9 @@ pub(crate) struct Bench {
     /// Measure this tidegate too, as the subject `base`: what a change is compared with.
     #[arg(long, value_name = "PATH")]
     tidegate_base: Option<PathBuf>,
+    /// Tell by perf where the proxies' CPU goes. Sampling costs some itself: compare nothing with a run without it.
+    #[arg(long)]
+    profile: bool,
     /// Exit with 1 when a goal of the data path is missed, or was not measured.
     #[arg(long)]
     goals: bool,
@@ -109,7 +114,8 @@ impl Bench {
     fn data_path(&self) -> Result<()> {
         let plan = self.choice()?.plan();
         ensure!(!plan.entries.is_empty(), "none of the subjects can be measured on this topology");
-        self.finish(&self.options.measure(plan, self.tidegate_base.as_deref(), self.quick)?)
+        let how = How { quick: self.quick, profile: self.profile };
+        self.finish(&self.options.measure(plan, self.tidegate_base.as_deref(), how)?)
     }
 
     fn choice(&self) -> Result<Choice> {

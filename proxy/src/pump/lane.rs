@@ -94,6 +94,7 @@ impl<'a> Lane<'a> {
                     if self.half.method() == Method::Receive {
                         self.hoard(turn, cx)?;
                     }
+                    let _bulk = self.bulk();
                     ready!(turn.destination.poll_writable(cx)).map_err(Fault::Destination)?;
                     self.half.writable = true;
                 }
@@ -103,10 +104,12 @@ impl<'a> Lane<'a> {
                     ready!(self.discard_received(turn, cx))?;
                 }
                 Step::Read | Step::Discard if turn.budget == 0 => {
+                    let _bulk = self.bulk();
                     self.half.readable = turn.source.give_way(cx).map_err(Fault::Source)?;
                     return Poll::Pending;
                 }
                 Step::Read | Step::Discard if !self.half.readable => {
+                    let _bulk = self.bulk();
                     ready!(turn.source.poll_readable(cx)).map_err(Fault::Source)?;
                     self.half.readable = true;
                 }
@@ -114,6 +117,11 @@ impl<'a> Lane<'a> {
                 Step::Discard => self.discard(turn)?,
             }
         }
+    }
+
+    /// Waits that begin while this lives: is it bulk that is waited for?
+    fn bulk(&self) -> Option<uring::Bulk> {
+        (self.half.method() == Method::Splice).then(uring::Bulk::begin)
     }
 
     /// Gives on what the ring has received.

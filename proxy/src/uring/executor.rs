@@ -29,6 +29,10 @@ thread_local! {
     static CURRENT: Cell<u64> = const { Cell::new(0) };
     /// Its tasks that are to run.
     static READY: RefCell<VecDeque<Runnable>> = const { RefCell::new(VecDeque::new()) };
+    /// Those of them that move bulk: one runs after each round of the others.
+    static BULK: RefCell<VecDeque<Runnable>> = const { RefCell::new(VecDeque::new()) };
+    /// Whom a wake-up puts there.
+    static WAKES_BULK: Cell<bool> = const { Cell::new(false) };
     /// All its tasks.
     static TASKS: RefCell<Pages<Option<Task<()>>>> = const { RefCell::new(Pages::new()) };
 }
@@ -62,7 +66,8 @@ impl Remote {
 
     fn schedule(&self, task: Runnable) {
         if self.is_current() {
-            READY.with_borrow_mut(|ready| ready.push_back(task));
+            let queue = if WAKES_BULK.get() { &BULK } else { &READY };
+            queue.with_borrow_mut(|queue| queue.push_back(task));
             return;
         }
         let mut woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -121,9 +126,15 @@ pub(super) fn run<F: Future>(driver: &Rc<Driver>, future: F) -> io::Result<F::Ou
         {
             break output;
         }
-        let idle = READY.with_borrow(VecDeque::is_empty) && !main.woken.load(Ordering::Acquire);
-        if driver.turn(idle)? {
+        let bulk = BULK.with_borrow_mut(VecDeque::pop_front);
+        let is_idle =
+            bulk.is_none() && READY.with_borrow(VecDeque::is_empty) && !main.woken.load(Ordering::Acquire);
+        // Small messages may wait for one megabyte of bulk, not for one of each connection.
+        if (bulk.is_none() || driver.is_urgent()) && driver.turn(is_idle)? {
             take_remote(remote);
+        }
+        if let Some(task) = bulk {
+            run_task(task);
         }
     };
     drop(farewell);
@@ -170,10 +181,21 @@ impl Drop for Forget {
 fn run_ready(most: usize) {
     for _ in 0..most {
         let Some(task) = READY.with_borrow_mut(VecDeque::pop_front) else { return };
-        // A bug in one task must not end the others; the panic's message has been printed. What it was working on is
-        // dropped with it.
-        let _ = catch_unwind(AssertUnwindSafe(|| task.run()));
+        run_task(task);
     }
+}
+
+fn run_task(task: Runnable) {
+    // A bug in one task must not end the others; the panic's message has been printed. What it was working on is dropped
+    // with it.
+    let _ = catch_unwind(AssertUnwindSafe(|| task.run()));
+}
+
+/// Wakes a task of this thread that is to run behind others.
+pub(super) fn wake_for_bulk(waker: &Waker) {
+    WAKES_BULK.set(true);
+    waker.wake_by_ref();
+    WAKES_BULK.set(false);
 }
 
 fn take_remote(remote: &Remote) {
@@ -194,6 +216,7 @@ impl Drop for Farewell<'_> {
             let tasks: Vec<_> =
                 TASKS.with_borrow_mut(|tasks| tasks.iter_mut().filter_map(Option::take).collect());
             take_remote(self.remote);
+            READY.with_borrow_mut(|ready| ready.append(&mut BULK.take()));
             if tasks.is_empty() && READY.with_borrow(VecDeque::is_empty) {
                 break;
             }

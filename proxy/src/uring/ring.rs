@@ -22,7 +22,7 @@ use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue};
 
 use super::buffers::{self, Buffers};
-use super::executor::Remote;
+use super::executor::{self, Remote};
 use super::timers::Timers;
 use super::{COMPLETIONS, SUBMISSIONS};
 use crate::pages::Pages;
@@ -87,6 +87,8 @@ struct Slot {
     length: u16,
     /// Nobody wants the result.
     abandoned: bool,
+    /// Of a wait [for bulk](Driver::set_bulk).
+    bulk: bool,
     /// How many entries had been submitted before it.
     before: u64,
 }
@@ -127,6 +129,7 @@ pub(super) struct Driver {
     /// Wakers on other threads have woken tasks.
     remote_woken: Cell<bool>,
     hurry: Cell<bool>,
+    bulk: Cell<bool>,
 }
 
 impl Driver {
@@ -147,6 +150,7 @@ impl Driver {
             remote,
             remote_woken: Cell::new(false),
             hurry: Cell::new(false),
+            bulk: Cell::new(false),
         };
         driver.watch_remote();
         driver
@@ -183,6 +187,7 @@ impl Driver {
             ended: false,
             length: 0,
             abandoned: false,
+            bulk: self.bulk.get(),
             before: self.pushed.get(),
         };
         let key = self.slots.borrow_mut().insert(slot);
@@ -250,8 +255,28 @@ impl Driver {
         Ok(self.remote_woken.take())
     }
 
+    /// Whether small messages wait to be sent, or the kernel has something to tell.
+    pub(super) fn is_urgent(&self) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        let queue = ring.submission();
+        queue.taskrun() || queue.cq_overflow() || !self.sends.borrow().is_empty()
+    }
+
+    /// Whether operations that begin now are for bulk: whom their ends wake runs behind others.
+    pub(super) fn set_bulk(&self, bulk: bool) {
+        self.bulk.set(bulk);
+    }
+
     fn enter_ring(&self, wait: bool) -> io::Result<()> {
         let mut ring = self.ring.borrow_mut();
+        if wait && self.sends.borrow().len() == 1 {
+            // Whom the send wakes may run when this system call ends, and have answered before the next one: then there
+            // is nothing to sleep for. With many sends the second call costs more than that saves.
+            match ring.submit() {
+                Err(error) if !is_passing(&error) => return Err(error),
+                _ => {}
+            }
+        }
         let queue = ring.submission();
         let (len, deferred) = (queue.len(), queue.taskrun() || queue.cq_overflow());
         drop(queue);
@@ -318,8 +343,10 @@ impl Driver {
                 return;
             }
         }
-        if let Some(waker) = &slot.waker {
-            waker.wake_by_ref();
+        match &slot.waker {
+            Some(waker) if slot.bulk => executor::wake_for_bulk(waker),
+            Some(waker) => waker.wake_by_ref(),
+            None => {}
         }
     }
 

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+mod bulk;
+
 const ALL: [Engine; 3] = [Engine::IoUring, Engine::TokioUring, Engine::Epoll];
 
 /// A blocking client, and the nonblocking socket under test.

@@ -8,6 +8,7 @@ use super::goals::Bound::{AtLeast, AtMost};
 use super::goals::{self, Goal, goal};
 use super::metric::Metric;
 use super::options::Options;
+use super::run::How;
 use super::site::{Placement, Topology};
 use super::subject::Subject;
 use super::workload::Workload;
@@ -62,7 +63,7 @@ const GOALS: &[Goal] = &[
 impl Kernel {
     pub(super) fn run(&self) -> Result<()> {
         let plan = self.options.choice(self.quick).kernel();
-        let results = self.options.measure(plan, None, self.quick)?;
+        let results = self.options.measure(plan, None, How { quick: self.quick, profile: false })?;
         let outcomes = goals::outcomes_of(GOALS, &results);
         print!(
             "{}{}{}",

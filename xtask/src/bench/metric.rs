@@ -15,6 +15,22 @@ pub(super) enum Metric {
     BulkRate,
     /// CPU that the scheduler has charged to the proxy, per unit of work.
     ProxyCpu,
+    /// Of that, with `--profile`: sending, and splicing into a socket.
+    SendCpu,
+    /// Receiving, and splicing from a socket.
+    ReceiveCpu,
+    /// connect(2).
+    OpenCpu,
+    /// accept(2).
+    AcceptCpu,
+    /// FINs, and closing sockets.
+    EndCpu,
+    /// Going to sleep, and other tasks' turns.
+    SwitchCpu,
+    /// Everything else in the kernel.
+    OtherKernelCpu,
+    /// Outside of the kernel.
+    UserCpu,
     /// The same of clients and servers.
     LoadCpu,
     /// What the whole machine was busy with, per unit of work.
@@ -46,6 +62,14 @@ impl Metric {
             Self::Rate => "rate",
             Self::BulkRate => "bulk_rate",
             Self::ProxyCpu => "proxy_cpu",
+            Self::SendCpu => "send_cpu",
+            Self::ReceiveCpu => "receive_cpu",
+            Self::OpenCpu => "open_cpu",
+            Self::AcceptCpu => "accept_cpu",
+            Self::EndCpu => "end_cpu",
+            Self::SwitchCpu => "switch_cpu",
+            Self::OtherKernelCpu => "other_kernel_cpu",
+            Self::UserCpu => "user_cpu",
             Self::LoadCpu => "load_cpu",
             Self::MachineCpu => "machine_cpu",
             Self::P50 => "p50",
@@ -68,6 +92,14 @@ impl Metric {
             Self::Rate => "rate",
             Self::BulkRate => "bulk throughput",
             Self::ProxyCpu => "proxy CPU",
+            Self::SendCpu => "of which sending",
+            Self::ReceiveCpu => "receiving",
+            Self::OpenCpu => "connect(2)",
+            Self::AcceptCpu => "accept(2)",
+            Self::EndCpu => "FINs and closing",
+            Self::SwitchCpu => "task switches",
+            Self::OtherKernelCpu => "the rest of the kernel",
+            Self::UserCpu => "user space",
             Self::LoadCpu => "clients' and servers' CPU",
             Self::MachineCpu => "machine CPU",
             Self::P50 => "p50",
@@ -91,10 +123,24 @@ impl Metric {
             Self::Rate if unit == "GiB" => "GiB/s".to_owned(),
             Self::Rate => format!("{unit}s/s"),
             Self::BulkRate => "GiB/s".to_owned(),
-            Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu if unit == "GiB" => "s/GiB".to_owned(),
-            Self::ProxyCpu | Self::LoadCpu | Self::MachineCpu | Self::InterceptCpu | Self::ConnectCpu => {
-                format!("µs/{unit}")
+            Self::ProxyCpu
+            | Self::SendCpu
+            | Self::ReceiveCpu
+            | Self::OpenCpu
+            | Self::AcceptCpu
+            | Self::EndCpu
+            | Self::SwitchCpu
+            | Self::OtherKernelCpu
+            | Self::UserCpu
+            | Self::LoadCpu
+            | Self::MachineCpu => {
+                if unit == "GiB" {
+                    "s/GiB".to_owned()
+                } else {
+                    format!("µs/{unit}")
+                }
             }
+            Self::InterceptCpu | Self::ConnectCpu => format!("µs/{unit}"),
             Self::P50 | Self::P99 | Self::P999 => "µs".to_owned(),
             Self::RssStart => "MB".to_owned(),
             Self::RssPerConnection | Self::SlabPerConnection => "B".to_owned(),

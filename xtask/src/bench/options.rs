@@ -10,7 +10,7 @@ use tidegate_tests::tool;
 
 use super::plan::{Choice, Plan};
 use super::results::Results;
-use super::run::Run;
+use super::run::{How, Run};
 use super::subject::Program;
 use super::tools::Programs;
 use super::workload::Workload;
@@ -59,7 +59,7 @@ impl Options {
     }
 
     /// Builds and installs what is missing, becomes root, and measures. `base`: another tidegate.
-    pub(super) fn measure(&self, plan: Plan, base: Option<&Path>, quick: bool) -> Result<Results> {
+    pub(super) fn measure(&self, plan: Plan, base: Option<&Path>, how: How) -> Result<Results> {
         let subjects = plan.subjects();
         let measured = |program| subjects.iter().any(|subject| subject.program == program);
         let mut programs = Programs::default();
@@ -78,8 +78,11 @@ impl Options {
         let http = plan.uses(|workload| matches!(workload, Workload::Wrk { .. }));
         let iperf3 = plan.uses(|workload| matches!(workload, Workload::Iperf3 { .. }));
         programs.install(&subjects, http, iperf3)?;
+        if how.profile {
+            tool::require(&[("perf", "linux-perf")])?;
+        }
         agent::raise_file_limit()?;
-        Run::new(plan, programs, quick)?.results(self.named.tidegate.as_deref())
+        Run::new(plan, programs, how)?.results(self.named.tidegate.as_deref())
     }
 }
 

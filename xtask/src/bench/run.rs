@@ -12,6 +12,7 @@ use super::case::Case;
 use super::external::Servers;
 use super::metric::Metric;
 use super::plan::Plan;
+use super::profile::Profile;
 use super::results::{About, Results, SCHEMA, Samples, Settings};
 use super::running::Running;
 use super::site::{Site, Topology};
@@ -24,11 +25,19 @@ use super::{about, progress};
 /// may be open.
 const SPARE_CONNECTIONS: usize = 4500;
 
+/// How a run is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct How {
+    pub(super) quick: bool,
+    /// perf tells where the proxies' CPU goes.
+    pub(super) profile: bool,
+}
+
 /// A run in the making.
 pub(super) struct Run {
     plan: Plan,
     programs: Programs,
-    quick: bool,
+    how: How,
     idle_connections: usize,
     samples: Samples,
     failures: Vec<String>,
@@ -38,7 +47,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) fn new(plan: Plan, programs: Programs, quick: bool) -> Result<Self> {
+    pub(super) fn new(plan: Plan, programs: Programs, how: How) -> Result<Self> {
         let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let idle_connections = workload::idle_connections(limit);
         ensure!(
@@ -48,7 +57,7 @@ impl Run {
         Ok(Self {
             plan,
             programs,
-            quick,
+            how,
             idle_connections,
             samples: Samples::default(),
             failures: Vec::new(),
@@ -94,7 +103,7 @@ impl Run {
             ),
         ];
         Settings {
-            quick: self.quick,
+            quick: self.how.quick,
             worker_threads: 1,
             rounds: self.plan.rounds,
             seconds_per_measurement: self.plan.measure.as_secs_f64(),
@@ -139,7 +148,7 @@ impl Run {
             progress(&format!("{topology}: starting {subject}"));
             running.insert(subject, Running::start(&self.programs, &mut site, subject, SPARE_CONNECTIONS)?);
         }
-        let duration = self.plan.measure;
+        let (duration, how) = (self.plan.measure, self.how);
         for round in 0..self.plan.rounds {
             for entry in &entries {
                 // Each round begins with another one, so that nobody always follows the same.
@@ -147,7 +156,18 @@ impl Run {
                 for subject in entry.subjects[first..].iter().chain(&entry.subjects[..first]) {
                     let running = &running[subject];
                     self.note(entry.case, *subject, round, self.plan.rounds, || {
-                        entry.case.workload.measure(&mut site, running, entry.case.placement, duration)
+                        let profiled = how.profile && !running.pids().is_empty();
+                        let profile = profiled.then(|| Profile::start(running.pids())).transpose()?;
+                        let mut figures = entry.case.workload.measure(
+                            &mut site,
+                            running,
+                            entry.case.placement,
+                            duration,
+                        )?;
+                        if let Some(profile) = profile {
+                            figures.extend(profile.finish()?.of(&figures));
+                        }
+                        Ok(figures)
                     });
                 }
             }

@@ -142,14 +142,18 @@ fn typed(package: &str, message: &str, resource: Value) -> Value {
 }
 
 fn configuration() -> Result<String> {
-    let many = json!({"circuit_breakers": {"thresholds": [{"max_connections": 100_000, "max_pending_requests": 100_000}]}});
+    // A machine that others keep busy may take its time: nobody shall be reset for that.
+    let patient = json!({"connect_timeout": "15s"});
+    let mut many = patient.clone();
+    many["circuit_breakers"] =
+        json!({"thresholds": [{"max_connections": 100_000, "max_pending_requests": 100_000}]});
     let config = Config::new()
         .service(ECHO, "echo")
         .cluster("echo", &[ECHO_SERVER], many.clone())
         .service(BULK, "bulk")
         .cluster("bulk", &[BULK_SERVER], many)
         .service(SCRIPTS, "scripts")
-        .cluster("scripts", &[SCRIPTS_SERVER], json!({}))
+        .cluster("scripts", &[SCRIPTS_SERVER], patient)
         .service(REFUSED, "refused")
         .cluster("refused", &[NOBODY], json!({}))
         .service(EMPTY, "empty")
