@@ -130,7 +130,9 @@ pub fn balance(service: u32, addr: &Addr, source: &Source<'_>, refusal: Reason) 
         return Some(choice);
     }
     choice.cluster = index;
-    if active.wrapping_add(proxied) >= max as u64 {
+    // What a process that was killed had through the proxy is gone. Asked last, since the answer is dear.
+    let max = max as u64;
+    if active >= max || (active.wrapping_add(proxied) >= max && source.agent_lives()) {
         // SAFETY: as above.
         unsafe {
             add(&raw mut (*cluster).tally.overflow, 1);

@@ -56,7 +56,7 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
     let mut choice = None;
     if let Decision::Balance { service, enrolment } = decision {
         let refusal = fail(Reason::NoTablePassed, Reason::NoTableRefused);
-        let source = Source { bound: bound_address(sk, family), enrolment, destination: &addr };
+        let source = Source { ctx, bound: bound_address(sk, family), enrolment, destination: &addr };
         choice = balance(service, &addr, &source, refusal);
         if choice.is_none() {
             // The proxy knows every source, and what to do without a chain.
@@ -144,6 +144,7 @@ fn capture(
 /// What is known of the source that a connection would have at the proxy's capture listener: what the application has
 /// bound, else the pod's own address.
 pub struct Source<'a> {
+    ctx: &'a SockAddrContext,
     bound: Addr,
     enrolment: Option<&'static Enrolment>,
     destination: &'a Addr,
@@ -168,6 +169,14 @@ impl Source<'_> {
             return 0;
         }
         if self.destination.is_v4() { enrolment.hash_v4 } else { enrolment.hash_v6 }
+    }
+
+    /// Whether the agent lives, as far as is known: it waits for connections from here.
+    #[inline(always)]
+    pub fn agent_lives(&self) -> bool {
+        self.enrolment.is_none_or(|enrolment| {
+            listener_waits(self.ctx, own_address(enrolment, self.destination), enrolment.capture_port)
+        })
     }
 }
 

@@ -138,13 +138,18 @@ fn connections_that_die_with_the_process_are_not_counted() -> Result<()> {
     let kernel = lab.connect(KERNEL)?;
     lab.is_full()?;
     proxy.kill()?;
+    // That of the kernel path has survived.
+    let more = [lab.connect(KERNEL)?, lab.connect(KERNEL)?];
+    let refused = lab.client.connect(KERNEL).err().map(|error| error.kind());
+    ensure!(refused == Some(ErrorKind::ConnectionRefused), "{refused:?}");
     let successor = setup.clone().succeed(&proxy).start()?;
     paths(&successor)?;
-    // That of the kernel path has survived.
-    let _more = [lab.connect(PROXIED)?, lab.connect(KERNEL)?];
     lab.is_full()?;
     drop((proxied, kernel));
-    let _last = lab.connect_soon(PROXIED)?;
+    let _another = lab.connect_soon(PROXIED)?;
+    lab.is_full()?;
+    drop(more);
+    let _last = [lab.connect_soon(KERNEL)?, lab.connect_soon(PROXIED)?];
     lab.is_full()
 }
 
