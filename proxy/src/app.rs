@@ -320,15 +320,16 @@ impl Proxy {
                     self.snapshot().clusters().for_each(|cluster| cluster.sweep());
                 }
                 _ = second.tick() => {
-                    self.count_kernel_path();
+                    let interception = self.interception.as_ref();
+                    let health = interception.map(|it| audit.look(it, &self.stats));
+                    let superseded = health == Some(Health::Superseded);
+                    self.count_kernel_path(superseded);
                     state.tick();
                     self.store.save();
                     let not_served = self.shared.not_served.load(Ordering::Relaxed);
                     self.stats.set_intercept_counter("not_served_reset", not_served);
                     self.look_for_kubepods();
-                    if let Some(interception) = &self.interception
-                        && audit.look(interception, &self.stats) == Health::Superseded
-                    {
+                    if superseded {
                         tracing::info!("another process has taken over; draining");
                         return Stopping::Drain;
                     }

@@ -39,6 +39,7 @@ pub mod tables;
 pub use bpffs::default_pin_dir;
 pub use destinations::Destinations;
 pub use error::InterceptError;
+pub use links::Standing;
 pub use pods::{Capture, OnPod, Pod, PodEvent, PodState, PodStatus};
 pub use programs::{Detached, EbpfLog};
 
@@ -83,8 +84,8 @@ pub struct Status {
     pub counters: Vec<(Reason, u64)>,
     /// Handshakes in flight.
     pub in_flight: usize,
-    /// Whether the pods thread runs and every program is attached where it should be, and is ours.
-    pub healthy: bool,
+    /// Whose programs run. Broken too when the pods thread has ended.
+    pub standing: Standing,
 }
 
 impl Interception {
@@ -199,7 +200,10 @@ impl Interception {
             pods: self.pods.status(),
             counters: interceptor.counters()?,
             in_flight: interceptor.in_flight_len()?,
-            healthy: interceptor.is_current() && self.pods.is_running(),
+            standing: match interceptor.standing() {
+                Standing::Current if !self.pods.is_running() => Standing::Broken,
+                standing => standing,
+            },
         })
     }
 

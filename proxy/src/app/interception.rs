@@ -99,7 +99,7 @@ impl Proxy {
     /// Ends it, or leaves the kernel path where it is.
     pub(super) fn end_interception(&mut self) {
         self.look_at_kernel_path();
-        self.count_kernel_path();
+        self.count_kernel_path(self.is_superseded());
         let destinations = self.destinations();
         let tables = self.kernel_path.take().map(KernelPath::end);
         let Some(interception) = self.interception.take() else { return };

@@ -173,7 +173,7 @@ impl Proxy {
     }
 
     /// The tables are a successor's.
-    fn is_superseded(&self) -> bool {
+    pub(super) fn is_superseded(&self) -> bool {
         self.kernel_path.is_some() && self.interception.as_ref().is_some_and(Interception::is_superseded)
     }
 
@@ -268,10 +268,9 @@ impl Proxy {
         }
     }
 
-    /// Brings stats up to date. Called once a second.
-    pub(super) fn count_kernel_path(&mut self) {
+    /// Brings stats up to date. Called once a second. `superseded`: the tables are a successor's.
+    pub(super) fn count_kernel_path(&mut self, superseded: bool) {
         self.look_at_kernel_path();
-        let superseded = self.is_superseded();
         let Some(path) = &mut self.kernel_path else { return };
         path.manager.observe();
         if !superseded {

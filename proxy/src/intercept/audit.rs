@@ -1,6 +1,6 @@
 //! The interception's counters and health as stats, and an eye on what somebody else may have changed.
 
-use super::{InterceptError, Interception, PodState, Status};
+use super::{InterceptError, Interception, PodState, Standing, Status};
 use crate::stats::Stats;
 
 /// What a look found; the main thread acts on it.
@@ -24,17 +24,15 @@ impl Audit {
     /// Puts every counter and gauge into `stats` (`tidegate.intercept.*`) and says how things are. Logs a change
     /// for the worse, and one for the better.
     ///
-    /// Costs some ten system calls and a walk over the in-flight map.
+    /// Costs a system call for each link, one for all counters, and a walk over the in-flight map.
     pub fn look(&mut self, interception: &Interception, stats: &Stats) -> Health {
         let health = match interception.status() {
             Ok(status) => {
                 publish(&status, stats);
-                if interception.is_superseded() {
-                    Health::Superseded
-                } else if status.healthy {
-                    Health::Good
-                } else {
-                    Health::Broken
+                match status.standing {
+                    Standing::Current => Health::Good,
+                    Standing::Superseded => Health::Superseded,
+                    Standing::Broken => Health::Broken,
                 }
             }
             Err(error) => {

@@ -16,6 +16,7 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
@@ -28,6 +29,19 @@ struct MapElem {
     pad: u32,
     key: u64,
     value: u64,
+    flags: u64,
+}
+
+/// `bpf_attr` of the batch commands.
+#[repr(C)]
+struct MapBatch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
     flags: u64,
 }
 
@@ -174,6 +188,33 @@ pub(super) fn storage_set<V: Pod>(map: BorrowedFd<'_>, socket: BorrowedFd<'_>, v
     };
     // SAFETY: as in `storage_get`; the kernel only reads.
     unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// The sums over all CPUs of the first `entries` words of a per-CPU array of words. One system call for all of them.
+///
+/// Errors: EINVAL for another kind of map; ENOMEM.
+pub(super) fn per_cpu_sums(map: BorrowedFd<'_>, entries: usize) -> io::Result<Vec<u64>> {
+    let cpus = aya::util::nr_cpus().map_err(|(_, error)| error)?;
+    let (mut keys, mut values) = (vec![0_u32; entries], vec![0_u64; entries * cpus]);
+    let mut last = 0_u32;
+    let mut attr = MapBatch {
+        in_batch: 0,
+        out_batch: (&raw mut last) as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: entries as u32,
+        map_fd: raw(map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the kernel writes at most `count` keys of 4 bytes, and for each of them a word for each possible CPU: callers
+    // pass per-CPU arrays of words.
+    match unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) } {
+        // The array is shorter.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+        result => drop(result?),
+    }
+    Ok(values.chunks_exact(cpus).map(|cpus| cpus.iter().sum()).collect())
 }
 
 /// A value from the start of what the kernel wrote; none when that is shorter.

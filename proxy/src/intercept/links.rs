@@ -113,17 +113,34 @@ impl Links {
         Ok(any)
     }
 
-    /// Whether all links still run this process's programs and are still attached.
-    pub(super) fn are_current(&self) -> bool {
-        self.links.iter().all(Link::is_attached)
+    /// One system call for each link.
+    pub(super) fn standing(&self) -> Standing {
+        let mut standing = Standing::Current;
+        for link in &self.links {
+            match bpf::link_info(link.fd.as_fd()) {
+                Ok(info) if info.program_id != link.program_id => return Standing::Superseded,
+                Ok(info) if info.cgroup_id != 0 => {}
+                Ok(_) | Err(_) => standing = Standing::Broken,
+            }
+        }
+        standing
     }
 
     /// Whether another process's program runs on any of them.
     pub(super) fn are_superseded(&self) -> bool {
-        self.links
-            .iter()
-            .any(|link| bpf::link_info(link.fd.as_fd()).is_ok_and(|info| info.program_id != link.program_id))
+        self.standing() == Standing::Superseded
     }
+}
+
+/// Whose programs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// This process's, wherever they should.
+    Current,
+    /// Another process's, on at least one link: it has taken over.
+    Superseded,
+    /// This process's, but a link is gone, or its cgroup.
+    Broken,
 }
 
 impl Link {

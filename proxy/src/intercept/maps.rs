@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, RingBuf, SkStorage};
 use tidegate_common::{
     Addr, ClusterState, Destination, EVENTS_BYTES, Enrolment, Flow, FlowKey, HostState, InFlight,
     MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, RuleValue,
@@ -139,7 +139,8 @@ pub(super) struct Maps {
     pub(super) destinations: HashMap<MapData, Destination, u32>,
     pub(super) in_flight: HashMap<MapData, FlowKey, InFlight>,
     pub(super) settings: Array<MapData, Settings>,
-    pub(super) counters: PerCpuArray<MapData, u64>,
+    /// Read by [`bpf::per_cpu_sums`]: aya would take a system call for each.
+    counters: MapData,
     pub(super) original_dst: Storage<OriginalDst>,
     pub(super) own_socket: Storage<u32>,
     pub(super) tables: Arc<Tables>,
@@ -156,7 +157,7 @@ impl Maps {
             destinations: take(ebpf, map::DESTINATIONS)?,
             in_flight: take(ebpf, map::IN_FLIGHT)?,
             settings: take(ebpf, map::SETTINGS)?,
-            counters: take(ebpf, map::COUNTERS)?,
+            counters: per_cpu_words(ebpf, map::COUNTERS)?,
             original_dst: storage(ebpf, map::ORIGINAL_DST)?,
             own_socket: storage(ebpf, map::OWN_SOCKET)?,
             tables: Arc::new(Tables::take(ebpf, sizes.tables)?),
@@ -203,12 +204,10 @@ impl Maps {
 
     /// Every counter, summed over CPUs.
     pub(super) fn counters(&self) -> Result<Vec<(Reason, u64)>, InterceptError> {
-        let sum = |reason: Reason| {
-            let per_cpu =
-                self.counters.get(&(reason as u32), 0).map_err(InterceptError::map(map::COUNTERS))?;
-            Ok((reason, per_cpu.iter().sum()))
-        };
-        Reason::ALL.iter().map(|reason| sum(*reason)).collect()
+        let sums = bpf::per_cpu_sums(self.counters.fd().as_fd(), Reason::COUNT)
+            .map_err(|source| InterceptError::map(map::COUNTERS)(MapError::IoError(source)))?;
+        let sum = |reason: Reason| sums.get(reason as usize).copied().unwrap_or(0);
+        Ok(Reason::ALL.iter().map(|reason| (*reason, sum(*reason))).collect())
     }
 }
 
@@ -264,6 +263,14 @@ where
 {
     let map = ebpf.take_map(name).ok_or(InterceptError::NotInObject(name))?;
     M::try_from(map).map_err(InterceptError::map(name))
+}
+
+/// A per-CPU array of words.
+fn per_cpu_words(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, InterceptError> {
+    match ebpf.take_map(name) {
+        Some(Map::PerCpuArray(data)) => Ok(data),
+        _ => Err(InterceptError::NotInObject(name)),
+    }
 }
 
 /// A socket storage.

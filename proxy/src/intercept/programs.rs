@@ -18,7 +18,7 @@ use tidegate_common::{
 use super::bpffs::{PinDir, default_pin_dir, remove_dir_with_files};
 use super::cgroup::{self, Cgroup, check_places, covers, outermost};
 use super::error::InterceptError;
-use super::links::{self, Links, PROGRAMS, detach_all};
+use super::links::{self, Links, PROGRAMS, Standing, detach_all};
 use super::maps::{self, Events, MapSizes, Maps};
 use super::original_dst::{OriginalDstReader, OwnSocketMarker};
 use super::tables::{FlowEvents, TableSizes, Tables};
@@ -309,9 +309,14 @@ impl Interceptor {
         self.log.take()
     }
 
-    /// Whether every program is attached where it should be, and is this process's: what readiness may ask.
+    /// Whose programs run: what readiness may ask.
+    pub fn standing(&self) -> Standing {
+        self.links.standing()
+    }
+
+    /// Whether every program is attached where it should be, and is this process's.
     pub fn is_current(&self) -> bool {
-        self.links.are_current()
+        self.standing() == Standing::Current
     }
 
     /// Whether another process has taken over: the kernel runs its programs now.
