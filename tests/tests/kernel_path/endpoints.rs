@@ -18,7 +18,7 @@ const SERVICE: &str = "172.16.0.1:50001";
 const BOTH: [&str; 2] = ["10.9.0.1:80", "10.9.0.1:81"];
 
 /// `fields`, and endpoints from a file.
-fn eds(mut fields: Value) -> Value {
+pub(super) fn eds(mut fields: Value) -> Value {
     fields["type"] = json!("EDS");
     fields["load_assignment"] = json!(null);
     fields["eds_cluster_config"] = json!({"eds_config": {
@@ -29,14 +29,14 @@ fn eds(mut fields: Value) -> Value {
 }
 
 /// The file.
-struct Eds<'a> {
+pub(super) struct Eds<'a> {
     proxy: &'a Proxy,
     clusters: &'a [&'a str],
     version: u64,
 }
 
 impl<'a> Eds<'a> {
-    fn new(proxy: &'a Proxy, clusters: &'a [&'a str]) -> Self {
+    pub(super) fn new(proxy: &'a Proxy, clusters: &'a [&'a str]) -> Self {
         Self { proxy, clusters, version: 0 }
     }
 
@@ -56,7 +56,7 @@ impl<'a> Eds<'a> {
     }
 
     /// The same, and waits until they are in force.
-    fn apply(&mut self, endpoints: &[&str]) -> Result<()> {
+    pub(super) fn apply(&mut self, endpoints: &[&str]) -> Result<()> {
         self.push(endpoints)?;
         for cluster in self.clusters {
             let version = tidegate::stats::version_hash(&self.version.to_string());
@@ -104,12 +104,13 @@ fn one_to_each(client: &Pod, service: &str) -> Result<[TcpStream; 2]> {
     Ok([a.context("none to a")?, b.context("none to b")?])
 }
 
-fn read_error(mut stream: &TcpStream) -> Option<ErrorKind> {
+/// What a read fails with.
+pub(super) fn read_error(mut stream: &TcpStream) -> Option<ErrorKind> {
     stream.read(&mut [0]).err().map(|error| error.kind())
 }
 
 /// Still there, and quiet.
-fn is_open(stream: &TcpStream) -> Result<bool> {
+pub(super) fn is_open(stream: &TcpStream) -> Result<bool> {
     stream.set_nonblocking(true)?;
     Ok(read_error(stream) == Some(ErrorKind::WouldBlock))
 }

@@ -4,6 +4,7 @@
 mod churn;
 mod endpoints;
 mod hashing;
+mod ipv6;
 mod life;
 mod log;
 mod shared;
@@ -49,8 +50,8 @@ struct Lab {
 impl Lab {
     fn start(config: &Config) -> Result<Self> {
         let node = Node::new()?;
-        let client = node.pod("client", &["10.9.0.9"])?;
-        let server = node.pod("server", &["10.9.0.1"])?;
+        let client = node.pod("client", &["10.9.0.9", "fd00:9::9", "fd00:9::a"])?;
+        let server = node.pod("server", &["10.9.0.1", "fd00:9::1"])?;
         let proxy = node.proxy(config).start()?;
         Ok(Self { proxy, client, server, _node: node })
     }
