@@ -9,6 +9,12 @@ use crate::Addr;
 /// starts at index 0.)
 pub const ASLEEP: u32 = 0;
 
+/// Index of the word of the arena that holds the cookie of the socket that the agent ends at this moment; 0: none.
+pub const ENDING: u32 = 1;
+
+/// Blocks start here or later.
+pub const FIRST_BLOCK: u32 = 2;
+
 /// Counters of a service, a cluster or a host. The programs add to them atomically; nobody ever sets them back, so that a
 /// successor of the agent goes on with them.
 #[repr(C)]
@@ -24,11 +30,11 @@ pub struct Tally {
     pub failed: u64,
     /// Of those, the ones that nothing was heard of in time.
     pub timed_out: u64,
-    /// Of the failed ones, those that the application gave up before anybody could answer.
+    /// Of the failed ones, those that the application gave up before there was an answer.
     pub abandoned: u64,
-    /// Connections that were established and that the application ended first.
+    /// Connections that were established and that the application ended: with the first FIN, or with a RST.
     pub closed_by_client: u64,
-    /// Connections that were established and that the endpoint ended first.
+    /// The same of the endpoint.
     pub closed_by_endpoint: u64,
     /// Bytes that applications sent and endpoints acknowledged, over connections that have ended.
     pub sent: u64,
@@ -120,13 +126,18 @@ pub struct Flow {
     /// Index of the host.
     pub host: u32,
     /// Bits of [`FlowFlag`].
-    pub flags: u32,
+    pub flags: u16,
+    /// Not 0: the application has closed its last descriptor. A field of its own: it is written without the socket's lock,
+    /// all others with it.
+    pub released: u16,
     /// When connect(2) was called, CLOCK_MONOTONIC.
     pub started_ns: u64,
     /// When the handshake was over; 0: it is not.
     pub connected_ns: u64,
-    /// Bytes received when the endpoint acknowledged the application's FIN.
-    pub received_before: u64,
+    /// Bytes received when the application closed its socket with a FIN, the lower half; FINs count.
+    pub bytes_before: u32,
+    /// Segments with data that had come by then.
+    pub segments_before: u32,
 }
 
 const _: () = assert!(size_of::<Flow>() == 64 && align_of::<Flow>() == 8);
@@ -155,6 +166,12 @@ pub enum FlowFlag {
     EndpointFirst = 2,
     /// The endpoint has sent a FIN.
     EndpointFin = 4,
+    /// The application has sent one.
+    ClientFin = 8,
+    /// It closed its socket with that FIN, and did not only say that it has nothing more to send.
+    ClosedWithFin = 16,
+    /// The endpoint has acknowledged nothing for so long that the kernel gave up.
+    Silent = 32,
 }
 
 /// How a connection of the kernel path ended.
@@ -167,16 +184,23 @@ pub enum End {
     Overflow = 2,
     /// The endpoint answered the SYN with a RST (UF).
     Refused = 3,
-    /// The endpoint did not answer within the connect timeout (UF).
+    /// The endpoint did not answer within the connect timeout, or a shorter limit of the application's (UF).
     TimedOut = 4,
-    /// The endpoint did not answer, and the application gave up or the network said that it is unreachable (UF).
-    Unanswered = 5,
+    /// The network said that the endpoint can't be reached (UF).
+    Unreachable = 5,
     /// The application closed its socket before there was an answer.
     Abandoned = 6,
-    /// Both directions ended with a FIN.
+    /// Both directions ended with a FIN; or the application closed its socket after its FIN was acknowledged, and what the
+    /// endpoint did then is not known.
     Closed = 7,
-    /// One side sent a RST, or the endpoint stopped to answer.
-    Reset = 8,
+    /// The endpoint sent a RST (UR, unless its FIN came before).
+    ResetByEndpoint = 8,
+    /// The application's socket sent a RST: it was closed with unread bytes or with SO_LINGER 0, or got bytes after that.
+    ResetByClient = 9,
+    /// The endpoint stopped to answer.
+    Silent = 10,
+    /// The agent ended it, established or not.
+    Removed = 11,
 }
 
 impl End {
@@ -187,10 +211,13 @@ impl End {
             2 => Self::Overflow,
             3 => Self::Refused,
             4 => Self::TimedOut,
-            5 => Self::Unanswered,
+            5 => Self::Unreachable,
             6 => Self::Abandoned,
             7 => Self::Closed,
-            8 => Self::Reset,
+            8 => Self::ResetByEndpoint,
+            9 => Self::ResetByClient,
+            10 => Self::Silent,
+            11 => Self::Removed,
             _ => return None,
         })
     }

@@ -29,7 +29,8 @@ pub use addr::Addr;
 pub use event::NotEnrolled;
 pub use flow::{Carrier, FlowKey, InFlight, OriginalDst, OwnSocket, Role};
 pub use kernel_path::{
-    ASLEEP, ClusterState, End, Flow, FlowEvent, FlowFlag, HostState, Phase, ServiceState, Tally,
+    ASLEEP, ClusterState, ENDING, End, FIRST_BLOCK, Flow, FlowEvent, FlowFlag, HostState, Phase,
+    ServiceState, Tally,
 };
 pub use limits::{
     ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, EVENTS_BYTES, FLOW_EVENTS_BYTES, LAYOUT_VERSION, MAX_DESTINATIONS,

@@ -67,4 +67,7 @@ pub mod global {
     pub const EXCLUDES: &str = "EXCLUDES";
     /// `u8`: 1 when the kernel path is on. Off, the programs don't contain it.
     pub const KERNEL_PATH: &str = "KERNEL_PATH";
+    /// `u8`: 1 when the kernel drops what a socket has to send before it tells that an ICMP message has ended its handshake
+    /// (6.11), so that one that still has its SYN was given up by the application.
+    pub const ERRORS_PURGE: &str = "ERRORS_PURGE";
 }

@@ -218,10 +218,12 @@ fn to_endpoint(
                 cluster: choice.cluster,
                 host: endpoint.host,
                 flags: 0,
+                released: 0,
                 // SAFETY: no preconditions.
                 started_ns: unsafe { bpf_ktime_get_ns() },
                 connected_ns: 0,
-                received_before: 0,
+                bytes_before: 0,
+                segments_before: 0,
             };
             if store(&FLOWS, sk, &mut flow) {
                 rewrite(ctx, family, endpoint.addr, endpoint.port);

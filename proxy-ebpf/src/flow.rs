@@ -7,21 +7,24 @@ use core::ptr::addr_of;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT,
+        BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG,
+        BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT,
         BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT,
         bpf_sock_ops,
     },
     helpers::generated::{
-        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set,
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt,
+        bpf_sock_ops_cb_flags_set,
     },
-    programs::SockOpsContext,
+    programs::{SockContext, SockOpsContext},
 };
-use tidegate_common::{ASLEEP, Addr, End, Flow, FlowEvent, FlowFlag, Phase, Reason, Tally};
+use tidegate_common::{ASLEEP, Addr, ENDING, End, Flow, FlowEvent, FlowFlag, Phase, Reason, Tally};
 
 use crate::{
     balance::{cluster_state, host_state, service_state},
+    connect::ALLOW,
     counters::{add, count, subtract},
-    maps::{ARENA, FLOW_EVENTS},
+    maps::{self, ARENA, ERRORS_PURGE, FLOW_EVENTS},
     sockops::{addresses, local_port, remote_port},
 };
 
@@ -57,9 +60,8 @@ fn each_tally(flow: &Flow, mut change: impl FnMut(*mut Tally)) {
 /// The SYN is about to be sent. From here on every end is heard of.
 #[inline(always)]
 pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
-    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
-    // SAFETY: the context is the kernel's.
-    if flow.phase != Phase::Chosen as u16 || unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) } != 0
+    if flow.phase != Phase::Chosen as u16
+        || !ask_for(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG)
     {
         return;
     }
@@ -97,28 +99,88 @@ pub fn established(ctx: &SockOpsContext, flow: &mut Flow) {
     }
 }
 
+/// Callbacks, besides those that were asked for before; false if the kernel refuses.
+#[inline(always)]
+fn ask_for(ctx: &SockOpsContext, flags: u32) -> bool {
+    // SAFETY: the context is the kernel's.
+    unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, (ctx.cb_flags() | flags) as i32) == 0 }
+}
+
+/// The application closes its last descriptor, or has died. The kernel ends the connection next, in this same call: what it
+/// sends says whether something was left unread. (A RST of the endpoint's between the two is taken for the application's.)
+#[inline(always)]
+pub fn released(ctx: &SockContext) -> i32 {
+    if let Some(flow) = maps::flow(ctx.sock) {
+        // SAFETY: socket storage, an aligned field that nobody else writes. Volatile: other programs read it.
+        unsafe { (&raw mut flow.released).write_volatile(1) };
+    }
+    ALLOW
+}
+
+#[inline(always)]
+fn is_released(flow: &Flow) -> bool {
+    // SAFETY: as in `released`.
+    unsafe { addr_of!(flow.released).read_volatile() != 0 }
+}
+
+#[inline(always)]
+fn has(flow: &Flow, flag: FlowFlag) -> bool {
+    flow.flags & flag as u16 != 0
+}
+
+/// Nothing was acknowledged in time. The socket tries again, or gives up, which closes it next.
+#[inline(always)]
+pub fn retransmission_timeout(ctx: &SockOpsContext, flow: &mut Flow) {
+    if field!(ctx, __bindgen_anon_1.args[2]) != 0 {
+        flow.flags |= FlowFlag::Silent as u16;
+    }
+}
+
+/// A FIN has come.
+#[inline(always)]
+pub fn endpoint_fin(flow: &mut Flow) {
+    flow.flags |= FlowFlag::EndpointFin as u16;
+}
+
 /// The socket goes from one state to another.
 #[inline(always)]
 pub fn state_changed(ctx: &SockOpsContext, flow: &mut Flow) {
     let old = field!(ctx, __bindgen_anon_1.args[0]);
     let new = field!(ctx, __bindgen_anon_1.args[1]);
     match new {
-        BPF_TCP_FIN_WAIT1 => first(flow, FlowFlag::ClientFirst),
+        BPF_TCP_FIN_WAIT1 => half_closed(ctx, flow),
         BPF_TCP_CLOSE_WAIT => {
             first(flow, FlowFlag::EndpointFirst);
-            flow.flags |= FlowFlag::EndpointFin as u32;
+            endpoint_fin(flow);
         }
-        BPF_TCP_CLOSING => flow.flags |= FlowFlag::EndpointFin as u32,
-        BPF_TCP_FIN_WAIT2 => flow.received_before = field!(ctx, bytes_received),
+        BPF_TCP_CLOSING => endpoint_fin(flow),
+        BPF_TCP_LAST_ACK => flow.flags |= FlowFlag::ClientFin as u16,
         BPF_TCP_CLOSE => closed(ctx, flow, old),
         _ => {}
     }
 }
 
+/// The application's FIN goes out first.
+#[inline(always)]
+fn half_closed(ctx: &SockOpsContext, flow: &mut Flow) {
+    first(flow, FlowFlag::ClientFirst);
+    flow.flags |= FlowFlag::ClientFin as u16;
+    if is_released(flow) {
+        // Nothing but a FIN is taken from now on.
+        flow.flags |= FlowFlag::ClosedWithFin as u16;
+        flow.bytes_before = field!(ctx, bytes_received) as u32;
+        flow.segments_before = field!(ctx, data_segs_in);
+    } else {
+        // A FIN and a RST look the same from here. The kernel shows each segment but a RST. (It knows these callbacks, so that
+        // it can't refuse.)
+        ask_for(ctx, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
+    }
+}
+
 #[inline(always)]
 fn first(flow: &mut Flow, who: FlowFlag) {
-    if flow.flags & (FlowFlag::ClientFirst as u32 | FlowFlag::EndpointFirst as u32) == 0 {
-        flow.flags |= who as u32;
+    if !has(flow, FlowFlag::ClientFirst) && !has(flow, FlowFlag::EndpointFirst) {
+        flow.flags |= who as u16;
     }
 }
 
@@ -132,73 +194,112 @@ fn closed(ctx: &SockOpsContext, flow: &mut Flow, old: u32) {
     // SAFETY: no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
     let (mut sent, mut received) = (field!(ctx, bytes_acked), field!(ctx, bytes_received));
-    let end = if was == Phase::Connecting as u16 || old == BPF_TCP_SYN_SENT {
-        sent = 0;
-        failure(ctx, flow, now)
+    let failed = was == Phase::Connecting as u16 || old == BPF_TCP_SYN_SENT;
+    let end = if failed {
+        (sent, received) = (0, 0);
+        failure(ctx, flow)
     } else {
+        if has(flow, FlowFlag::ClosedWithFin) && received as u32 != flow.bytes_before {
+            endpoint_fin(flow);
+        }
         // The kernel counts SYN and FIN as one byte each.
-        sent = sent.saturating_sub(1);
-        if old == BPF_TCP_FIN_WAIT2 && received > flow.received_before {
-            flow.flags |= FlowFlag::EndpointFin as u32;
-        }
-        if flow.flags & FlowFlag::EndpointFin as u32 != 0 {
-            received = received.saturating_sub(1);
-        }
-        match old {
-            BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING | BPF_TCP_LAST_ACK => {
-                sent = sent.saturating_sub(1);
-                End::Closed
-            }
-            _ => End::Reset,
-        }
+        let fin_is_acknowledged = match old {
+            BPF_TCP_FIN_WAIT2 => true,
+            BPF_TCP_CLOSING | BPF_TCP_LAST_ACK => field!(ctx, snd_una) == field!(ctx, snd_nxt),
+            _ => false,
+        };
+        sent = sent.saturating_sub(1 + u64::from(fin_is_acknowledged));
+        received = received.saturating_sub(has(flow, FlowFlag::EndpointFin).into());
+        end_of_established(ctx, flow, old)
     };
-    account(flow, end, old, sent, received);
+    account(flow, end, failed, sent, received);
     report(ctx, flow, end, now, sent, received);
 }
 
 /// Why a handshake failed. The programs can't read the socket's error: that takes a program under the GPL. What is
-/// known instead is whether the endpoint answered at all, for how long was waited, and whether the SYN was sent again.
+/// known instead is what the application, the timer and the endpoint did before.
 #[inline(always)]
-fn failure(ctx: &SockOpsContext, flow: &Flow, now: u64) -> End {
-    let limit_ns = u64::from(connect_timeout_ms(flow)) * 1_000_000;
-    if field!(ctx, segs_in) != 0 {
-        End::Refused
-    } else if limit_ns != 0 && now - flow.started_ns >= limit_ns {
-        End::TimedOut
-    } else if field!(ctx, total_retrans) != 0 {
-        End::Unanswered
-    } else {
+fn failure(ctx: &SockOpsContext, flow: &Flow) -> End {
+    if is_released(flow) {
         End::Abandoned
+    } else if has(flow, FlowFlag::Silent) {
+        End::TimedOut
+    } else if is_ended_by_agent(ctx) {
+        End::Removed
+    } else if ERRORS_PURGE.load() != 0 && field!(ctx, packets_out) != 0 {
+        // shutdown(2), or connect(2) to AF_UNSPEC.
+        End::Abandoned
+    } else if field!(ctx, segs_in) != 0 {
+        End::Refused
+    } else {
+        End::Unreachable
+    }
+}
+
+/// Who ended a connection: `old` is its last state.
+///
+/// A RST of the endpoint's, and a timer, have the kernel drop what was not acknowledged before it tells; the application's
+/// own end comes before that.
+#[inline(always)]
+fn end_of_established(ctx: &SockOpsContext, flow: &Flow, old: u32) -> End {
+    match old {
+        // Both FINs were sent: whatever came then, neither side has missed anything.
+        BPF_TCP_CLOSING | BPF_TCP_LAST_ACK => End::Closed,
+        // Also the application's own RST, after its FIN: a proxy does not call it one.
+        BPF_TCP_FIN_WAIT2 if has(flow, FlowFlag::EndpointFin) || is_released(flow) => End::Closed,
+        _ if is_ended_by_agent(ctx) => End::Removed,
+        _ if field!(ctx, packets_out) != 0 => End::ResetByClient,
+        _ if has(flow, FlowFlag::Silent) => End::Silent,
+        // The kernel itself answers bytes that nobody will read.
+        BPF_TCP_FIN_WAIT1
+            if has(flow, FlowFlag::ClosedWithFin) && field!(ctx, data_segs_in) != flow.segments_before =>
+        {
+            End::ResetByClient
+        }
+        BPF_TCP_FIN_WAIT1 | BPF_TCP_FIN_WAIT2 => End::ResetByEndpoint,
+        _ if is_released(flow) => End::ResetByClient,
+        _ => End::ResetByEndpoint,
+    }
+}
+
+/// Whether the agent's SOCK_DESTROY is what closes the socket: it does so within the agent's system call.
+#[inline(always)]
+fn is_ended_by_agent(ctx: &SockOpsContext) -> bool {
+    let Some(ending) = ARENA.get_ptr_mut(ENDING) else { return false };
+    // SAFETY: an aligned word of a map; the helper has no preconditions.
+    unsafe {
+        let cookie = ending.read_volatile();
+        cookie != 0 && cookie == bpf_get_socket_cookie(ctx.as_ptr())
     }
 }
 
 #[inline(always)]
-fn account(flow: &Flow, end: End, old: u32, sent: u64, received: u64) {
-    let by_endpoint = flow.flags & FlowFlag::EndpointFirst as u32 != 0;
-    let by_client = flow.flags & FlowFlag::ClientFirst as u32 != 0;
+fn account(flow: &Flow, end: End, failed: bool, sent: u64, received: u64) {
+    let (by_client, by_endpoint) = match end {
+        End::Closed => (has(flow, FlowFlag::ClientFirst), has(flow, FlowFlag::EndpointFirst)),
+        End::ResetByClient => (true, false),
+        End::ResetByEndpoint => (false, true),
+        _ => (false, false),
+    };
     each_tally(flow, |tally| {
         // SAFETY: map memory.
         unsafe {
+            if failed {
+                add(&raw mut (*tally).failed, 1);
+            } else {
+                add(&raw mut (*tally).sent, sent);
+                add(&raw mut (*tally).received, received);
+            }
             match end {
-                End::TimedOut => {
-                    add(&raw mut (*tally).failed, 1);
-                    add(&raw mut (*tally).timed_out, 1);
-                }
-                End::Abandoned => {
-                    add(&raw mut (*tally).failed, 1);
-                    add(&raw mut (*tally).abandoned, 1);
-                }
-                End::Refused | End::Unanswered => add(&raw mut (*tally).failed, 1),
+                End::TimedOut => add(&raw mut (*tally).timed_out, 1),
+                End::Abandoned => add(&raw mut (*tally).abandoned, 1),
+                End::Removed if failed => add(&raw mut (*tally).abandoned, 1),
                 _ => {}
             }
             if by_client {
                 add(&raw mut (*tally).closed_by_client, 1);
             } else if by_endpoint {
                 add(&raw mut (*tally).closed_by_endpoint, 1);
-            }
-            if old != BPF_TCP_SYN_SENT {
-                add(&raw mut (*tally).sent, sent);
-                add(&raw mut (*tally).received, received);
             }
             // Last: who sees that it is over sees how.
             subtract(&raw mut (*tally).active);
@@ -218,7 +319,7 @@ fn report(ctx: &SockOpsContext, flow: &Flow, end: End, now: u64, sent: u64, rece
         service: flow.service,
         cluster: flow.cluster,
         host: flow.host,
-        flags: flow.flags,
+        flags: flow.flags.into(),
         retransmits: field!(ctx, total_retrans),
         // Held in eighths.
         srtt_us: field!(ctx, srtt_us) >> 3,

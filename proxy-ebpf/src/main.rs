@@ -5,7 +5,8 @@
 //! it from there. `getpeername` keeps the application from noticing.
 //!
 //! A connection on the kernel path: `connect` has `balance` choose an endpoint, rewrites the destination to it and leaves
-//! a record on the application's socket → `sockops` hears what becomes of it, `flow` counts and reports.
+//! a record on the application's socket → `sockops` hears what becomes of it, `sock_release` that the application has closed it,
+//! `flow` counts and reports.
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
@@ -22,8 +23,8 @@ mod maps;
 mod sockops;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, sock_ops},
-    programs::{SockAddrContext, SockOpsContext},
+    macros::{cgroup_sock, cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 use tidegate_common::Place;
 
@@ -61,6 +62,12 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     getpeername::on_getpeername(&ctx, connect::Family::V6)
+}
+
+/// The last descriptor of any IPv4 or IPv6 socket is closed, by its owner or with it. Attached only where there is a kernel path.
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    flow::released(&ctx)
 }
 
 /// TCP events of every socket below the attach point. (Not named `sockops`: the linker refuses a symbol with the name

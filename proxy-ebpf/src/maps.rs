@@ -93,6 +93,10 @@ pub static EXCLUDES: Global<u8> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static KERNEL_PATH: Global<u8> = Global::new(0);
 
+/// 1 when the kernel drops what a socket has to send before it tells that an ICMP message has ended its handshake.
+#[unsafe(no_mangle)]
+pub static ERRORS_PURGE: Global<u8> = Global::new(0);
+
 /// Whether a destination is in an excluded network.
 #[inline(always)]
 pub fn is_excluded(addr: Addr) -> bool {

@@ -8,10 +8,10 @@ use core::ptr::addr_of;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, bpf_sock,
-        bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PARSE_HDR_OPT_CB,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB,
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
     },
     helpers::generated::{
         bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_load_hdr_opt, bpf_reserve_hdr_opt,
@@ -31,6 +31,7 @@ use crate::{
 
 const AF_INET: u32 = 2;
 /// In a packet's TCP flags.
+const TCP_FIN: u32 = 1;
 const TCP_SYN: u32 = 2;
 /// `BPF_LOAD_HDR_OPT_TCP_SYN`.
 const LOAD_FROM_SYN: u64 = 1;
@@ -52,6 +53,16 @@ pub fn on_event(ctx: &SockOpsContext) -> u32 {
             // SAFETY: args of the kernel's context; volatile as in `local`.
             if unsafe { addr_of!((*ctx.ops).__bindgen_anon_1.args[1]).read_volatile() } == BPF_TCP_CLOSE {
                 closed(ctx);
+            }
+        }
+        BPF_SOCK_OPS_RTO_CB => {
+            if let Some(flow) = flow_of(ctx) {
+                flow::retransmission_timeout(ctx, flow);
+            }
+        }
+        BPF_SOCK_OPS_PARSE_HDR_OPT_CB if tcp_flags(ctx) & TCP_FIN != 0 => {
+            if let Some(flow) = flow_of(ctx) {
+                flow::endpoint_fin(flow);
             }
         }
         _ => {}
@@ -135,8 +146,7 @@ fn write(ctx: &SockOpsContext) {
 /// The original destination, if the packet that is made is an application's SYN that is to carry it.
 #[inline(always)]
 fn of_syn(ctx: &SockOpsContext) -> Option<&'static mut OriginalDst> {
-    // SAFETY: as in `addresses`.
-    if unsafe { addr_of!((*ctx.ops).skb_tcp_flags).read_volatile() } & TCP_SYN == 0 {
+    if tcp_flags(ctx) & TCP_SYN == 0 {
         return None;
     }
     let sk = socket(ctx);
@@ -274,6 +284,13 @@ fn key(ctx: &SockOpsContext, client: Addr, client_port: u16, capture: Addr, capt
 fn flow_of(ctx: &SockOpsContext) -> Option<&'static mut Flow> {
     let sk = socket(ctx);
     if sk.is_null() { None } else { maps::flow(sk) }
+}
+
+/// Those of the packet that is made, or that has come.
+#[inline(always)]
+fn tcp_flags(ctx: &SockOpsContext) -> u32 {
+    // SAFETY: as in `addresses`.
+    unsafe { addr_of!((*ctx.ops).skb_tcp_flags).read_volatile() }
 }
 
 /// Null for a request socket.

@@ -170,7 +170,12 @@ impl Interception {
 
     /// Ends connections of the kernel path.
     pub fn flow_sockets(&self) -> flows::FlowSockets {
-        flows::FlowSockets { map: self.interceptor().flow_map(), namespaces: self.namespaces.clone() }
+        let interceptor = self.interceptor();
+        flows::FlowSockets {
+            map: interceptor.flow_map(),
+            namespaces: self.namespaces.clone(),
+            tables: interceptor.tables(),
+        }
     }
 
     /// How workers keep their own upstream sockets from being captured.

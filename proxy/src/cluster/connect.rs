@@ -71,7 +71,7 @@ pub enum Failure {
 
 impl Failure {
     /// As in `%DOWNSTREAM_LOCAL_CLOSE_REASON%`; the spelling is Envoy's.
-    fn close_reason(self) -> &'static str {
+    pub fn close_reason(self) -> &'static str {
         match self {
             Self::ConnectFailed => "tcp_initializion_failure:0",
             Self::NoHealthyUpstream => "tcp_initializion_failure:1",

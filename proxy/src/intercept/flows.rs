@@ -13,6 +13,7 @@ use tidegate_common::{Flow, Phase};
 
 use super::bpf;
 use super::pods::PodEvent;
+use super::tables::Tables;
 use crate::sys::netns::NetNs;
 use crate::sys::socket_diag::{Connection, SocketDiag};
 
@@ -49,6 +50,7 @@ impl Namespaces {
 pub struct FlowSockets {
     pub(super) map: Arc<OwnedFd>,
     pub(super) namespaces: Namespaces,
+    pub(super) tables: Arc<Tables>,
 }
 
 /// A host of the kernel path.
@@ -109,7 +111,10 @@ impl FlowSockets {
                 endpoint: connection.remote,
             };
             note(flow, true);
-            if diag.destroy(connection)? {
+            let ending = self.tables.ending(connection.cookie());
+            let destroyed = diag.destroy(connection);
+            drop(ending);
+            if destroyed? {
                 ended += 1;
             } else {
                 note(flow, false);

@@ -7,7 +7,7 @@ use std::{fs, io};
 
 use aya::Ebpf;
 use aya::programs::links::FdLink;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SockOps};
+use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, SockOps};
 
 use tidegate_common::Place;
 
@@ -24,11 +24,13 @@ const CONNECTS: [(&str, &str, &str); 4] = [
     ("getpeername4", "getpeername4", "getpeername4"),
     ("getpeername6", "getpeername6", "getpeername6"),
 ];
-/// Every program there is.
-pub(super) const PROGRAMS: [&str; 7] =
+/// Every program there is, but for [`SOCK_RELEASE`].
+const PROGRAMS: [&str; 7] =
     ["connect4", "connect6", "connect4_host", "connect6_host", "getpeername4", "getpeername6", TCP_EVENTS];
 /// The program that carries the original destination; attached where pods are and where the agent is.
 pub(super) const TCP_EVENTS: &str = "tcp_events";
+/// The program that hears of closed sockets; attached where connects are decided, if there is a kernel path.
+pub(super) const SOCK_RELEASE: &str = "sock_release";
 
 /// A link of ours.
 struct Link {
@@ -52,25 +54,22 @@ impl Links {
     ///
     /// - An attach point that both processes have: its links change programs in one step each, and old and new programs
     ///   use the same pinned maps. It doesn't matter which of them sees which event of a connection.
-    /// - A new attach point: tcp_events comes first, so that nothing is captured whose destination would not be carried.
+    /// - A new attach point: tcp_events comes first, so that nothing is captured whose destination would not be carried;
+    ///   sock_release before connects, so that it hears of each that is balanced.
     /// - An attach point that is no longer wanted goes last. Where it lies above or below a new one, programs run twice
     ///   for a moment: the second connect program finds the capture port as destination and takes the original one away,
     ///   so that these few connections are reset, and counted as `no_original_destination`. None passes by. That the
     ///   second tcp_events finds nothing left to carry does no harm.
-    /// - A predecessor in another cgroup keeps its own tcp_events until it ends: connections go to its listeners until
-    ///   the pods are enrolled anew, and without that link they would arrive there without their original destination.
+    /// - A predecessor in another cgroup keeps its own tcp_events and sock_release until it ends: connections go to its
+    ///   listeners until the pods are enrolled anew, and without that link they would arrive there without their original
+    ///   destination; what is on the kernel path is counted there still.
     ///   If a third process starts in that cgroup meanwhile, both run there, which does no harm either.
-    pub(super) fn attach(
-        ebpf: &mut Ebpf,
-        dir: &PinDir,
-        connect: &[Cgroup],
-        tcp_events: &[Cgroup],
-    ) -> Result<Self, InterceptError> {
-        for program in PROGRAMS {
+    pub(super) fn attach(ebpf: &mut Ebpf, dir: &PinDir, points: Points<'_>) -> Result<Self, InterceptError> {
+        for program in programs(points.kernel_path) {
             load(ebpf, program)?;
         }
         let mut links = Vec::new();
-        for (name, program, cgroup) in wanted(connect, tcp_events) {
+        for (name, program, cgroup) in points.wanted() {
             links.push(Link::establish(ebpf, &dir.links(), name, program, cgroup)?);
         }
         let this = Self { links };
@@ -78,7 +77,7 @@ impl Links {
             if this.links.iter().any(|link| link.pin == pin) {
                 continue;
             }
-            if is_tcp_events_elsewhere(&pin, tcp_events) {
+            if hears_elsewhere(&pin, points.tcp_events) {
                 // Not detached: it lives as long as the predecessor holds it, which for a dead one is no longer.
                 fs::remove_file(&pin).map_err(InterceptError::pin("removing", &pin))?;
             } else {
@@ -94,11 +93,10 @@ impl Links {
         &mut self,
         ebpf: &mut Ebpf,
         dir: &PinDir,
-        connect: &[Cgroup],
-        tcp_events: &[Cgroup],
+        points: Points<'_>,
     ) -> Result<bool, InterceptError> {
         let mut any = false;
-        for (name, program, cgroup) in wanted(connect, tcp_events) {
+        for (name, program, cgroup) in points.wanted() {
             let pin = dir.links().join(pin_name(name, cgroup));
             if self.links.iter().any(|link| link.pin == pin && link.is_attached()) {
                 continue;
@@ -178,18 +176,36 @@ impl Link {
     }
 }
 
-/// Every link that these attach points need: its name, its program, its cgroup. tcp_events first: what is captured
-/// without it would be reset.
-fn wanted<'a>(
-    connect: &'a [Cgroup],
-    tcp_events: &'a [Cgroup],
-) -> impl Iterator<Item = (&'static str, &'static str, &'a Cgroup)> {
-    let events = tcp_events.iter().map(|cgroup| (TCP_EVENTS, TCP_EVENTS, cgroup));
-    events.chain(CONNECTS.into_iter().flat_map(move |(name, pods, host)| {
-        connect
-            .iter()
-            .map(move |cgroup| (name, if cgroup.place == Place::Host { host } else { pods }, cgroup))
-    }))
+/// Which programs are attached where.
+#[derive(Clone, Copy)]
+pub(super) struct Points<'a> {
+    /// Where connects are decided.
+    pub(super) connect: &'a [Cgroup],
+    /// Where [`TCP_EVENTS`] is.
+    pub(super) tcp_events: &'a [Cgroup],
+    /// Whether [`SOCK_RELEASE`] is attached.
+    pub(super) kernel_path: bool,
+}
+
+impl<'a> Points<'a> {
+    /// Every link that is needed: its name, its program, its cgroup. tcp_events first: what is captured without it would be
+    /// reset.
+    fn wanted(self) -> impl Iterator<Item = (&'static str, &'static str, &'a Cgroup)> {
+        let Self { connect, tcp_events, kernel_path } = self;
+        let events = tcp_events.iter().map(|cgroup| (TCP_EVENTS, TCP_EVENTS, cgroup));
+        let releases = connect.iter().filter(move |_| kernel_path);
+        let releases = releases.map(|cgroup| (SOCK_RELEASE, SOCK_RELEASE, cgroup));
+        events.chain(releases).chain(CONNECTS.into_iter().flat_map(move |(name, pods, host)| {
+            connect
+                .iter()
+                .map(move |cgroup| (name, if cgroup.place == Place::Host { host } else { pods }, cgroup))
+        }))
+    }
+}
+
+/// Names of the programs, with the kernel path or without.
+pub(super) fn programs(kernel_path: bool) -> impl Iterator<Item = &'static str> {
+    PROGRAMS.into_iter().chain(kernel_path.then_some(SOCK_RELEASE))
 }
 
 /// Both kinds of an attach point have the same name, so that a successor that sees it as the other kind changes the
@@ -198,15 +214,19 @@ fn pin_name(name: &str, cgroup: &Cgroup) -> String {
     format!("{name}-{:x}", cgroup.id)
 }
 
+/// Whether the link of this name decides nothing.
+fn hears(name: &str) -> bool {
+    name == TCP_EVENTS || name == SOCK_RELEASE
+}
+
 fn name_of_pin(pin: &Path) -> Option<&str> {
     name(pin).rsplit_once('-').map(|(name, _)| name)
 }
 
-/// Whether the pin is of a tcp_events link whose cgroup shares no socket with those of `cgroups`.
-fn is_tcp_events_elsewhere(pin: &Path, cgroups: &[Cgroup]) -> bool {
-    let id = name(pin)
-        .strip_prefix(TCP_EVENTS)
-        .and_then(|rest| u64::from_str_radix(rest.strip_prefix('-')?, 16).ok());
+/// Whether the pin is of a link that only hears of sockets, and whose cgroup shares none with those of `cgroups`.
+fn hears_elsewhere(pin: &Path, cgroups: &[Cgroup]) -> bool {
+    let parts = name(pin).rsplit_once('-').filter(|(name, _)| hears(name));
+    let id = parts.and_then(|(_, id)| u64::from_str_radix(id, 16).ok());
     id.is_some_and(|id| {
         !cgroups.iter().any(|cgroup| is_above(id, &cgroup.path) || is_within(id, &cgroup.path))
     })
@@ -238,7 +258,7 @@ pub(super) fn detach_pin(pin: &Path) -> Result<(), InterceptError> {
 pub(super) fn detach_all(dir: &PinDir) -> Result<usize, InterceptError> {
     let mut pins = entries(&dir.links())?;
     // The programs that capture first: what was captured before can still be carried.
-    pins.sort_by_key(|pin| name(pin).starts_with(TCP_EVENTS));
+    pins.sort_by_key(|pin| name_of_pin(pin).is_some_and(hears));
     for pin in &pins {
         detach_pin(pin)?;
     }
@@ -252,6 +272,7 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program
 /// Has the verifier check one program.
 pub(super) fn load(ebpf: &mut Ebpf, name: &'static str) -> Result<(), InterceptError> {
     let loaded = match program(ebpf, name)? {
+        Program::CgroupSock(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
         Program::SockOps(program) => program.load(),
         _ => return Err(InterceptError::NotInObject(name)),
@@ -268,6 +289,7 @@ fn fd_of(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, InterceptError>
 
 fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &Cgroup) -> Result<FdLink, InterceptError> {
     let attached = match program(ebpf, name)? {
+        Program::CgroupSock(program) => sock_link(program, cgroup),
         Program::CgroupSockAddr(program) => sock_addr_link(program, cgroup),
         Program::SockOps(program) => sock_ops_link(program, cgroup),
         _ => return Err(InterceptError::NotInObject(name)),
@@ -284,6 +306,11 @@ fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &Cgroup) -> Result<FdLink
 
 // "Single" means no flags, which is all that links take: they always share the cgroup with other programs (systemd's,
 // Cilium's) and with those of ancestors.
+fn sock_link(program: &mut CgroupSock, cgroup: &Cgroup) -> Result<FdLink, ProgramError> {
+    let id = program.attach(&cgroup.dir, CgroupAttachMode::Single)?;
+    FdLink::try_from(program.take_link(id)?).map_err(|error| ProgramError::IOError(io::Error::other(error)))
+}
+
 fn sock_addr_link(program: &mut CgroupSockAddr, cgroup: &Cgroup) -> Result<FdLink, ProgramError> {
     let id = program.attach(&cgroup.dir, CgroupAttachMode::Single)?;
     FdLink::try_from(program.take_link(id)?).map_err(|error| ProgramError::IOError(io::Error::other(error)))

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported};
+use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use tidegate_common::{
@@ -18,7 +19,7 @@ use tidegate_common::{
 use super::bpffs::{PinDir, default_pin_dir, remove_dir_with_files};
 use super::cgroup::{self, Cgroup, check_places, covers, outermost};
 use super::error::InterceptError;
-use super::links::{self, Links, PROGRAMS, Standing, detach_all};
+use super::links::{self, Links, Points, Standing, detach_all};
 use super::maps::{self, Events, MapSizes, Maps};
 use super::original_dst::{OriginalDstReader, OwnSocketMarker};
 use super::tables::{FlowEvents, TableSizes, Tables};
@@ -140,7 +141,9 @@ impl Interceptor {
         maps.settings.set(0, settings, 0).map_err(InterceptError::map(map::SETTINGS))?;
         let destinations = maps.destinations()?;
 
-        let links = Links::attach(&mut ebpf, &dir, &connect, &tcp_events)?;
+        let kernel_path = has_kernel_path(options.sizes);
+        let points = Points { connect: &connect, tcp_events: &tcp_events, kernel_path };
+        let links = Links::attach(&mut ebpf, &dir, points)?;
         for other in dir.all_maps()? {
             if other != dir.maps() {
                 remove_dir_with_files(&other)?;
@@ -187,7 +190,9 @@ impl Interceptor {
             return Ok(false);
         }
         let AttachPoints { connect, tcp_events, .. } = AttachPoints::of(present, &self.agent_cgroup)?;
-        self.links.complete(&mut self.ebpf, &self.dir, &connect, &tcp_events)
+        let kernel_path = has_kernel_path(self.maps.sizes);
+        let points = Points { connect: &connect, tcp_events: &tcp_events, kernel_path };
+        self.links.complete(&mut self.ebpf, &self.dir, points)
     }
 
     /// Makes the rules exactly `wanted`; what is right already is not touched. Rules are added before others are
@@ -395,19 +400,19 @@ pub fn cleanup(pin_dir: &Path, force: bool) -> Result<Cleaned, InterceptError> {
 /// attached or pinned.
 pub fn trial() -> Result<(), InterceptError> {
     let smallest = MapSizes { in_flight: 1, namespaces: 1, destinations: 1, ..MapSizes::default() };
-    let globals = Globals { has_set_retval: has_set_retval(), excludes: 1, kernel_path: 1, log_level: 0 };
+    let globals = Globals { excludes: 1, kernel_path: 1, log_level: 0, ..Globals::of_kernel() };
     let mut ebpf = loader(smallest, &globals).load(OBJECT).map_err(InterceptError::load)?;
-    PROGRAMS.into_iter().try_for_each(|program| links::load(&mut ebpf, program))
+    links::programs(true).try_for_each(|program| links::load(&mut ebpf, program))
 }
 
 fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), InterceptError> {
     let sizes = options.sizes;
     let salvage = sizes.unpin_misfits(&dir.maps())?;
     let globals = Globals {
-        has_set_retval: has_set_retval(),
         excludes: u8::from(!options.excluded.is_empty()),
-        kernel_path: u8::from(sizes.tables != TableSizes::OFF),
+        kernel_path: u8::from(has_kernel_path(sizes)),
         log_level: if options.debug { aya_log::Level::Debug as u8 } else { 0 },
+        ..Globals::of_kernel()
     };
     let mut loader = loader(sizes, &globals);
     let excluded = u32::try_from(options.excluded.len()).unwrap_or(u32::MAX).max(1);
@@ -420,12 +425,32 @@ fn load_object(options: &Options, dir: &PinDir) -> Result<(Ebpf, Maps), Intercep
     Ok((ebpf, maps))
 }
 
+/// Whether the programs contain the kernel path.
+fn has_kernel_path(sizes: MapSizes) -> bool {
+    sizes.tables != TableSizes::OFF
+}
+
 /// What is fixed when the object is loaded.
+#[derive(Default)]
 struct Globals {
     has_set_retval: u8,
     excludes: u8,
     kernel_path: u8,
+    errors_purge: u8,
     log_level: u8,
+}
+
+impl Globals {
+    /// What the kernel has; the rest is off.
+    fn of_kernel() -> Self {
+        Self {
+            has_set_retval: has_set_retval(),
+            errors_purge: u8::from(
+                KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 11, 0)),
+            ),
+            ..Self::default()
+        }
+    }
 }
 
 fn loader(sizes: MapSizes, globals: &Globals) -> EbpfLoader<'_> {
@@ -434,6 +459,7 @@ fn loader(sizes: MapSizes, globals: &Globals) -> EbpfLoader<'_> {
         .override_global(global::HAS_SET_RETVAL, &globals.has_set_retval, true)
         .override_global(global::EXCLUDES, &globals.excludes, true)
         .override_global(global::KERNEL_PATH, &globals.kernel_path, true)
+        .override_global(global::ERRORS_PURGE, &globals.errors_purge, true)
         .override_global(aya_log::LEVEL, &globals.log_level, true)
         .map_max_entries(map::IN_FLIGHT, sizes.in_flight)
         .map_max_entries(map::NAMESPACES, sizes.namespaces)
@@ -458,20 +484,27 @@ mod tests {
 
     use super::*;
 
-    /// Needs root. With debug lines the programs are largest; without bpf_set_retval, or without the kernel path, other
-    /// branches are live.
+    /// Needs root. With debug lines the programs are largest; on older kernels, or without the kernel path, other branches
+    /// are live.
     #[test]
     fn the_verifier_takes_the_object_in_every_variant() {
         let variants =
             [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)].map(|(retval, path, log)| {
                 let log_level = if log == 1 { aya_log::Level::Debug as u8 } else { 0 };
-                Globals { has_set_retval: retval, excludes: log, kernel_path: path, log_level }
+                Globals {
+                    has_set_retval: retval,
+                    excludes: log,
+                    kernel_path: path,
+                    errors_purge: retval,
+                    log_level,
+                }
             });
         for globals in variants {
             let mut ebpf = loader(MapSizes::default(), &globals).load(OBJECT).unwrap();
             let mut loaded = 0;
             for (name, program) in ebpf.programs_mut() {
                 let result = match program {
+                    Program::CgroupSock(program) => program.load(),
                     Program::CgroupSockAddr(program) => program.load(),
                     Program::SockOps(program) => program.load(),
                     other => panic!("{name}: {other:?}"),
@@ -479,7 +512,7 @@ mod tests {
                 result.unwrap_or_else(|error| panic!("{name}: {error:?}"));
                 loaded += 1;
             }
-            assert_eq!(loaded, 7);
+            assert_eq!(loaded, 8);
         }
     }
 }

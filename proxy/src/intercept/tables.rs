@@ -10,11 +10,12 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aya::Ebpf;
 use aya::maps::{Map, MapData, RingBuf};
 use tidegate_common::{
-    ASLEEP, Addr, ClusterState, FLOW_EVENTS_BYTES, FlowEvent, HostState, ServiceState, Tally, map,
+    ASLEEP, Addr, ClusterState, ENDING, FLOW_EVENTS_BYTES, FlowEvent, HostState, ServiceState, Tally, map,
 };
 
 use tokio::io::Interest;
@@ -64,6 +65,8 @@ pub struct Tables {
     clusters: Arc<Counts>,
     hosts: Arc<Counts>,
     arena: Mapped,
+    /// Whose sockets are ended.
+    turn_to_end: Mutex<()>,
     /// The programs are loaded with these descriptors' numbers in their instructions.
     _maps: Vec<MapData>,
 }
@@ -93,6 +96,7 @@ impl Tables {
             clusters: counts(clusters, Layout::CLUSTERS, sizes.clusters).map_err(named(map::CLUSTERS))?,
             hosts: counts(hosts, Layout::HOSTS, sizes.hosts).map_err(named(map::HOSTS))?,
             arena: Mapped::new(arena, sizes.arena as usize).map_err(named(map::ARENA))?,
+            turn_to_end: Mutex::default(),
             _maps: Vec::new(),
         })
     }
@@ -244,6 +248,31 @@ impl Tables {
         if let Some(word) = self.arena.word(ASLEEP as usize) {
             // Not after the look that follows.
             word.store(asleep.into(), SeqCst);
+        }
+    }
+
+    /// The programs hear that the socket with this cookie is ended by the agent. One at a time: it waits for its turn.
+    pub(super) fn ending(&self, cookie: u64) -> Ending<'_> {
+        let turn = self.turn_to_end.lock().unwrap_or_else(PoisonError::into_inner);
+        let word = self.arena.word(ENDING as usize);
+        if let Some(word) = word {
+            // Not after the system call that follows.
+            word.store(cookie, SeqCst);
+        }
+        Ending { word, _turn: turn }
+    }
+}
+
+/// While it is held, what closes a certain socket is the agent.
+pub(super) struct Ending<'a> {
+    word: Option<&'a AtomicU64>,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if let Some(word) = self.word {
+            word.store(0, SeqCst);
         }
     }
 }

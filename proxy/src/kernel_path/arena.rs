@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use tidegate_common::FIRST_BLOCK;
+
 /// How long a block that was replaced is left alone. A program runs for a microsecond; one that is held up for seconds
 /// notices that its block was replaced.
 const REST: Duration = Duration::from_secs(2);
@@ -23,12 +25,12 @@ pub(super) struct Arena {
 }
 
 impl Arena {
-    /// All of it is free, except word 0, which says "none", and what a predecessor has in use.
+    /// All of it is free, except what is before [`FIRST_BLOCK`], and what a predecessor has in use.
     pub(super) fn new(words: u32, in_use: impl IntoIterator<Item = Block>) -> Self {
         let mut used: Vec<Block> = in_use.into_iter().collect();
         used.sort_unstable_by_key(|block| block.start);
         let mut this = Self { free: BTreeMap::new(), resting: VecDeque::new() };
-        let mut from = 1;
+        let mut from = FIRST_BLOCK;
         for block in used {
             if block.start > from {
                 this.free.insert(from, block.start - from);
@@ -95,10 +97,10 @@ mod tests {
     #[test]
     fn replaced_blocks_rest_before_they_are_used_again() {
         let now = Instant::now();
-        let mut arena = Arena::new(11, []);
+        let mut arena = Arena::new(FIRST_BLOCK + 10, []);
         let a = arena.allocate(5, now).unwrap();
         let b = arena.allocate(5, now).unwrap();
-        assert_eq!((a.start, b.start), (1, 6));
+        assert_eq!((a.start, b.start), (FIRST_BLOCK, FIRST_BLOCK + 5));
         assert_eq!(arena.allocate(1, now), None);
         arena.retire(a, now);
         assert_eq!(arena.allocate(1, now + REST / 2), None);
@@ -112,12 +114,12 @@ mod tests {
     fn neighbours_are_joined_in_any_order() {
         let now = Instant::now();
         for order in [[0_usize, 1, 2], [2, 1, 0], [1, 0, 2], [0, 2, 1]] {
-            let mut arena = Arena::new(31, []);
+            let mut arena = Arena::new(FIRST_BLOCK + 30, []);
             let blocks = [10, 10, 10].map(|len| arena.allocate(len, now).unwrap());
             for i in order {
                 arena.give_back(blocks[i]);
             }
-            assert_eq!(arena.allocate(30, now), Some(Block { start: 1, len: 30 }));
+            assert_eq!(arena.allocate(30, now), Some(Block { start: FIRST_BLOCK, len: 30 }));
         }
     }
 
@@ -129,7 +131,7 @@ mod tests {
         let mut got: Vec<_> =
             std::iter::from_fn(|| arena.allocate(1, now)).map(|block| block.start).collect();
         got.sort_unstable();
-        let want: Vec<u32> = (1..4).chain(10..20).chain(25..30).collect();
+        let want: Vec<u32> = (FIRST_BLOCK..4).chain(10..20).chain(25..30).collect();
         assert_eq!(got, want);
     }
 }

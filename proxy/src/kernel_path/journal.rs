@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::time::{ClockId, clock_gettime};
-use tidegate_common::{Addr, End, FlowEvent};
+use tidegate_common::{Addr, End, FlowEvent, FlowFlag};
 
 use super::manager::{Manager, Service, Target};
 use super::removal::Reasons;
 use crate::access_log::flush_worker;
 use crate::addr::OriginalDst;
+use crate::cluster::connect::Failure;
 use crate::connection::record::{CloseType, LogType, Record, Upstream};
 use crate::intercept::tables::{Alarm, FlowEvents};
 use crate::response_flag::ResponseFlag;
@@ -40,6 +41,8 @@ pub struct Ids<'a> {
 
 /// `%UPSTREAM_TRANSPORT_FAILURE_REASON%` of an endpoint that refuses.
 const REFUSED: &str = "delayed_connect_error:_Connection_refused";
+/// The same of one that can't be reached: which ICMP message it was is not known, and of most this is the error.
+const UNREACHABLE: &str = "delayed_connect_error:_No_route_to_host";
 
 /// One moment on all clocks.
 struct Clock {
@@ -160,7 +163,7 @@ fn record(
             connection_id: connected.then(|| ids.upstream_connections.fetch_add(1, Ordering::Relaxed)),
         });
     }
-    flag(&mut record, end);
+    note_end(&mut record, end, event.flags);
     record.bytes_received = event.sent;
     record.upstream_bytes_sent = event.sent;
     record.bytes_sent = event.received;
@@ -168,20 +171,47 @@ fn record(
     record
 }
 
-/// As a tcp_proxy with one connect attempt.
-fn flag(record: &mut Record, end: End) {
+/// As a tcp_proxy with one connect attempt, between the two sockets that it would have.
+fn note_end(record: &mut Record, end: End, flags: u32) {
+    let sent_fin = |fin: FlowFlag| flags & fin as u32 != 0;
     match end {
-        End::NoHost => record.flags.set(ResponseFlag::NoHealthyUpstream),
-        End::Overflow => record.flags.set(ResponseFlag::UpstreamOverflow),
-        End::Refused | End::TimedOut | End::Unanswered => {
-            record.flags.set(ResponseFlag::UpstreamConnectionFailure);
-            record.flags.set(ResponseFlag::UpstreamRetryLimitExceeded);
-            if end == End::Refused {
-                record.details_mut().upstream_transport_failure = Some(REFUSED.into());
+        End::NoHost => note_failure(record, Failure::NoHealthyUpstream, None),
+        End::Overflow => note_failure(record, Failure::ResourceLimitExceeded, None),
+        End::Refused => note_failure(record, Failure::ConnectFailed, Some(REFUSED)),
+        End::Unreachable => note_failure(record, Failure::ConnectFailed, Some(UNREACHABLE)),
+        End::TimedOut => note_failure(record, Failure::ConnectFailed, None),
+        // It left while the proxy was connecting.
+        End::Abandoned => record.downstream_close_type = CloseType::RemoteReset,
+        End::ResetByClient if !sent_fin(FlowFlag::ClientFin) => {
+            record.downstream_close_type = CloseType::RemoteReset;
+        }
+        End::ResetByEndpoint | End::Silent if !sent_fin(FlowFlag::EndpointFin) => {
+            record.upstream_close_type = Some(CloseType::RemoteReset);
+            record.downstream_close_type = CloseType::LocalReset;
+            if end == End::ResetByEndpoint {
+                record.flags.set(ResponseFlag::UpstreamRemoteReset);
             }
         }
-        End::Abandoned | End::Closed | End::Reset => {}
+        End::Removed => record.downstream_close_type = CloseType::LocalReset,
+        // A reset after a FIN is not called one.
+        End::Closed | End::ResetByClient | End::ResetByEndpoint | End::Silent => {}
     }
+}
+
+/// There was no upstream.
+fn note_failure(record: &mut Record, failure: Failure, reason: Option<&str>) {
+    match failure {
+        Failure::NoHealthyUpstream => record.flags.set(ResponseFlag::NoHealthyUpstream),
+        Failure::ResourceLimitExceeded => record.flags.set(ResponseFlag::UpstreamOverflow),
+        Failure::ConnectFailed => {
+            record.flags.set(ResponseFlag::UpstreamConnectionFailure);
+            record.flags.set(ResponseFlag::UpstreamRetryLimitExceeded);
+        }
+        Failure::NoRoute => record.flags.set(ResponseFlag::NoClusterFound),
+    }
+    let details = record.details_mut();
+    details.upstream_transport_failure = reason.map(Into::into);
+    details.downstream_local_close_reason = Some(failure.close_reason().into());
 }
 
 /// Of a connect that was refused, the programs don't know the address yet: unspecified, of the service's family.
@@ -192,4 +222,40 @@ fn address(addr: Addr, port: u16, service: SocketAddr) -> SocketAddr {
         (true, SocketAddr::V6(_)) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
     SocketAddr::new(ip, port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::CloseType::{LocalReset, Normal, RemoteReset};
+    use super::*;
+
+    #[test]
+    fn resets_are_those_that_a_proxy_would_see() {
+        let (none, both) = (0, FlowFlag::ClientFin as u32 | FlowFlag::EndpointFin as u32);
+        let (client, endpoint) = (FlowFlag::ClientFin as u32, FlowFlag::EndpointFin as u32);
+        for (end, fins, flags, downstream, upstream) in [
+            (End::Closed, both, "", Normal, Normal),
+            (End::Closed, client, "", Normal, Normal),
+            (End::ResetByEndpoint, none, "UR", LocalReset, RemoteReset),
+            (End::ResetByEndpoint, client, "UR", LocalReset, RemoteReset),
+            (End::ResetByEndpoint, endpoint, "", Normal, Normal),
+            (End::Silent, client, "", LocalReset, RemoteReset),
+            (End::Silent, endpoint, "", Normal, Normal),
+            (End::ResetByClient, none, "", RemoteReset, Normal),
+            (End::ResetByClient, endpoint, "", RemoteReset, Normal),
+            (End::ResetByClient, client, "", Normal, Normal),
+            (End::Removed, none, "", LocalReset, Normal),
+            (End::Abandoned, none, "", RemoteReset, Normal),
+            (End::TimedOut, none, "UF,URX", Normal, Normal),
+        ] {
+            let address: SocketAddr = ([127, 0, 0, 1], 1).into();
+            let mut record = Record::new(1, address, address, None, "".into());
+            record.upstream_close_type = Some(Normal);
+            note_end(&mut record, end, fins);
+            let printed: Vec<_> = record.flags.iter().map(|(_, short, _)| short).collect();
+            assert_eq!(printed.join(","), flags, "{end:?} {fins}");
+            let closes = (record.downstream_close_type, record.upstream_close_type);
+            assert_eq!(closes, (downstream, Some(upstream)), "{end:?} {fins}");
+        }
+    }
 }

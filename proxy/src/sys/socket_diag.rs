@@ -28,6 +28,8 @@ const ATTRIBUTE_TYPE: u16 = 0x3fff;
 const HEADER: usize = 16;
 const ATTRIBUTE: usize = 4;
 const ID: usize = 48;
+/// In an inet_diag_sockid.
+const COOKIE: usize = 40;
 const MESSAGE: usize = 4 + ID + 20;
 
 /// Every state that has a socket of its own and a peer: not TIME_WAIT (6), CLOSE (7), LISTEN (10), NEW_SYN_RECV (12).
@@ -136,6 +138,13 @@ impl SocketDiag {
 }
 
 impl Connection {
+    /// Of its socket (SO_COOKIE).
+    pub fn cookie(&self) -> u64 {
+        // Two halves, the lower one first.
+        let half = |at: usize| u64::from(u32::from_ne_bytes([0, 1, 2, 3].map(|i| self.id[at + i])));
+        half(COOKIE) | half(COOKIE + 4) << 32
+    }
+
     fn parse(message: &[u8]) -> Option<Self> {
         let (family, id) = (*message.first()?, message.get(4..4 + ID)?);
         let (local, remote) = (endpoint(family, id, 0, 4)?, endpoint(family, id, 2, 20)?);

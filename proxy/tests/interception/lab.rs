@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::cmsg_space;
@@ -33,6 +34,8 @@ pub(crate) const CAPTURE_PORT: u16 = 15001;
 /// One test's cgroups and pin directory; removed at the end, whatever happened.
 pub(crate) struct Lab {
     pub(crate) pods: PathBuf,
+    /// A cgroup of pods below `pods`, if there is a pod in it.
+    below: PathBuf,
     pub(crate) agent: PathBuf,
     root: PathBuf,
     pub(crate) pin_dir: PathBuf,
@@ -44,10 +47,11 @@ impl Lab {
         let name = format!("tidegate-it-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let root = cgroup::mount_point().expect("a cgroup2 mount").join(&name);
         let (pods, agent) = (root.join("pods"), root.join("agent"));
+        let below = pods.join("below");
         for dir in [&root, &pods, &agent] {
             std::fs::create_dir(dir).expect("root, to make cgroups");
         }
-        Self { pods, agent, root, pin_dir: Path::new("/sys/fs/bpf").join(name) }
+        Self { pods, below, agent, root, pin_dir: Path::new("/sys/fs/bpf").join(name) }
     }
 
     pub(crate) fn options(&self) -> Options {
@@ -78,7 +82,13 @@ impl Lab {
     }
 
     pub(crate) fn pod(&self) -> Pod {
-        Pod::start(self)
+        Pod::start(self, &self.pods)
+    }
+
+    /// In a cgroup below the one that programs are attached to. Once.
+    pub(crate) fn pod_below(&self) -> Pod {
+        std::fs::create_dir(&self.below).unwrap();
+        Pod::start(self, &self.below)
     }
 }
 
@@ -87,7 +97,7 @@ impl Drop for Lab {
         if let Err(error) = self.clean_up() {
             eprintln!("cleanup: {error}");
         }
-        for dir in [&self.pods, &self.agent, &self.root] {
+        for dir in [&self.below, &self.pods, &self.agent, &self.root] {
             let deadline = Instant::now() + LONG;
             while std::fs::remove_dir(dir).is_err() && dir.exists() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(5));
@@ -105,6 +115,7 @@ struct Helper {
 impl Helper {
     /// Starts one in `cgroup`, in a new network namespace or in that of `netns`.
     fn start(cgroup: &Path, netns: Option<BorrowedFd<'_>>) -> Self {
+        let _alone = alone();
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let procs = std::fs::OpenOptions::new().write(true).open(cgroup.join("cgroup.procs")).unwrap();
@@ -235,8 +246,8 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    fn start(lab: &Lab) -> Self {
-        let app = Helper::start(&lab.pods, None);
+    fn start(lab: &Lab, cgroup: &Path) -> Self {
+        let app = Helper::start(cgroup, None);
         let agent = Helper::start(&lab.agent, Some(app.netns().as_fd()));
         let mut this = Self { app, agent, cookie: 0 };
         this.cookie = netns_cookie(&this.app_socket(Domain::IPV4));
@@ -323,6 +334,49 @@ pub(crate) fn disconnect(socket: &Socket) {
 pub(crate) fn reset(socket: Socket) {
     socket.set_linger(Some(Duration::ZERO)).unwrap();
     drop(socket);
+}
+
+/// A process that holds a socket, and nothing else, until it is killed.
+pub(crate) struct Holder(Pid);
+
+impl Holder {
+    /// For one who is [`alone`].
+    pub(crate) fn of(socket: &Socket) -> Self {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        // SAFETY: the child only makes system calls.
+        match unsafe { fork() }.unwrap() {
+            // SAFETY: as above. Other tests' files would never be closed.
+            ForkResult::Child => unsafe {
+                libc::dup2(socket.as_raw_fd(), 0);
+                libc::dup2(theirs.as_raw_fd(), 1);
+                libc::syscall(libc::SYS_close_range, 2, u32::MAX, 0);
+                libc::close(1);
+                loop {
+                    libc::pause();
+                }
+            },
+            ForkResult::Parent { child } => {
+                drop(theirs);
+                // Until it has closed its end.
+                assert_eq!(nix::unistd::read(&ours, &mut [0]).unwrap(), 0);
+                Self(child)
+            }
+        }
+    }
+}
+
+/// While this is held, no process is forked that has the test's sockets for a moment: what is closed is closed.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(self.0, nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(self.0, None);
+    }
 }
 
 pub(crate) fn accept(listener: &Socket) -> Socket {

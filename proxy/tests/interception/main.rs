@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "raw sockets options and a forked helper")]
 
 mod capture;
+mod ends;
 mod kernel_path;
 mod lab;
 mod policy;

@@ -342,7 +342,7 @@ fn tcp_proxies() {
 fn kernel_waives_what_is_soft_and_nothing_else() {
     let log = json!([{"name": "envoy.access_loggers.stdout", "typed_config": {
         "@type": "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
-        "log_format": {"text_format_source": {"inline_string": "%UPSTREAM_LOCAL_CLOSE_REASON%\n"}}}}]);
+        "log_format": {"text_format_source": {"inline_string": "%BYTES_RETRANSMITTED%\n"}}}}]);
     let of = |mode: &str, attempts: u32| {
         let mut bootstrap =
             with(PROXY, json!({"idle_timeout": null, "access_log": log, "max_connect_attempts": attempts}));
@@ -353,7 +353,7 @@ fn kernel_waives_what_is_soft_and_nothing_else() {
     };
     let soft = [
         Obstacle::IdleTimeout(Duration::from_hours(1)),
-        Obstacle::LogOperator("UPSTREAM_LOCAL_CLOSE_REASON"),
+        Obstacle::LogOperator("BYTES_RETRANSMITTED"),
         of_cluster(ClusterObstacle::HealthFailureCloses),
     ];
     assert!(soft.iter().all(Obstacle::is_soft));
