@@ -1,5 +1,6 @@
 //! What runs inside a pod or a container: holds it open, connects when a test asks, runs one script, or makes load.
 
+use std::io::Write as _;
 use std::net::TcpStream;
 use std::process::ExitCode;
 
@@ -7,8 +8,9 @@ use tidegate_tests::load;
 use tidegate_tests::script::{self, Step};
 use tidegate_tests::workload::{self, Connect};
 
-const USAGE: &str = "usage: workload hold | serve | talk ADDRESS [TEXT] | load-client | load-server ORDER
+const USAGE: &str = "usage: workload hold | serve | stall ADDRESS TEXT | talk ADDRESS [TEXT] | load-client | load-server ORDER
   hold         sleep until killed
+  stall        connect, send TEXT, and sleep until killed without reading
   serve        answer a test's requests on standard input (a SOCK_SEQPACKET socket)
   talk         connect, send TEXT and a FIN, print what comes back and how it ended
   load-client  be the clients of a measurement; orders are lines of JSON on standard input
@@ -21,6 +23,7 @@ fn main() -> ExitCode {
         ["hold"] => loop {
             std::thread::park();
         },
+        ["stall", address, text] => finish(stall(address, text)),
         ["serve"] => finish(workload::serve()),
         ["talk", address] => finish(talk(address, "")),
         ["talk", address, text] => finish(talk(address, text)),
@@ -40,6 +43,14 @@ fn talk(address: &str, text: &str) -> std::io::Result<()> {
     let transcript = script::run(stream, &[script::write(text), Step::ShutdownWrite, Step::ReadToEnd]);
     println!("{} -- peer {peer}, local {local}, ended by {:?}", transcript.text().trim_end(), transcript.end);
     Ok(())
+}
+
+fn stall(address: &str, text: &str) -> std::io::Result<()> {
+    let mut stream = TcpStream::from(Connect::to(address).open()?);
+    stream.write_all(text.as_bytes())?;
+    loop {
+        std::thread::park();
+    }
 }
 
 fn finish(outcome: Result<(), impl Into<anyhow::Error>>) -> ExitCode {

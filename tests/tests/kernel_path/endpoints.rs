@@ -159,6 +159,8 @@ fn connections_to_a_removed_endpoint_are_reset_and_no_others() -> Result<()> {
     };
     assert_eq!(named(kernel), named(proxied), "{kernel}\n{proxied}");
     proxy.wait_stat("cluster.foo.upstream_cx_active", |value| value == 1)?;
+    // Others have ended by a FIN of the client's. Not of the endpoint's, and neither has it reset this one.
+    assert_eq!(proxy.stat("cluster.foo.upstream_cx_destroy_remote")?, 0);
     Ok(())
 }
 

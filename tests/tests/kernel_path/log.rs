@@ -1,4 +1,4 @@
-//! The same traffic over both paths leaves the same log, but for what docs/kernel-path.md names.
+//! The same traffic over both paths leaves the same log and the same stats, but for what docs/kernel-path.md names.
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
@@ -10,39 +10,124 @@ use tidegate_tests::upstream::Upstream;
 use crate::{Lab, data_path};
 
 /// What a client does, and what its endpoint does.
-type Case = (&'static str, Vec<Step>, Vec<Step>);
+struct Case {
+    name: &'static str,
+    client: Vec<Step>,
+    endpoint: Vec<Step>,
+    /// Flags, and how each side was seen to end, downstream first.
+    end: [&'static str; 3],
+    /// Not all that the client has sent was acknowledged.
+    loses: bool,
+}
 
-fn cases() -> Vec<Case> {
-    use Step::{Echo, Pause, Read, ReadToEnd, Reset, ShutdownWrite, WritePattern};
+impl Case {
+    fn of(name: &'static str, client: Vec<Step>, endpoint: Vec<Step>, end: [&'static str; 3]) -> Self {
+        Self { name, client, endpoint, end, loses: false }
+    }
+
+    fn loses(self) -> Self {
+        Self { loses: true, ..self }
+    }
+}
+
+const NORMAL: [&str; 3] = ["-", "Normal", "Normal"];
+const BY_CLIENT: [&str; 3] = ["-", "RemoteReset", "Normal"];
+const BY_ENDPOINT: [&str; 3] = ["UR", "LocalReset", "RemoteReset"];
+
+/// By then what was sent is acknowledged.
+const PAUSE: Step = Step::Pause(60);
+
+fn fins() -> Vec<Case> {
+    use Step::{Echo, Read, ReadToEnd, ShutdownWrite, WritePattern};
     vec![
-        ("an echo", vec![write("hello"), ShutdownWrite, ReadToEnd], vec![Echo]),
-        ("the endpoint ends first", vec![ReadToEnd], vec![write("bye")]),
-        ("nothing is said", vec![], vec![ReadToEnd]),
-        (
+        Case::of("an echo", vec![write("hello"), ShutdownWrite, ReadToEnd], vec![Echo], NORMAL),
+        Case::of("the endpoint ends first", vec![ReadToEnd], vec![write("bye")], NORMAL),
+        Case::of("nothing is said", vec![], vec![ReadToEnd], NORMAL),
+        Case::of(
             "bulk both ways",
             vec![WritePattern(300_000), ShutdownWrite, ReadToEnd],
             vec![Read(300_000), WritePattern(200_000), ReadToEnd],
+            NORMAL,
         ),
-        ("the endpoint half-closes", vec![ReadToEnd, write("late")], vec![ShutdownWrite, ReadToEnd]),
-        (
-            "the client resets",
-            // The pause: what is sent is acknowledged by then.
-            vec![write("x"), Read(1), Pause(60), Reset],
-            vec![Read(1), write("y"), ReadToEnd],
+        Case::of(
+            "the endpoint half-closes",
+            vec![ReadToEnd, write("late")],
+            vec![ShutdownWrite, ReadToEnd],
+            NORMAL,
         ),
     ]
 }
 
-fn reset_by_endpoint() -> Case {
-    use Step::{Pause, Read, ReadToEnd, Reset};
-    ("the endpoint resets", vec![write("x"), ReadToEnd], vec![Read(1), write("y"), Pause(60), Reset])
+fn resets() -> Vec<Case> {
+    use Step::{Read, ReadToEnd, Reset, ShutdownWrite};
+    vec![
+        Case::of(
+            "the client resets",
+            vec![write("x"), Read(1), PAUSE, Reset],
+            vec![Read(1), write("y"), ReadToEnd],
+            BY_CLIENT,
+        ),
+        Case::of(
+            "the client closes with something unread",
+            vec![write("x"), PAUSE],
+            vec![Read(1), write("y"), ReadToEnd],
+            BY_CLIENT,
+        ),
+        Case::of(
+            "the endpoint half-closes, and the client resets",
+            vec![ReadToEnd, write("x"), PAUSE, Reset],
+            vec![ShutdownWrite, ReadToEnd],
+            BY_CLIENT,
+        ),
+        Case::of(
+            "the client half-closes, and resets",
+            vec![write("x"), ShutdownWrite, PAUSE, Reset],
+            vec![ReadToEnd, Step::Pause(150)],
+            NORMAL,
+        ),
+        Case::of(
+            "the endpoint resets",
+            vec![write("x"), ReadToEnd],
+            vec![Read(1), write("y"), PAUSE, Reset],
+            BY_ENDPOINT,
+        )
+        .loses(),
+        Case::of(
+            "the endpoint closes with something unread",
+            vec![write("xx"), ReadToEnd],
+            vec![Read(1), PAUSE],
+            BY_ENDPOINT,
+        )
+        .loses(),
+        Case::of(
+            "the client half-closes, and the endpoint resets",
+            vec![write("x"), ShutdownWrite, ReadToEnd],
+            vec![ReadToEnd, write("y"), PAUSE, Reset],
+            BY_ENDPOINT,
+        ),
+        Case::of(
+            "the endpoint is gone, and is written to",
+            vec![ReadToEnd, write("x"), PAUSE, write("y"), PAUSE],
+            vec![],
+            NORMAL,
+        )
+        .loses(),
+    ]
 }
+
+/// Counters of a cluster that say who ended its connections.
+const COUNTERS: [&str; 6] = [
+    "upstream_cx_destroy",
+    "upstream_cx_destroy_local",
+    "upstream_cx_destroy_remote",
+    "upstream_cx_destroy_with_active_rq",
+    "upstream_cx_destroy_local_with_active_rq",
+    "upstream_cx_destroy_remote_with_active_rq",
+];
 
 #[test]
 fn both_paths_leave_the_same_log() -> Result<()> {
-    let mut cases = cases();
-    let alike = cases.len();
-    cases.push(reset_by_endpoint());
+    let cases: Vec<_> = fins().into_iter().chain(resets()).collect();
     let service = |path: u8, case: usize| format!("172.16.{path}.{case}:50001");
     let endpoint = |case: usize| format!("10.9.0.1:{}", 100 + case);
     let mut config = Config::new();
@@ -50,13 +135,13 @@ fn both_paths_leave_the_same_log() -> Result<()> {
         for case in 0..cases.len() {
             let cluster = format!("c{path}-{case}");
             let mut fields = data_path(mode);
-            fields["alt_stat_name"] = json!("it");
+            fields["alt_stat_name"] = json!(format!("it{path}-{case}"));
             config =
                 config.service(&service(path, case), &cluster).cluster(&cluster, &[&endpoint(case)], fields);
         }
     }
     let lab = Lab::start(&config)?;
-    for (index, (name, client, server)) in cases.iter().enumerate() {
+    for (index, Case { name, client, endpoint: server, end, loses }) in cases.iter().enumerate() {
         let upstream = Upstream::start(Some(lab.server.netns()), &endpoint(index), server.clone())?;
         let mut lines = Vec::new();
         for path in [1, 2] {
@@ -68,19 +153,24 @@ fn both_paths_leave_the_same_log() -> Result<()> {
             assert_eq!(served.peer == local, path == 1, "{name}: which way it took");
             let line = lab.line(&service)?;
             assert_eq!(address_field(&line, "dremote")?, local, "{name}: {line}");
-            lines.push(line);
+            assert_eq!(
+                ["flags", "dnclose", "upclose"].map(|name| field(&line, name)),
+                *end,
+                "{name}: {line}"
+            );
+            lines.push(line.replace("it2-", "it1-"));
         }
-        let of = |name: &str| [&lines[0], &lines[1]].map(|line| field(line, name).to_owned());
-        let mut same = vec!["details", "fail", "tx", "up", "clu", "chain", "route", "attempts"];
-        if index < alike {
-            same.extend(["flags", "rx"]);
-        } else {
-            assert_eq!(of("flags"), ["-", "UR"], "{name}: {lines:#?}");
+        let same = ["details", "fail", "tx", "up", "clu", "chain", "route", "attempts", "closed", "upclosed"];
+        for field_name in same.into_iter().chain((!loses).then_some("rx")) {
+            let [kernel, proxied] = [&lines[0], &lines[1]].map(|line| field(line, field_name));
+            assert_eq!(kernel, proxied, "{name}: {field_name}\n{lines:#?}");
         }
-        for field in same {
-            let [kernel, proxied] = of(field);
-            assert_eq!(kernel, proxied, "{name}: {field}\n{lines:#?}");
-        }
+        let counted = |path: u8| {
+            let stat = |counter: &str| format!("cluster.it{path}-{index}.{counter}");
+            lab.proxy.wait_stat(&stat("upstream_cx_destroy"), |value| value == 1)?;
+            COUNTERS.iter().map(|counter| lab.proxy.stat(&stat(counter))).collect::<Result<Vec<_>>>()
+        };
+        assert_eq!(counted(1)?, counted(2)?, "{name}: {COUNTERS:?}");
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 mod churn;
 mod endpoints;
+mod ends;
 mod hashing;
 mod ipv6;
 mod life;
@@ -44,7 +45,7 @@ struct Lab {
     proxy: Proxy,
     client: Pod,
     server: Pod,
-    _node: Node,
+    node: Node,
 }
 
 impl Lab {
@@ -53,7 +54,7 @@ impl Lab {
         let client = node.pod("client", &["10.9.0.9", "fd00:9::9", "fd00:9::a"])?;
         let server = node.pod("server", &["10.9.0.1", "fd00:9::1"])?;
         let proxy = node.proxy(config).start()?;
-        Ok(Self { proxy, client, server, _node: node })
+        Ok(Self { proxy, client, server, node })
     }
 
     /// Connects, sends, half-closes, and reads to the end. What `getsockname` said, and what was received.
@@ -86,9 +87,12 @@ impl Lab {
 
 /// Fields of the log that are the same whichever way a connection took.
 fn same_on_both_paths(line: &str) -> Vec<&str> {
-    ["flags", "details", "rx", "tx", "up", "clu", "chain", "route", "attempts"]
-        .map(|name| field(line, name))
-        .into()
+    [
+        "flags", "details", "rx", "tx", "up", "clu", "chain", "route", "attempts", "closed", "upclosed",
+        "dnclose", "upclose",
+    ]
+    .map(|name| field(line, name))
+    .into()
 }
 
 #[test]
@@ -186,7 +190,7 @@ fn connect_says_what_went_wrong() -> Result<()> {
     let connected = client::run(lab.client.connect(DEAD_BEHIND_PROXY), &[Step::ReadToEnd]);
     ensure!(matches!(connected, Outcome::Connected(_)), "{connected:?}");
     let (kernel, proxied) = (lab.line(DEAD)?, lab.line(DEAD_BEHIND_PROXY)?);
-    for name in ["flags", "fail", "rx", "tx", "up", "attempts"] {
+    for name in ["flags", "fail", "rx", "tx", "up", "attempts", "closed", "dnclose", "upclose"] {
         assert_eq!(field(&kernel, name), field(&proxied, name), "{name}\n{kernel}\n{proxied}");
     }
     drop(first);
