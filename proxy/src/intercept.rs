@@ -11,6 +11,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -74,6 +75,11 @@ pub struct Interception {
     attach_points: Vec<PathBuf>,
     namespaces: flows::Namespaces,
 }
+
+/// See [`Interception::hold`].
+#[derive(Debug)]
+#[must_use = "others can take over when it is dropped"]
+pub struct Hold(#[expect(dead_code, reason = "closing it ends the lock")] File);
 
 /// What the admin server shows.
 #[derive(Clone, Debug)]
@@ -215,6 +221,14 @@ impl Interception {
     /// What the kernel's map of namespaces holds, by netns cookie.
     pub fn enrolments(&self) -> Result<HashMap<u64, Enrolment>, InterceptError> {
         self.interceptor().enrolments()
+    }
+
+    /// Keeps other processes from taking over as long as the result lives, which must not be long: the tables of the kernel path
+    /// are this process's to change meanwhile. Rules and enrolments must not be changed by then: that would wait for ever.
+    ///
+    /// Errors: [`InterceptError::Superseded`] when somebody has taken over; what keeps it from opening the pin directory.
+    pub fn hold(&self) -> Result<Hold, InterceptError> {
+        self.interceptor().lock_current().map(Hold)
     }
 
     /// Whether another process has taken over; then this one has only to drain.

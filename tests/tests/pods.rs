@@ -449,7 +449,16 @@ fn a_second_process_takes_over() -> Result<()> {
     let before = first.expect_captured(pod.connect(SERVICE), SERVICE, "10.9.0.1")?;
     assert!(!first.interception.is_superseded());
 
-    let second = Agent::start(network.cgroup(), &pins)?;
+    // Not while the first is changing its tables.
+    let held = first.interception.hold()?;
+    let second = std::thread::scope(|scope| {
+        let second = scope.spawn(|| Agent::start(network.cgroup(), &pins));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!second.is_finished() && !first.interception.is_superseded());
+        drop(held);
+        second.join().expect("no panic")
+    })?;
+    assert!(first.interception.hold().is_err());
     let after = second.expect_captured(pod.connect(SERVICE), SERVICE, "10.9.0.1")?;
     assert_ne!(before.pod.capture_port, after.pod.capture_port);
     assert!(first.interception.is_superseded() && !second.interception.is_superseded());

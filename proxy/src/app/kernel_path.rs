@@ -13,9 +13,9 @@ use crate::cluster::removal::Loss;
 use crate::config::Loaded;
 use crate::config::bootstrap::OnExit;
 use crate::config::cluster::DataPath;
-use crate::intercept::Interception;
 use crate::intercept::flows::FlowSockets;
 use crate::intercept::tables::{Alarm, Tables};
+use crate::intercept::{Hold, InterceptError, Interception};
 use crate::kernel_path::removal::{self, Reasons};
 use crate::kernel_path::{Ids, Journal, Manager, Obstacle, State, is_candidate, plan};
 use crate::snapshot::Snapshot;
@@ -172,6 +172,18 @@ impl Proxy {
         self.loaded.bootstrap.interception.as_ref().map(|it| it.on_exit).unwrap_or_default()
     }
 
+    /// While the result lives nobody takes the tables over. None: they are a successor's.
+    fn hold_tables(&self) -> Option<Hold> {
+        match self.interception.as_ref()?.hold() {
+            Ok(hold) => Some(hold),
+            Err(InterceptError::Superseded(_)) => None,
+            Err(error) => {
+                tracing::error!(%error, "the kernel path stays as it is");
+                None
+            }
+        }
+    }
+
     /// The tables are a successor's.
     pub(super) fn is_superseded(&self) -> bool {
         self.kernel_path.is_some() && self.interception.as_ref().is_some_and(Interception::is_superseded)
@@ -180,11 +192,11 @@ impl Proxy {
     /// The tables follow the configuration. The kernel's rules are to follow them.
     pub(super) fn update_kernel_path(&mut self) {
         let snapshot = self.snapshot();
-        if self.is_superseded() {
-            return;
-        }
-        if let Some(path) = &mut self.kernel_path {
-            path.manager.apply(&snapshot);
+        if self.kernel_path.is_some() {
+            let Some(_held) = self.hold_tables() else { return };
+            if let Some(path) = &mut self.kernel_path {
+                path.manager.apply(&snapshot);
+            }
         } else if !self.accepting {
             // It may become available yet.
         } else if self.is_asked_for(&snapshot) {
@@ -236,11 +248,11 @@ impl Proxy {
 
     fn clusters_changed(&mut self, clusters: &BTreeSet<Arc<str>>) {
         let snapshot = self.snapshot();
-        if self.is_superseded() {
-            return;
-        }
+        let Some(held) = self.hold_tables() else { return };
         let Some(path) = &mut self.kernel_path else { return };
-        if path.manager.clusters_changed(clusters, &snapshot) {
+        let rules_changed = path.manager.clusters_changed(clusters, &snapshot);
+        drop(held);
+        if rules_changed {
             self.apply_rules();
         }
     }
@@ -273,9 +285,12 @@ impl Proxy {
         self.look_at_kernel_path();
         let Some(path) = &mut self.kernel_path else { return };
         path.manager.observe();
-        if !superseded {
+        let orphans = path.journal.orphans;
+        let untidy = path.manager.is_untidy() && !superseded;
+        let held = untidy.then(|| self.hold_tables()).flatten();
+        if let (Some(_), Some(path)) = (held, &mut self.kernel_path) {
             path.manager.sweep();
         }
-        self.stats.set_intercept_counter("flow_events_orphaned", path.journal.orphans);
+        self.stats.set_intercept_counter("flow_events_orphaned", orphans);
     }
 }

@@ -345,8 +345,11 @@ impl Interceptor {
         self.ebpf.programs().filter_map(|(_, program)| program.info().ok()).map(|info| info.id()).collect()
     }
 
-    /// The lock of the pin directory, if this process still owns what is in it.
-    fn lock_current(&self) -> Result<File, InterceptError> {
+    /// The lock of the pin directory, if this process still owns what is in it: while it is open nobody takes over, and whoever
+    /// asks for it once more waits.
+    ///
+    /// Errors: [`InterceptError::Superseded`]; what keeps it from opening the directory.
+    pub(super) fn lock_current(&self) -> Result<File, InterceptError> {
         let lock = self.dir.lock()?;
         if self.links.are_superseded() {
             return Err(InterceptError::Superseded(self.dir.root().into()));

@@ -68,6 +68,8 @@ pub struct Manager {
     looks: u32,
     /// Since when the rules are ours, so that what a predecessor left and nobody asked for can go.
     settled: Option<Instant>,
+    /// Something may be gone, and take an entry yet.
+    untidy: bool,
     changed: UnboundedSender<Arc<str>>,
 }
 
@@ -109,6 +111,7 @@ impl Manager {
             users: HashMap::new(),
             looks: 0,
             settled: None,
+            untidy: true,
             changed,
             tables,
             board,
@@ -119,6 +122,7 @@ impl Manager {
 
     /// The configuration is this from now on. The kernel's rules have to follow ([`Manager::service`]).
     pub fn apply(&mut self, snapshot: &Snapshot) {
+        self.untidy = true;
         self.users.clear();
         let candidates = || snapshot.listeners().filter(|listener| is_candidate(&listener.config));
         for listener in candidates() {
@@ -145,6 +149,7 @@ impl Manager {
 
     /// These clusters have other endpoints, or others of them are healthy. Whether the kernel's rules have to follow.
     pub fn clusters_changed(&mut self, clusters: &BTreeSet<Arc<str>>, snapshot: &Snapshot) -> bool {
+        self.untidy = true;
         let listeners: BTreeSet<Arc<str>> =
             clusters.iter().filter_map(|cluster| self.users.get(cluster)).flatten().cloned().collect();
         let (mut changed, mut any_left) = (false, false);
@@ -384,6 +389,11 @@ impl Manager {
         self.sweep_at(Instant::now());
     }
 
+    /// Whether [`Self::sweep`] may have anything to do, now or soon.
+    pub fn is_untidy(&self) -> bool {
+        self.untidy
+    }
+
     fn sweep_at(&mut self, now: Instant) {
         let old = |gone: Option<Instant>| gone.is_some_and(|since| now.duration_since(since) >= KEEP);
         let Self { tables, arena, names, free_services, free_clusters, free_hosts, .. } = self;
@@ -435,6 +445,12 @@ impl Manager {
         if old(self.settled) {
             self.reclaim(now);
         }
+        self.untidy = self.services.values().any(|service| service.gone.is_some())
+            || self.selectors.values().any(|selector| selector.gone.is_some())
+            || self.targets.values().any(Target::is_untidy)
+            || self.free_services.are_left()
+            || self.free_clusters.are_left()
+            || self.free_hosts.are_left();
     }
 
     /// What a predecessor left.

@@ -34,6 +34,11 @@ impl<K: Hash + Eq> Slots<K> {
         self.left.remove(key).or_else(|| self.free.pop())
     }
 
+    /// Whether a former process has left some that nobody has asked for.
+    pub(super) fn are_left(&self) -> bool {
+        !self.left.is_empty()
+    }
+
     /// The entry is nobody's any more.
     pub(super) fn give_back(&mut self, index: u32) {
         self.free.push(index);

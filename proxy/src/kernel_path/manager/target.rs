@@ -38,6 +38,11 @@ impl Target {
         }
     }
 
+    /// It is gone, or one of its hosts.
+    pub(super) fn is_untidy(&self) -> bool {
+        self.gone.is_some() || self.hosts.values().any(|entry| entry.gone.is_some())
+    }
+
     /// What counts the connections through the proxy.
     pub(super) fn connections(&self) -> &SharedCount {
         self.cluster.breaker().in_use().connections()

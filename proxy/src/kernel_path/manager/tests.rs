@@ -101,8 +101,9 @@ fn an_entry_is_given_back_when_nobody_can_write_to_it() {
     assert!(manager.targets.contains_key("c"));
     let more = (permit(&snapshot), host(&snapshot).connecting());
     assert_eq!((tables.cluster(cluster).proxied, tables.host(entry).proxied), (1, 1), "as they were");
+    assert!(manager.is_untidy());
     manager.sweep_at(later(3));
-    assert!(manager.targets.is_empty());
+    assert!(manager.targets.is_empty() && !manager.is_untidy());
     assert_eq!((tables.cluster(cluster).proxied, tables.host(entry).proxied), (0, 0));
     drop(more);
     (0..=RARELY).for_each(|_| manager.observe());
@@ -110,6 +111,8 @@ fn an_entry_is_given_back_when_nobody_can_write_to_it() {
 
     // It comes back.
     manager.apply(&snapshot);
+    manager.sweep_at(later(6));
+    assert!(!manager.is_untidy(), "nothing is gone");
     let target = &manager.targets["c"];
     let (cluster, entry) = (target.index, target.hosts.values().next().unwrap().index);
     assert_eq!((tables.cluster(cluster).proxied, tables.host(entry).proxied), (1, 1));
