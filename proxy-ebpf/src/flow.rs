@@ -278,7 +278,7 @@ fn account(flow: &Flow, end: End, failed: bool, sent: u64, received: u64) {
     let (by_client, by_endpoint) = match end {
         End::Closed => (has(flow, FlowFlag::ClientFirst), has(flow, FlowFlag::EndpointFirst)),
         End::ResetByClient => (true, false),
-        End::ResetByEndpoint => (false, true),
+        End::ResetByEndpoint | End::Silent => (false, true),
         _ => (false, false),
     };
     each_tally(flow, |tally| {

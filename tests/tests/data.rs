@@ -1,5 +1,6 @@
 //! Bytes, FIN and RST through the whole proxy, from a captured pod.
 
+use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,12 +8,14 @@ use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::json;
-use tidegate_tests::node::{Service, field};
+use tidegate_tests::config::Config;
+use tidegate_tests::node::{Node, Service, field};
 use tidegate_tests::script::{
-    End, Pattern,
+    End, GUARD, Pattern,
     Step::{Echo, Pause, Read, ReadSlowly, ReadToEnd, Reset, ShutdownWrite, WriteBytewise, WritePattern},
     Transcript, run, spawn, write,
 };
+use tidegate_tests::upstream::Upstream;
 
 const MIB: u64 = 1 << 20;
 
@@ -208,5 +211,36 @@ fn the_server_may_speak_first() -> Result<()> {
     let service = Service::start(&[write("220 ready\r\n"), Echo])?;
     let seen = service.talk(&[Read(11), write("QUIT"), ShutdownWrite, ReadToEnd])?;
     assert_eq!((seen.text().as_str(), seen.end), ("220 ready\r\nQUIT", End::Fin));
+    Ok(())
+}
+
+/// An upstream that has gone without a word: Envoy's "remote close", which it has the client take for the end of the stream.
+/// Here the client learns that something is missing.
+#[test]
+fn an_upstream_that_goes_silent_is_no_end_of_the_stream() -> Result<()> {
+    let keepalive = json!({"keepalive_probes": 1, "keepalive_time": 1, "keepalive_interval": 1});
+    let fields = json!({"upstream_connection_options": {"tcp_keepalive": keepalive}});
+    let config = Config::new().service(Service::ADDRESS, "foo").cluster("foo", &[Service::ENDPOINT], fields);
+    let node = Node::new()?;
+    let client = node.pod("client", &["10.9.0.9"])?;
+    let server = node.pod("server", &["10.9.0.1"])?;
+    let _upstream = Upstream::identify(Some(server.netns()), Service::ENDPOINT, "a")?;
+    let proxy = node.proxy(&config).start()?;
+    let mut stream = client.connect(Service::ADDRESS)?;
+    stream.set_read_timeout(Some(GUARD))?;
+    stream.read_exact(&mut [0; 2])?;
+    server
+        .netns()
+        .nft("table inet gone { chain in { type filter hook input priority 0; policy drop; }\n}")?;
+    let error = stream.read(&mut [0]).expect_err("not the end");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    let line = proxy.lines("access.log", "", 1)?.remove(0);
+    let closes = (field(&line, "flags"), field(&line, "dnclose"), field(&line, "upclose"));
+    assert_eq!(closes, ("-", "LocalReset", "Normal"), "{line}");
+    for (name, expected) in
+        [("destroy_remote_with_active_rq", 1), ("destroy_remote", 1), ("destroy_local", 0), ("destroy", 1)]
+    {
+        proxy.wait_stat(&format!("cluster.foo.upstream_cx_{name}"), |value| value == expected)?;
+    }
     Ok(())
 }

@@ -136,7 +136,9 @@ impl Parked {
         let Self { downstream, upstream, mut guard, capture, admission, proxy, .. } = self;
         if matches!(
             outcome.cause,
-            Cause::Finished { first: Side::Upstream } | Cause::Reset { by: Side::Upstream }
+            Cause::Finished { first: Side::Upstream }
+                | Cause::Reset { by: Side::Upstream }
+                | Cause::Error { side: Side::Upstream, .. }
         ) {
             guard.closed_by(ClosedBy::Remote);
         }

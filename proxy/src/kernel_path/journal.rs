@@ -186,9 +186,9 @@ fn note_end(record: &mut Record, end: End, flags: u32) {
             record.downstream_close_type = CloseType::RemoteReset;
         }
         End::ResetByEndpoint | End::Silent if !sent_fin(FlowFlag::EndpointFin) => {
-            record.upstream_close_type = Some(CloseType::RemoteReset);
             record.downstream_close_type = CloseType::LocalReset;
             if end == End::ResetByEndpoint {
+                record.upstream_close_type = Some(CloseType::RemoteReset);
                 record.flags.set(ResponseFlag::UpstreamRemoteReset);
             }
         }
@@ -239,7 +239,7 @@ mod tests {
             (End::ResetByEndpoint, none, "UR", LocalReset, RemoteReset),
             (End::ResetByEndpoint, client, "UR", LocalReset, RemoteReset),
             (End::ResetByEndpoint, endpoint, "", Normal, Normal),
-            (End::Silent, client, "", LocalReset, RemoteReset),
+            (End::Silent, client, "", LocalReset, Normal),
             (End::Silent, endpoint, "", Normal, Normal),
             (End::ResetByClient, none, "", RemoteReset, Normal),
             (End::ResetByClient, endpoint, "", RemoteReset, Normal),

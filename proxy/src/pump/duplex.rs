@@ -431,7 +431,12 @@ impl<'a> Duplex<'a> {
 
     /// A side is gone: reset the other.
     fn abort(&mut self, gone: Side, cause: Cause) -> Outcome {
-        let closes = Side::both().map(|side| self.close(side, side != gone, side == gone));
+        let mut closes = Side::both().map(|side| self.close(side, side != gone, side == gone));
+        if matches!(cause, Cause::Error { .. }) {
+            // It went silent (ETIMEDOUT, EHOSTUNREACH). Envoy calls only a RST a reset. It would send a FIN to the other side,
+            // as if the stream were complete: we don't.
+            closes[gone as usize] = CloseType::Normal;
+        }
         Outcome { cause, downstream: closes[0], upstream: closes[1] }
     }
 

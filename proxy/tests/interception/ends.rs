@@ -376,7 +376,7 @@ fn no_resets() -> Vec<Case> {
                 Some(accepted)
             },
             End::Silent,
-            NOBODY,
+            ENDPOINT,
             &[],
             [5, 5],
         ),
