@@ -72,7 +72,6 @@ impl Scene {
 
 const CLIENT: [u64; 2] = [1, 0];
 const ENDPOINT: [u64; 2] = [0, 1];
-const NOBODY: [u64; 2] = [0, 0];
 
 /// What is left for a moment before something else happens: what was sent has arrived by then.
 fn pause() {
