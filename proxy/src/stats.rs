@@ -27,7 +27,8 @@ pub use blocks::{
     AccessLogStats, AdminListenerStats, ClientTlsStats, ClusterManagerStats, ClusterStats, ConfigStats,
     ControlPlaneStats, FilesystemStats, HealthCheckStats, HttpInspectorStats, HttpStats,
     ListenerManagerStats, ListenerStats, MaglevStats, OutlierStats, ProxyProtocolStats, PumpStats, RdsStats,
-    RingHashStats, RootStats, RuntimeStats, SdsStats, ServerStats, TcpProxyStats, TlsInspectorStats,
+    RingHashStats, RootStats, RuntimeStats, SdsStats, ServerStats, TcpProxyStats, TcpStats,
+    TlsInspectorStats,
 };
 pub use histogram::{Histogram, HistogramValue};
 pub(crate) use query::regex;
@@ -126,6 +127,11 @@ impl Stats {
     /// `cluster.<name>.maglev_lb.*`
     pub fn maglev(&self, name: &str) -> MaglevStats {
         MaglevStats::from_block(self.block(MaglevStats::LAYOUT, name))
+    }
+
+    /// `cluster.<name>.tcp_stats.*`
+    pub fn tcp_stats(&self, name: &str) -> TcpStats {
+        TcpStats::from_block(self.block(TcpStats::LAYOUT, name))
     }
 
     /// `cluster.<name>.outlier_detection.*`

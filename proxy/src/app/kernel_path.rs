@@ -77,8 +77,12 @@ impl KernelPath {
     pub(super) fn start(proxy: &Proxy, interception: &Interception) -> Option<Self> {
         let events = interception.take_flow_events()?;
         let tables = interception.tables();
-        let (manager, changes) =
-            Manager::new(Arc::clone(&tables), proxy.data_paths.clone(), proxy.default_data_path());
+        let (manager, changes) = Manager::new(
+            Arc::clone(&tables),
+            proxy.data_paths.clone(),
+            Arc::clone(&proxy.stats),
+            proxy.default_data_path(),
+        );
         let reasons = Reasons::default();
         let journal = Journal::new(events, reasons.clone());
         let alarm = journal.alarm().inspect_err(

@@ -111,6 +111,11 @@ impl Journal {
             let connect = millis(event.connected_ns, event.started_ns);
             target.cluster.stats().upstream_cx_connect_ms().record(connect);
         }
+        target.tcp_stats.cx_tx_retransmitted_segments().add(event.retransmits.into());
+        // 0: nothing was ever acknowledged.
+        if event.srtt_us != 0 {
+            target.tcp_stats.cx_rtt_us().record(event.srtt_us.into());
+        }
         plan.proxy.access_log.write(&record, LogType::TcpConnectionEnd);
         plan.listener.access_log.write(&record, LogType::NotSet);
         Some(())

@@ -28,6 +28,7 @@ use crate::config::cluster::DataPath;
 use crate::intercept::flows::FlowHost;
 use crate::intercept::tables::Tables;
 use crate::snapshot::Snapshot;
+use crate::stats::Stats;
 
 mod services;
 mod target;
@@ -49,6 +50,7 @@ const RARELY: u32 = 16;
 pub struct Manager {
     tables: Arc<Tables>,
     board: Board,
+    stats: Arc<Stats>,
     default: DataPath,
     arena: Arena,
     free_services: Slots<u64>,
@@ -85,7 +87,12 @@ type HostKey = (u32, SocketAddr);
 impl Manager {
     /// Over tables that may hold what a predecessor left. `default` is for clusters that have no `data_path`. What comes
     /// out of the receiver goes into [`Manager::clusters_changed`].
-    pub fn new(tables: Arc<Tables>, board: Board, default: DataPath) -> (Self, UnboundedReceiver<Arc<str>>) {
+    pub fn new(
+        tables: Arc<Tables>,
+        board: Board,
+        stats: Arc<Stats>,
+        default: DataPath,
+    ) -> (Self, UnboundedReceiver<Arc<str>>) {
         tables.own();
         let sizes = tables.sizes();
         let services = (1..sizes.services).filter_map(|index| service_block(&tables, index));
@@ -115,6 +122,7 @@ impl Manager {
             changed,
             tables,
             board,
+            stats,
             default,
         };
         (this, changes)
@@ -273,6 +281,7 @@ impl Manager {
                 let mut target = Target {
                     index,
                     cluster: Arc::clone(cluster),
+                    tcp_stats: self.stats.tcp_stats(name),
                     version,
                     block,
                     hosts: entries,

@@ -193,6 +193,19 @@ stats_block! {
 }
 
 stats_block! {
+    /// `cluster.<name>.tcp_stats.*`, of clusters on the kernel path: those of Envoy's `tcp_stats` transport socket that the
+    /// programs know of the applications' sockets.
+    TcpStats: "cluster", label "envoy_cluster_name", per_worker [];
+    counters { cx_tx_retransmitted_segments = "tcp_stats.cx_tx_retransmitted_segments" }
+    gauges {}
+    histograms { cx_rtt_us = "tcp_stats.cx_rtt_us" }
+    shared_counters {}
+    shared_gauges {}
+    zero_counters {}
+    zero_gauges {}
+}
+
+stats_block! {
     /// `cluster.<name>.outlier_detection.*`, of clusters with outlier detection.
     OutlierStats: "cluster", label "envoy_cluster_name", per_worker [];
     counters {}

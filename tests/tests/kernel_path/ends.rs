@@ -1,5 +1,6 @@
 //! Handshakes that fail, and clients that are killed: what the log says of them is what it says of the same through the proxy.
 
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::thread::sleep;
 use std::time::Duration;
@@ -145,4 +146,34 @@ fn who_is_killed_with_something_unread_has_reset() -> Result<()> {
         ("upstream_cx_destroy_local_with_active_rq", 1),
     ];
     expect(&lab, ["-", "-", "RemoteReset", "Normal"], &counters)
+}
+
+/// What the kernel knows of the app's own socket: its round-trip time, and segments that were sent again.
+#[test]
+fn round_trips_and_retransmissions_are_counted() -> Result<()> {
+    let config = Config::new().service(KERNEL, "foo").cluster("foo", &["10.9.0.1:80"], data_path("KERNEL"));
+    let lab = Lab::start(&config)?;
+    let server = lab.server.netns();
+    let _upstream = Upstream::echo(Some(server), "10.9.0.1:80")?;
+    let mut stream = lab.client.connect(KERNEL)?;
+    stream.write_all(b"here")?;
+    stream.read_exact(&mut [0; 4])?;
+    // What is sent meanwhile is lost.
+    server.nft("table inet gone { chain in { type filter hook input priority 0; policy drop; }\n}")?;
+    stream.write_all(b"lost")?;
+    sleep(Duration::from_millis(50));
+    server.nft("delete table inet gone")?;
+    stream.read_exact(&mut [0; 4])?;
+    drop(stream);
+    lab.proxy.lines("access.log", "", 1)?;
+    let metrics = lab.proxy.admin().read("/stats/prometheus")?.body;
+    let metric = |name: &str| -> Result<u64> {
+        let start = format!("envoy_cluster_tcp_stats_{name}{{envoy_cluster_name=\"foo\"}} ");
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&start)).context(start.clone())?;
+        Ok(value.parse()?)
+    };
+    ensure!(metric("cx_tx_retransmitted_segments")? >= 1, "{metrics}");
+    assert_eq!(metric("cx_rtt_us_count")?, 1);
+    ensure!((1..1_000_000).contains(&metric("cx_rtt_us_sum")?), "{metrics}");
+    Ok(())
 }

@@ -12,12 +12,14 @@ use crate::cluster::shared_count::SharedCount;
 use crate::intercept::tables::Tables;
 use crate::kernel_path::arena::Block;
 use crate::kernel_path::mirror::Seen;
+use crate::stats::TcpStats;
 
 /// A cluster of listeners on the kernel path.
 #[derive(Debug)]
 pub(in crate::kernel_path) struct Target {
     pub(in crate::kernel_path) index: u32,
     pub(in crate::kernel_path) cluster: Arc<Cluster>,
+    pub(in crate::kernel_path) tcp_stats: TcpStats,
     /// Of the host set that is compiled.
     pub(super) version: u64,
     pub(super) block: Block,

@@ -9,7 +9,7 @@ fn snapshot() -> Snapshot {
 }
 
 fn manager(tables: &Arc<Tables>) -> Manager {
-    Manager::new(Arc::clone(tables), Board::default(), DataPath::Auto).0
+    Manager::new(Arc::clone(tables), Board::default(), Stats::new(1), DataPath::Auto).0
 }
 
 /// So long after now that entries which part now are somebody else's.
