@@ -126,15 +126,26 @@ pub(super) fn run<F: Future>(driver: &Rc<Driver>, future: F) -> io::Result<F::Ou
         {
             break output;
         }
-        let bulk = BULK.with_borrow_mut(VecDeque::pop_front);
-        let is_idle =
-            bulk.is_none() && READY.with_borrow(VecDeque::is_empty) && !main.woken.load(Ordering::Acquire);
-        // Small messages may wait for one megabyte of bulk, not for one of each connection.
-        if (bulk.is_none() || driver.is_urgent()) && driver.turn(is_idle)? {
-            take_remote(remote);
+        if BULK.with_borrow(|bulk| !bulk.is_empty()) {
+            // Small messages wait for one megabyte of bulk, not for one of each connection: what has come during the last one is
+            // given on, and goes out, before the next.
+            for _ in 0..2 {
+                if !driver.is_urgent() {
+                    break;
+                }
+                if driver.turn(false)? {
+                    take_remote(remote);
+                }
+                run_ready(ROUND);
+            }
+            if let Some(task) = BULK.with_borrow_mut(VecDeque::pop_front) {
+                run_task(task);
+            }
+            continue;
         }
-        if let Some(task) = bulk {
-            run_task(task);
+        let idle = READY.with_borrow(VecDeque::is_empty) && !main.woken.load(Ordering::Acquire);
+        if driver.turn(idle)? {
+            take_remote(remote);
         }
     };
     drop(farewell);

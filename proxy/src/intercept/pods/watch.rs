@@ -233,6 +233,13 @@ mod tests {
             Command::new("sh").args(["-c", script]).arg(child.join("cgroup.procs")).spawn().unwrap();
         let seen = drain_until(&mut watch, |seen| seen.changed.contains(&child));
         assert!(seen.changed.contains(&child), "{seen:?}");
+        // The shell's opening of the file was seen, perhaps, and not yet what it writes.
+        let populated = || std::fs::read_to_string(child.join("cgroup.events")).unwrap();
+        while !populated().contains("populated 1") {
+            std::thread::yield_now();
+        }
+        // The kernel holds a second event back for up to 10 ms.
+        std::thread::sleep(std::time::Duration::from_millis(50));
         drain_until(&mut watch, |_| true);
         process.kill().unwrap();
         process.wait().unwrap();
