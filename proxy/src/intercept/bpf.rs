@@ -207,8 +207,8 @@ pub(super) fn per_cpu_sums(map: BorrowedFd<'_>, entries: usize) -> io::Result<Ve
         elem_flags: 0,
         flags: 0,
     };
-    // SAFETY: the kernel writes at most `count` keys of 4 bytes, and for each of them a word for each possible CPU: callers
-    // pass per-CPU arrays of words.
+    // SAFETY: callers pass per-CPU arrays of words, whose keys are `u32`. The kernel writes at most `count` keys, for each of
+    // them a word for each possible CPU (which are those that `nr_cpus` counts), and one key to `out_batch`.
     match unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) } {
         // The array is shorter.
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}

@@ -271,7 +271,7 @@ impl Driver {
         let mut ring = self.ring.borrow_mut();
         if wait && self.sends.borrow().len() == 1 {
             // Whom the send wakes may run when this system call ends, and have answered before the next one: then there
-            // is nothing to sleep for. With many sends the second call costs more than that saves.
+            // is nothing to sleep for.
             match ring.submit() {
                 Err(error) if !is_passing(&error) => return Err(error),
                 _ => {}
