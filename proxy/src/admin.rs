@@ -16,6 +16,7 @@ mod view;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -110,8 +111,13 @@ pub struct Drain {
     pub skip_exit: bool,
 }
 
+/// Completes when they are of the moment of the call, or can't be soon.
+pub type Refresh = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// What the admin server shows and does. Called on the main thread; every method returns at once.
 pub trait State: Send + Sync + 'static {
+    /// Before stats, and counts of hosts, are shown.
+    fn refresh(&self) -> Refresh;
     /// For `/ready`.
     fn server_state(&self) -> ServerState;
     /// For `/server_info`.
@@ -223,7 +229,7 @@ async fn serve_connection(
         let entry =
             (!access_log.is_empty()).then(|| access::Entry::begin(&access_log, &request, peer, local));
         async move {
-            let response = server.answer(&request);
+            let response = server.answer(&request).await;
             Ok::<_, Infallible>(match entry {
                 Some(entry) => entry.until_sent(response),
                 None => response,

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -20,7 +19,6 @@ use crate::cluster::health_check::MarkOwn;
 use crate::config::bootstrap::{Bootstrap, Node};
 use crate::config::{self, Loaded, Sources};
 use crate::intercept::Interception;
-use crate::intercept::audit::{Audit, Health};
 use crate::log::Log;
 use crate::signal::{Request, Signals};
 use crate::snapshot::{Publisher, Snapshot};
@@ -42,8 +40,10 @@ mod changes;
 mod config_dump;
 mod interception;
 mod kernel_path;
+mod look;
 
-use admin_state::{Running, ServerState};
+use admin_state::{Answer, Running, ServerState};
+use look::Looks;
 
 /// How long connections that were told to end may take to do so, before the process ends without them.
 const KILL_GRACE: Duration = Duration::from_secs(2);
@@ -53,9 +53,6 @@ const LOG_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often `/init_dump` is brought up to date: with thousands of resources it costs more than handling one.
 const UNREADY_INTERVAL: Duration = Duration::from_millis(200);
-
-/// How often unused hosts of ORIGINAL_DST clusters are looked for; each cluster's `cleanup_interval` decides.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Runs what the command line asks for. Errors go to stderr; the exit code is 0, or 1 after an error.
 pub fn run(args: Args) -> ExitCode {
@@ -303,9 +300,8 @@ impl Proxy {
 
     /// The main loop, until it is time to stop.
     async fn run(&mut self, state: &Running, signals: &mut Signals) -> Stopping {
-        let mut audit = Audit::default();
-        let mut second = tokio::time::interval(Duration::from_secs(1));
-        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        let mut looks = Looks::default();
+        let mut asked = state.take_asked();
         loop {
             tokio::select! {
                 request = signals.next() => match request {
@@ -313,22 +309,14 @@ impl Proxy {
                     Request::ReopenLogs => self.reopen_logs(),
                 },
                 stopping = state.stop_requested() => return stopping,
-                happened = self.store.next() => self.take(happened, state),
-                event = kernel_path::next(&mut self.kernel_path) => self.serve_kernel_path(event),
-                _ = sweep.tick() => {
-                    self.shared.publisher.sweep();
-                    self.snapshot().clusters().for_each(|cluster| cluster.sweep());
+                happened = self.store.next() => {
+                    self.take(happened, state);
+                    looks.soon();
                 }
-                _ = second.tick() => {
-                    let interception = self.interception.as_ref();
-                    let health = interception.map(|it| audit.look(it, &self.stats));
-                    let superseded = health == Some(Health::Superseded);
-                    self.count_kernel_path(superseded);
-                    state.tick();
-                    self.store.save();
-                    let not_served = self.shared.not_served.load(Ordering::Relaxed);
-                    self.stats.set_intercept_counter("not_served_reset", not_served);
-                    self.look_for_kubepods();
+                event = kernel_path::next(&mut self.kernel_path) => self.serve_kernel_path(event),
+                answers = looks.wanted(&mut asked) => {
+                    let superseded = self.look(&mut looks, state);
+                    answers.into_iter().for_each(Answer::send);
                     if superseded {
                         tracing::info!("another process has taken over; draining");
                         return Stopping::Drain;

@@ -103,8 +103,8 @@ pub enum Command {
     Close(SocketId),
     /// The same for every socket.
     CloseAll,
-    /// Bring the stats that count bytes up to date.
-    FlushStats,
+    /// Bring the stats that count bytes up to date, then answer.
+    FlushStats(oneshot::Sender<()>),
     /// Answer when no connection is open.
     Drained(oneshot::Sender<()>),
     /// End every open connection now.
@@ -136,6 +136,13 @@ impl Sender {
     /// Tells the worker something. A worker that has ended doesn't hear it.
     pub fn send(&self, command: Command) {
         let _ = self.0.send(command);
+    }
+
+    /// Has the stats that count bytes brought up to date. The result tells when they are.
+    pub fn flush_stats(&self) -> oneshot::Receiver<()> {
+        let (done, flushed) = oneshot::channel();
+        self.send(Command::FlushStats(done));
+        flushed
     }
 
     /// Sends a command that is answered, and waits for that. A worker that has ended counts as an answer.
@@ -295,9 +302,10 @@ impl Worker {
                     self.close(id);
                 }
             }
-            Command::FlushStats => {
+            Command::FlushStats(done) => {
                 self.connections.flush_meters();
                 self.observe_pipes();
+                let _ = done.send(());
             }
             Command::Drained(done) => {
                 let connections = Rc::clone(&self.connections);

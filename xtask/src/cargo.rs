@@ -23,7 +23,7 @@ pub(crate) fn build(programs: &[&str]) -> Result<()> {
         return Ok(());
     }
     let mut cargo = command();
-    cargo.args(["build", "--quiet"]);
+    cargo.arg("build");
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
@@ -40,7 +40,7 @@ pub(crate) fn build(programs: &[&str]) -> Result<()> {
 pub(crate) fn build_release() -> Result<PathBuf> {
     if !crate::root::is_child() {
         let mut cargo = command();
-        cargo.args(["build", "--quiet", "--release", "--package", "tidegate", "--bin", "tidegate"]);
+        cargo.args(["build", "--release", "--package", "tidegate", "--bin", "tidegate"]);
         let status = cargo.status()?;
         ensure!(status.success(), "cargo build --release: {status}");
     }

@@ -51,6 +51,9 @@ enum Answer {
 
 const REGEX_HELP: &str = "Regular expression (Google re2) for filtering stats";
 
+/// Paths that show what is counted.
+const SHOW_COUNTS: [&str; 3] = ["/clusters", "/stats", "/stats/prometheus"];
+
 /// All paths, sorted as `/help` shows them.
 const COMMANDS: &[Command] = &[
     Command {
@@ -244,9 +247,12 @@ const COMMANDS: &[Command] = &[
 
 impl Server {
     /// Answers a request. The body, if there is one, is not read.
-    pub(super) fn answer(&self, request: &Request<Incoming>) -> Response<Body> {
+    pub(super) async fn answer(&self, request: &Request<Incoming>) -> Response<Body> {
         let parameters = Parameters::parse(request.uri().query().unwrap_or_default());
         let method = request.method();
+        if SHOW_COUNTS.contains(&request.uri().path()) {
+            self.state.refresh().await;
+        }
         let answer = match COMMANDS.iter().find(|command| command.path == request.uri().path()) {
             None => {
                 let text = format!("invalid path. admin commands are:\n{}", list());

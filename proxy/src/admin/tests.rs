@@ -12,6 +12,7 @@ struct Process {
     calls: Mutex<Vec<String>>,
     unhealthy: Mutex<bool>,
     levels: Mutex<Vec<(String, String)>>,
+    refreshed: Mutex<usize>,
 }
 
 impl Process {
@@ -21,6 +22,11 @@ impl Process {
 }
 
 impl State for Process {
+    fn refresh(&self) -> Refresh {
+        *self.refreshed.lock().unwrap() += 1;
+        Box::pin(async {})
+    }
+
     fn server_state(&self) -> ServerState {
         if *self.unhealthy.lock().unwrap() { ServerState::Draining } else { ServerState::Live }
     }
@@ -180,6 +186,22 @@ fn ready_follows_the_state() {
         assert_eq!(admin.send("POST", "/ready").await.body, "LIVE\n");
         let head = admin.send("HEAD", "/ready").await;
         assert_eq!((head.status, head.body.as_str()), (200, ""));
+    });
+}
+
+#[test]
+fn what_counts_is_refreshed_first() {
+    on_main_runtime(async {
+        let admin = Fixture::start().await;
+        for path in
+            ["/stats", "/stats?format=json", "/stats/prometheus", "/clusters", "/clusters?format=json"]
+        {
+            let before = *admin.process.refreshed.lock().unwrap();
+            admin.get(path).await;
+            assert_eq!(*admin.process.refreshed.lock().unwrap(), before + 1, "{path}");
+        }
+        admin.get("/ready").await;
+        assert_eq!(*admin.process.refreshed.lock().unwrap(), 5);
     });
 }
 

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use serde_json::{Value, json};
-use tokio::sync::Notify;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{Notify, oneshot};
 
 use super::{Proxy, Stopping, config_dump};
 use crate::access_log::{self, AccessLogs};
 use crate::admin::{
     Admin, AdminError, CertificatesView, ClusterView, DataPathView, Drain, HealthView, HostView,
-    ListenerView, ServerInfo, State, ThresholdsView, command_line_options,
+    ListenerView, Refresh, ServerInfo, State, ThresholdsView, command_line_options,
 };
 use crate::cluster::Cluster;
 use crate::cluster::endpoint::{Endpoint, HealthFlag};
@@ -32,8 +33,11 @@ use crate::xds::tables::Tables;
 
 pub(super) use crate::admin::ServerState;
 
-/// Seconds for which the descriptors of Envoy's API are kept after somebody needed them.
-const DESCRIPTORS_KEPT: u32 = 30;
+/// How long the descriptors of Envoy's API are kept after somebody needed them.
+const DESCRIPTORS_KEPT: Duration = Duration::from_secs(30);
+
+/// How long the admin server waits for stats of now, before it shows those that there are: a worker may be held up.
+const REFRESH_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// How often a taken admin address is tried again.
 const ADMIN_RETRY: Duration = Duration::from_millis(50);
@@ -67,6 +71,19 @@ pub(super) struct Running {
     stopping: Notify,
     /// Whether there were connections at the last tick.
     was_busy: AtomicBool,
+    /// Who wants stats of now. None: nobody would answer.
+    asked: std::sync::Mutex<Option<UnboundedSender<Answer>>>,
+}
+
+/// Somebody waits for stats to be up to date.
+#[derive(Debug)]
+pub(super) struct Answer(oneshot::Sender<()>);
+
+impl Answer {
+    /// They are. (Whoever asked may have gone.)
+    pub(super) fn send(self) {
+        let _ = self.0.send(());
+    }
 }
 
 impl Running {
@@ -100,6 +117,7 @@ impl Running {
             stop: AtomicU8::new(0),
             stopping: Notify::new(),
             was_busy: AtomicBool::new(false),
+            asked: std::sync::Mutex::default(),
         };
         running.set(ServerState::Initializing);
         running
@@ -117,19 +135,38 @@ impl Running {
         self.bound_sockets().push((worker, id, direction));
     }
 
-    /// Brings stats up to date that nothing else does. Called once a second.
-    pub(super) fn tick(&self) {
+    /// Brings stats up to date that nothing else does. Called now and then, with the time since the last call. Whether there are connections
+    /// that workers have, or were at the last call.
+    pub(super) fn tick(&self, since: Duration) -> bool {
         self.stats.server().uptime().set(self.started.elapsed().as_secs());
         // Once more after the last connection: what it has left must not be shown for ever.
         let busy = self.stats.server().total_connections().value() > 0;
-        if self.was_busy.swap(busy, Ordering::Relaxed) || busy {
-            self.workers.iter().for_each(|worker| worker.send(worker::Command::FlushStats));
+        let was_busy = self.was_busy.swap(busy, Ordering::Relaxed);
+        if was_busy || busy {
+            self.workers.iter().for_each(|worker| drop(worker.flush_stats()));
         }
         self.publisher.current().clusters().for_each(|cluster| cluster.observe());
         // Whoever changes the configuration, or looks at it, often does so again soon.
-        if proto::release_unused_descriptors(DESCRIPTORS_KEPT) {
+        if proto::release_unused_descriptors(since, DESCRIPTORS_KEPT) {
             memory::trim();
         }
+        was_busy || busy
+    }
+
+    /// Those who want stats of now, from here on until the result is dropped.
+    pub(super) fn take_asked(&self) -> UnboundedReceiver<Answer> {
+        let (sender, asked) = unbounded_channel();
+        *self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(sender);
+        asked
+    }
+
+    /// Asks the main loop. It doesn't look before it runs, nor after.
+    fn ask(&self) -> oneshot::Receiver<()> {
+        let (done, answer) = oneshot::channel();
+        if let Some(asked) = &*self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            let _ = asked.send(Answer(done));
+        }
+        answer
     }
 
     /// Completes when the admin server was told to stop the process.
@@ -268,6 +305,21 @@ fn write_address(path: &Path, address: SocketAddr) -> anyhow::Result<()> {
 }
 
 impl State for Running {
+    fn refresh(&self) -> Refresh {
+        let flushed: Vec<_> = self.workers.iter().map(worker::Sender::flush_stats).collect();
+        let looked = self.ask();
+        Box::pin(async move {
+            let all = async {
+                // Who can't answer has ended.
+                for worker in flushed {
+                    let _ = worker.await;
+                }
+                let _ = looked.await;
+            };
+            let _ = tokio::time::timeout(REFRESH_TIMEOUT, all).await;
+        })
+    }
+
     fn server_state(&self) -> ServerState {
         match self.state.load(Ordering::Relaxed) {
             0 if self.failing.load(Ordering::Relaxed) => ServerState::Draining,

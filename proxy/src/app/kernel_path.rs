@@ -139,8 +139,8 @@ impl KernelPath {
             return;
         }
         self.tables.set_asleep(true);
-        // One may have come meanwhile, and have woken nobody. (One that is still being written is read within a second:
-        // `Proxy::count_kernel_path`.)
+        // One may have come meanwhile, and have woken nobody. (One that is still being written is read at the next
+        // `Proxy::look`.)
         self.awake = self.journal.drain(&self.manager, ids) > 0;
         if self.awake {
             self.tables.set_asleep(false);
@@ -284,7 +284,7 @@ impl Proxy {
         }
     }
 
-    /// Brings stats up to date. Called once a second. `superseded`: the tables are a successor's.
+    /// Brings stats up to date. Called at each [`Proxy::look`]. `superseded`: the tables are a successor's.
     pub(super) fn count_kernel_path(&mut self, superseded: bool) {
         self.look_at_kernel_path();
         let Some(path) = &mut self.kernel_path else { return };

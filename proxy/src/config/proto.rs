@@ -21,6 +21,7 @@ mod walk;
 mod yaml;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use prost::{Message, Name};
 use prost_reflect::{DynamicMessage, ReflectMessage};
@@ -255,9 +256,9 @@ pub fn release_descriptors() -> bool {
     schema::release()
 }
 
-/// The same, once it has been called this often without anybody needing it in between.
-pub fn release_unused_descriptors(calls: u32) -> bool {
-    schema::release_unused(calls)
+/// The same, once nobody has needed them for a time. `since`: the time since the last call.
+pub fn release_unused_descriptors(since: Duration, kept: Duration) -> bool {
+    schema::release_unused(since, kept)
 }
 
 /// A message from the wire, and what is wrong with it.

@@ -14,7 +14,7 @@ pub enum Health {
     Broken,
 }
 
-/// Looks at an interception about once a second.
+/// Looks at an interception now and then.
 #[derive(Debug, Default)]
 pub struct Audit {
     last: Option<Health>,

@@ -120,12 +120,11 @@ impl<'a> Duplex<'a> {
         loop {
             let mut changed = false;
             for side in [Side::Downstream, Side::Upstream] {
-                match self.turn(side, TURN, cx) {
-                    Poll::Ready(Err(fault)) => match self.faulted(side, fault, cx) {
+                if let Err((from, fault)) = self.advance(side, cx) {
+                    match self.faulted(from, fault, cx) {
                         Some(outcome) => return Poll::Ready(outcome),
                         None => changed = true,
-                    },
-                    Poll::Ready(Ok(())) | Poll::Pending => {}
+                    }
                 }
             }
             if self.both_closed() && self.flush.is_none() {
@@ -173,7 +172,27 @@ impl<'a> Duplex<'a> {
         self.lanes[from as usize].half.phase()
     }
 
-    /// Moves bytes of one direction until it has to wait, has had its turn, or has ended.
+    /// Gives a direction its turn. A fault may be the other's.
+    fn advance(&mut self, from: Side, cx: &mut Context<'_>) -> Result<(), (Side, Fault)> {
+        if let Poll::Ready(Err(fault)) = self.turn(from, TURN, cx) {
+            return Err((from, fault));
+        }
+        if self.lane(from).half.next() == Step::Fin {
+            // The kernel tells of a reset once. If that was the send in the other direction, this end looks like a FIN.
+            let back = from.other();
+            uring::flush_sends();
+            if let Poll::Ready(Err(fault)) = self.turn(back, 0, cx) {
+                return Err((back, fault));
+            }
+            if let Poll::Ready(Err(fault)) = self.turn(from, TURN, cx) {
+                return Err((from, fault));
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves bytes of one direction until it has to wait, has had its turn, or has ended. The FIN waits while something is being sent
+    /// the other way.
     fn turn(&mut self, from: Side, budget: usize, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         self.with_turn(from, budget, |lane, turn| lane.run(turn, cx))
     }
@@ -197,6 +216,7 @@ impl<'a> Duplex<'a> {
             destination,
             budget,
             active: false,
+            answering: self.lanes[from.other() as usize].is_sending(),
         };
         let lane = &mut self.lanes[from as usize];
         let was_open = lane.half.phase() == Phase::Open;
@@ -227,7 +247,9 @@ impl<'a> Duplex<'a> {
             }
             Fault::Destination(error) => {
                 let cause = cause(side, &error);
-                if self.has_sent_fin(side, &error) {
+                // Writing to a side that has sent its FIN fails otherwise: an end that was read is that of the reset.
+                let no_fin = error.raw_os_error() == Some(libc::ECONNRESET);
+                if !no_fin && self.has_sent_fin(side, &error) {
                     self.flush(side, cause, false);
                     return None;
                 }
@@ -581,5 +603,36 @@ mod tests {
         client.read_exact(&mut answer).unwrap();
         assert_eq!(&answer, b"413 too large");
         assert_eq!(client.read(&mut answer).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    /// The kernel tells of a reset once. When a send was told, the next read finds an end as if by a FIN.
+    #[test]
+    fn a_reset_that_only_a_send_was_told_of_is_no_fin() {
+        let ((client, downstream), (mut server, upstream)) = (pair(), pair());
+        let mut client = Some(client);
+        let outcome = uring::start(uring::Engine::IoUring, async {
+            let (resources, counters, options) =
+                (Resources::default(), Counters::default(), Options::default());
+            let mut duplex = Duplex::new(&resources, [&downstream, &upstream], None, &options, &counters);
+            let mut timer = uring::time::sleep(Duration::ZERO);
+            poll_fn(|cx| {
+                if let Some(client) = client.take() {
+                    assert!(duplex.poll(&mut timer, cx).is_pending());
+                    server.write_all(b"unread").unwrap();
+                    uring::flush_sends(); // enters the ring
+                    assert!(duplex.poll(&mut timer, cx).is_pending());
+                    assert!(duplex.lane(Side::Upstream).is_sending());
+                    Socket::from(client).set_linger(Some(Duration::ZERO)).unwrap();
+                    uring::flush_sends();
+                    assert!(duplex.source(Side::Downstream).has_more());
+                }
+                duplex.poll(&mut timer, cx)
+            })
+            .await
+        })
+        .unwrap();
+        let (downstream, upstream) = (CloseType::RemoteReset, CloseType::LocalReset);
+        assert_eq!(outcome, Outcome { cause: Cause::Reset { by: Side::Downstream }, downstream, upstream });
+        assert_eq!(server.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 }

@@ -53,6 +53,8 @@ pub(super) struct Turn<'t, 'a> {
     pub(super) destination: &'t mut Source<&'a Socket>,
     pub(super) budget: usize,
     pub(super) active: bool,
+    /// Something is being sent the other way.
+    pub(super) answering: bool,
 }
 
 impl Turn<'_, '_> {
@@ -83,6 +85,7 @@ impl<'a> Lane<'a> {
             let step = self.half.next();
             match step {
                 Step::Done => return Poll::Ready(Ok(())),
+                Step::Fin if turn.answering => return Poll::Pending,
                 Step::Fin => {
                     // Fails only when the destination is gone already.
                     self.fin_failed = !socket::send_fin(turn.destination.fd());

@@ -1,5 +1,7 @@
 //! The same traffic over both paths leaves the same log and the same stats, but for what docs/kernel-path.md names.
 
+use std::io::{Read as _, Write as _};
+
 use anyhow::{Context as _, Result};
 use serde_json::json;
 use tidegate_tests::config::Config;
@@ -171,6 +173,41 @@ fn both_paths_leave_the_same_log() -> Result<()> {
             COUNTERS.iter().map(|counter| lab.proxy.stat(&stat(counter))).collect::<Result<Vec<_>>>()
         };
         assert_eq!(counted(1)?, counted(2)?, "{name}: {COUNTERS:?}");
+    }
+    Ok(())
+}
+
+/// What has happened before they are asked for is in them, whichever way it went.
+#[test]
+fn stats_are_of_the_moment() -> Result<()> {
+    let services = [("172.16.0.1:50001", "foo", "KERNEL"), ("172.16.0.2:50001", "bar", "PROXY")];
+    let config = services.iter().fold(Config::new(), |config, (service, cluster, mode)| {
+        config.service(service, cluster).cluster(cluster, &["10.9.0.1:80"], data_path(mode))
+    });
+    let lab = Lab::start(&config)?;
+    let _upstream = Upstream::echo(Some(lab.server.netns()), "10.9.0.1:80")?;
+    let mut open = Vec::new();
+    for count in 1..=3 {
+        for (service, cluster, mode) in services {
+            let mut stream = lab.client.connect(service)?;
+            stream.write_all(b"hello")?;
+            stream.read_exact(&mut [0; 5])?;
+            open.push(stream);
+            let stats = lab.proxy.admin().read("/stats")?.body;
+            let bytes = if mode == "PROXY" { 5 * count } else { 0 };
+            for (name, value) in [
+                ("upstream_cx_total", count),
+                ("upstream_cx_active", count),
+                ("upstream_cx_tx_bytes_total", bytes),
+                ("upstream_cx_rx_bytes_total", bytes),
+            ] {
+                let line = format!("cluster.{cluster}.{name}: {value}");
+                assert!(stats.lines().any(|it| it == line), "no {line}\n{stats}");
+            }
+            let clusters = lab.proxy.admin().read("/clusters")?.body;
+            let line = format!("{cluster}::10.9.0.1:80::cx_active::{count}");
+            assert!(clusters.lines().any(|it| it == line), "no {line}\n{clusters}");
+        }
     }
     Ok(())
 }

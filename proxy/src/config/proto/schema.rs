@@ -1,8 +1,9 @@
 //! What the loader needs to know about each message type, computed once per type.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+use std::time::Duration;
 
 use prost_reflect::{
     DynamicMessage, EnumValueDescriptor, ExtensionDescriptor, FieldDescriptor, MessageDescriptor,
@@ -73,8 +74,8 @@ pub(super) enum WellKnown {
 /// step.
 static CACHE: LazyLock<RwLock<HashMap<String, Arc<MessageSchema>>>> = LazyLock::new(Default::default);
 
-/// Calls of [`release_unused`] since a schema was asked for.
-static QUIET: AtomicU32 = AtomicU32::new(0);
+/// Milliseconds between calls of [`release_unused`] since a schema was asked for.
+static QUIET: AtomicU64 = AtomicU64::new(0);
 
 /// Forgets schemas and descriptors, some 10 MB. What needs them next makes them again. True if there were any.
 pub(super) fn release() -> bool {
@@ -82,9 +83,11 @@ pub(super) fn release() -> bool {
     tidegate_api::release_descriptors() || !schemas.is_empty()
 }
 
-/// The same, once it has been called this often without anybody needing a schema in between.
-pub(super) fn release_unused(calls: u32) -> bool {
-    QUIET.fetch_add(1, Ordering::Relaxed) + 1 >= calls && release()
+/// The same, once nobody has needed a schema for a time. `since`: the time since the last call.
+pub(super) fn release_unused(since: Duration, kept: Duration) -> bool {
+    let millis = since.as_millis() as u64;
+    let quiet = QUIET.fetch_add(millis, Ordering::Relaxed).saturating_add(millis);
+    u128::from(quiet) >= kept.as_millis() && release()
 }
 
 impl MessageSchema {
