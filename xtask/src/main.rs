@@ -58,6 +58,9 @@ fn main() -> ExitCode {
         Xtask::BuildEbpf(args) => args.run(),
         Xtask::GenApi(args) => args.run(),
     };
+    if root::is_child() {
+        root::give_back();
+    }
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

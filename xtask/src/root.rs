@@ -1,5 +1,6 @@
 //! Root, and cleaning up whatever happens.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -7,7 +8,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tidegate_tests::{run, tool};
+use tidegate_tests::{program, run, tool};
 
 /// Set for the process that sudo starts, so that it does not build as root.
 const CHILD: &str = "TIDEGATE_XTASK_CHILD";
@@ -34,6 +35,27 @@ pub(crate) fn become_root() -> Result<()> {
         .args(std::env::args_os().skip(1))
         .exec();
     Err(error).context("run sudo")
+}
+
+/// Directories in target/ that are written to under sudo.
+const WRITTEN_BY_ROOT: [&str; 4] = ["bench", "fuzz", "tmp", "tools"];
+
+/// Gives what root has made in target/ to whoever owns that, who could not remove it otherwise.
+pub(crate) fn give_back() {
+    let target = program::target();
+    let Ok(owner) = std::fs::metadata(&target) else { return };
+    if owner.uid() == 0 {
+        return;
+    }
+    let made = WRITTEN_BY_ROOT.map(|name| target.join(name)).into_iter().filter(|path| path.exists());
+    let given = tool::as_root("chown")
+        .args(["-R", "--no-dereference", "--from=root"])
+        .arg(format!("{}:{}", owner.uid(), owner.gid()))
+        .args(made)
+        .status();
+    if !given.is_ok_and(|status| status.success()) {
+        eprintln!("some of {} belongs to root now", target.display());
+    }
 }
 
 /// After SIGINT or SIGTERM: pass it on to the child that runs, remove everything that this process has made,

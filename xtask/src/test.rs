@@ -41,6 +41,8 @@ impl Test {
         let outcome = self.cargo_test();
         if nix::unistd::geteuid().is_root() {
             run::sweep()?;
+        } else {
+            root::give_back();
         }
         outcome
     }

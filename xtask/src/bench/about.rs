@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -84,16 +83,11 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Writes a file into target/bench and says so. It belongs to whoever owns target/: under sudo root makes it.
+/// Writes a file into target/bench.
 pub(super) fn write(name: &str, text: &str) -> Result<PathBuf> {
     let dir = program::target().join("bench");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let path = dir.join(name);
     fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
-    let owner = fs::metadata(program::target())?;
-    for path in [&dir, &path] {
-        chown(path, Some(owner.uid()), Some(owner.gid()))
-            .with_context(|| format!("chown {}", path.display()))?;
-    }
     Ok(path)
 }
