@@ -16,6 +16,7 @@ mod test;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tidegate_tests::run;
 
 /// The repository's commands.
 #[derive(Parser, Debug)]
@@ -37,6 +38,9 @@ enum Xtask {
     /// Compare what applications see of connections inside a node with and without acceleration from socket to socket
     /// (docs/same-node.md).
     SameNode(same_node::SameNode),
+    /// Remove the namespaces, cgroups, pins and processes that killed runs of these commands have left. (Each of them does so itself before
+    /// it begins.)
+    Sweep,
     /// Check licences, duplicate versions and sources of the dependencies.
     Deny(deny::Deny),
     /// Rebuild proxy-ebpf/prebuilt from source.
@@ -54,6 +58,7 @@ fn main() -> ExitCode {
         Xtask::Bench(args) => args.run(),
         Xtask::Soak(args) => args.run(),
         Xtask::SameNode(args) => args.run(),
+        Xtask::Sweep => root::become_root().and_then(|()| run::sweep()),
         Xtask::Deny(args) => args.run(),
         Xtask::BuildEbpf(args) => args.run(),
         Xtask::GenApi(args) => args.run(),

@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tidegate_tests::{program, run, tool};
@@ -66,11 +66,7 @@ pub(crate) fn clean_up_on_signals() -> Result<()> {
 
 /// As [`clean_up_on_signals`], with something that has to be done first.
 pub(crate) fn clean_up_on_signals_after(first: impl FnOnce() + Send + 'static) -> Result<()> {
-    let mut signals = signal_hook::iterator::Signals::new([
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-        signal_hook::consts::SIGHUP,
-    ])?;
+    let mut signals = signals()?;
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             let child = CHILD_PID.load(Ordering::Acquire);
@@ -84,6 +80,39 @@ pub(crate) fn clean_up_on_signals_after(first: impl FnOnce() + Send + 'static) -
     });
     Ok(())
 }
+
+/// For a process that has children and makes nothing itself: a signal is passed on to the child that runs, and that is all, so that
+/// what there is to be removed when it has ended is removed. A second one ends this process.
+pub(crate) fn pass_on_signals() -> Result<()> {
+    let mut signals = signals()?;
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
+            if SIGNAL.swap(signal, Ordering::AcqRel) != 0 {
+                std::process::exit(128 + signal);
+            }
+            let child = CHILD_PID.load(Ordering::Acquire);
+            // A terminal sends SIGINT to the child too, and two of them mean "at once".
+            if child > 0 && signal != signal_hook::consts::SIGINT {
+                let _ = kill(Pid::from_raw(child), Signal::SIGTERM);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Fails if a signal has come.
+pub(crate) fn not_interrupted() -> Result<()> {
+    ensure!(SIGNAL.load(Ordering::Acquire) == 0, "interrupted");
+    Ok(())
+}
+
+fn signals() -> Result<signal_hook::iterator::Signals> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    Ok(signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?)
+}
+
+/// The signal that [`pass_on_signals`] has passed on; 0: none.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
 /// The child to which signals are passed on; 0: none.
 static CHILD_PID: AtomicI32 = AtomicI32::new(0);

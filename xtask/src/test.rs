@@ -37,14 +37,11 @@ impl Test {
             tool::require(&[("podman", "podman"), ("runc", "runc")])?;
         }
         cargo::build(&["tidegate", "workload"])?;
-        root::clean_up_on_signals()?;
+        root::pass_on_signals()?;
         let outcome = self.cargo_test();
-        if nix::unistd::geteuid().is_root() {
-            run::sweep()?;
-        } else {
-            root::give_back();
-        }
-        outcome
+        sweep()?;
+        root::give_back();
+        root::not_interrupted().and(outcome)
     }
 
     fn cargo_test(&self) -> Result<()> {
@@ -69,11 +66,22 @@ impl Test {
             let mut docs = cargo::command();
             docs.args(["test", "--quiet", "--doc"]);
             passed = root::run_child(&mut docs)?.success();
+            root::not_interrupted()?;
         }
         passed &= root::run_child(&mut cargo)?.success();
         ensure!(passed, "some tests failed");
         Ok(())
     }
+}
+
+/// Removes what tests have left that were killed.
+fn sweep() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return run::sweep();
+    }
+    let status = tool::as_root(&std::env::current_exe()?.display().to_string()).arg("sweep").status()?;
+    ensure!(status.success(), "cargo xtask sweep: {status}");
+    Ok(())
 }
 
 /// Has cargo start test programs through sudo, so that what it builds stays the caller's.
