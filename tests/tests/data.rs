@@ -1,6 +1,6 @@
 //! Bytes, FIN and RST through the whole proxy, from a captured pod.
 
-use std::io::{ErrorKind, Read as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::json;
-use tidegate_tests::config::Config;
+use tidegate_tests::config::{Config, tcp_proxy};
+use tidegate_tests::network::Network;
 use tidegate_tests::node::{Node, Service, field};
+use tidegate_tests::proxy::Setup;
 use tidegate_tests::script::{
     End, GUARD, Pattern,
     Step::{Echo, Pause, Read, ReadSlowly, ReadToEnd, Reset, ShutdownWrite, WriteBytewise, WritePattern},
@@ -72,7 +74,6 @@ const FILL: u64 = 64 * MIB;
 
 /// Writes until nothing is taken any more, or until too much was; returns how much was taken.
 fn fill(mut stream: &TcpStream) -> u64 {
-    use std::io::Write;
     let chunk = vec![b'x'; 64 << 10];
     let mut accepted = 0;
     while accepted < FILL {
@@ -240,6 +241,38 @@ fn an_upstream_that_goes_silent_is_no_end_of_the_stream() -> Result<()> {
     for (name, expected) in
         [("destroy_remote_with_active_rq", 1), ("destroy_remote", 1), ("destroy_local", 0), ("destroy", 1)]
     {
+        proxy.wait_stat(&format!("cluster.foo.upstream_cx_{name}"), |value| value == expected)?;
+    }
+    Ok(())
+}
+
+/// A client that has gone without a word is no end of the stream for the upstream either.
+#[test]
+fn a_client_that_goes_silent_is_no_end_of_the_stream() -> Result<()> {
+    const ADDRESS: &str = "10.9.0.2:9000";
+    let keepalive = json!({"keepalive_probes": 1, "keepalive_time": 1, "keepalive_interval": 1});
+    let config = Config::new()
+        .listener(ADDRESS, json!({"tcp_keepalive": keepalive}), &tcp_proxy("foo", json!({})))
+        .cluster("foo", &[Service::ENDPOINT], json!({}));
+    let network = Network::new()?;
+    let client = network.pod("client", &["10.9.0.9"])?;
+    let gateway = network.pod("gateway", &["10.9.0.2"])?;
+    let server = network.pod("server", &["10.9.0.1"])?;
+    let upstream = Upstream::start(Some(server.netns()), Service::ENDPOINT, vec![Echo])?;
+    let proxy = Setup::new(&config.to_string()).netns(gateway.netns()).start()?;
+    let mut stream = client.connect(ADDRESS)?;
+    stream.set_read_timeout(Some(GUARD))?;
+    stream.write_all(b"x")?;
+    stream.read_exact(&mut [0])?;
+    client
+        .netns()
+        .nft("table inet gone { chain in { type filter hook input priority 0; policy drop; }\n}")?;
+    let served = upstream.served()?.transcript;
+    assert_eq!((served.received, served.end), (1, End::Reset));
+    let line = proxy.lines("access.log", "", 1)?.remove(0);
+    let closes = (field(&line, "flags"), field(&line, "dnclose"), field(&line, "upclose"));
+    assert_eq!(closes, ("-", "Normal", "Normal"), "{line}");
+    for (name, expected) in [("destroy_local", 1), ("destroy_remote", 0), ("destroy", 1)] {
         proxy.wait_stat(&format!("cluster.foo.upstream_cx_{name}"), |value| value == expected)?;
     }
     Ok(())

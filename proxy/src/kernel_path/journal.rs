@@ -97,10 +97,7 @@ impl Journal {
         let service = manager.service_at(event.service)?;
         let target = manager.target_at(event.cluster)?;
         let end = End::from_raw(event.end)?;
-        let mut record = record(event, end, service, target, clock, ids);
-        if let Some(reason) = self.reasons.take(event) {
-            record.note_loss(reason.name());
-        }
+        let reason = self.reasons.take(event);
         let plan = &service.plan;
         let lasted = millis(event.ended_ns, event.started_ns);
         plan.listener.stats.downstream_cx_length_ms().record(lasted);
@@ -115,6 +112,13 @@ impl Journal {
         // 0: nothing was ever acknowledged.
         if event.srtt_us != 0 {
             target.tcp_stats.cx_rtt_us().record(event.srtt_us.into());
+        }
+        if plan.proxy.access_log.is_empty() && plan.listener.access_log.is_empty() {
+            return Some(());
+        }
+        let mut record = record(event, end, service, target, clock, ids);
+        if let Some(reason) = reason {
+            record.note_loss(reason.name());
         }
         plan.proxy.access_log.write(&record, LogType::TcpConnectionEnd);
         plan.listener.access_log.write(&record, LogType::NotSet);
