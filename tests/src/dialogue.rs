@@ -123,7 +123,7 @@ impl Dialogue {
         let rng = &mut rng;
         let mut peers = [Peer::random(rng), Peer::random(rng)];
         // A tiny window lets a few hundred bytes through at a time.
-        let most = [most(peers[1]), most(peers[0])];
+        let most = [most(peers[0], peers[1]), most(peers[1], peers[0])];
         let mut fins = [false; 2];
         let phases = (0..rng.usize(1..4))
             .map(|number| {
@@ -261,11 +261,12 @@ impl Peer {
     }
 }
 
-/// The longest write to this peer, in bytes.
-fn most(to: Peer) -> usize {
-    match to.receive_buffer {
-        Some(..4096) => 2_000,
-        Some(..65_536) => 60_000,
+/// The longest write from one peer to the other, in bytes.
+fn most(from: Peer, to: Peer) -> usize {
+    match (from.send_buffer, to.receive_buffer) {
+        (_, Some(..4096)) => 2_000,
+        // Little is on its way at a time, and each time the kernel may put off the acknowledgement for 40 ms.
+        (Some(..4096), _) | (_, Some(..65_536)) => 60_000,
         _ => 1_500_000,
     }
 }
