@@ -291,3 +291,36 @@ fn dropping_the_pump_closes_both_sides() {
         join(pump);
     }
 }
+
+/// Small messages each way, and one side resets in the middle of them. The other is told by its next read or write.
+#[test]
+fn a_reset_amid_small_messages_is_no_fin() {
+    for (spec, times) in
+        Spec::all().into_iter().map(|spec| (spec.clone(), if spec.mode == Mode::Adaptive { 100 } else { 10 }))
+    {
+        let name = spec.name();
+        for (time, by) in (0..times).flat_map(|time| [(time, Side::Downstream), (time, Side::Upstream)]) {
+            let Rig { client, server, pump, .. } = spec.clone().start();
+            let (mut resetting, mut other) =
+                if by == Side::Downstream { (client, server) } else { (server, client) };
+            let mut writer = other.try_clone().unwrap();
+            let writing = std::thread::spawn(move || {
+                loop {
+                    if let Err(error) = writer.write_all(b"tick") {
+                        return error.kind();
+                    }
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+            });
+            for _ in 0..=time % 5 {
+                resetting.read_exact(&mut [0; 4]).unwrap();
+                resetting.write_all(b"tock").unwrap();
+            }
+            abort(resetting);
+            let (_, end) = read_all(&mut other);
+            let told = [end.err().map(|error| error.kind()), Some(join(writing))];
+            assert!(told.contains(&Some(io::ErrorKind::ConnectionReset)), "{name}: {told:?}");
+            assert_eq!(join(pump).outcome.cause, Cause::Reset { by }, "{name}");
+        }
+    }
+}
