@@ -28,9 +28,11 @@ pub(crate) fn become_root() -> Result<()> {
     }
     eprintln!("network namespaces and eBPF need root: going on under sudo");
     let error = Command::new("sudo")
-        .arg("--preserve-env=PATH,HOME,CARGO,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR,CARGO_MANIFEST_DIR")
+        .arg("--preserve-env=HOME,CARGO,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR,CARGO_MANIFEST_DIR")
         .arg("env")
         .arg(format!("{CHILD}=1"))
+        // A plain user's often lacks them; sudo's own would lack cargo.
+        .arg(format!("PATH={}:/usr/local/sbin:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()))
         .arg(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
         .exec();
