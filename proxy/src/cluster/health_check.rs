@@ -1,10 +1,11 @@
-//! Active health checks over TCP: the main thread connects to every host of a cluster now and then.
+//! Active health checks over TCP and HTTP: the main thread connects to every host of a cluster now and then.
 //!
 //! Hosts begin as failed, so that nothing is sent to a host that was never seen alive; the first success is enough. What was
 //! found stays with the host, so that a new version of the cluster does not begin from nothing: hosts that are in use
 //! stay so until a check of the new version fails.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,16 +21,17 @@ use super::endpoint::Endpoint;
 use super::host::{HealthFlag, Host};
 use crate::access_log::EventFile;
 use crate::config::endpoint::Locality;
-use crate::config::health_check::{EndpointHealthCheck, HealthCheck};
+use crate::config::health_check::{Check, EndpointHealthCheck, HealthCheck, HttpHealthCheck, TcpHealthCheck};
 use crate::stats::HealthCheckStats;
 
 mod event;
+mod http;
 mod judgement;
 mod tcp;
 
-use event::Action;
+use event::{Action, Failure, Subject};
+use http::Verdict;
 use judgement::{Judgement, Transition};
-use tcp::Connection;
 pub use tcp::MarkOwn;
 
 /// Active health checks of one cluster.
@@ -182,14 +184,22 @@ struct Session {
     judgement: Judgement,
     /// It counts in `health_check.healthy`.
     counted: bool,
+    /// It counts in `health_check.degraded`.
+    counted_degraded: bool,
     rng: Rng,
 }
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    Passed,
-    Failed { timed_out: bool },
+    Passed { degraded: bool },
+    Failed(Failure),
+}
+
+/// What serves several checks.
+enum Connection {
+    Tcp(tcp::Connection),
+    Http(http::Connection),
 }
 
 impl Session {
@@ -210,9 +220,11 @@ impl Session {
             surroundings: surroundings.clone(),
             judgement: Judgement::new(failed),
             counted: false,
+            counted_degraded: false,
             rng: Rng::new(),
         };
         this.count(!failed);
+        this.count_degraded(this.host.has(HealthFlag::DegradedActive));
         this
     }
 
@@ -243,49 +255,109 @@ impl Session {
             checks.stats.attempt().inc();
         }
         let check = async {
-            if connection.is_none() {
-                let opened = Connection::open(self.target, &config.tcp, &self.surroundings.mark_own).await?;
-                *connection = Some(opened);
-            }
-            match connection {
-                Some(connection) if !config.tcp.receive.is_empty() => connection.ask(&config.tcp).await,
-                _ => Ok(()),
+            match &config.check {
+                Check::Tcp(check) => self.check_tcp(check, connection).await,
+                Check::Http(check) => self.check_http(check, connection).await,
             }
         };
         let outcome = match timeout(config.timeout, check).await {
-            Ok(Ok(())) => Outcome::Passed,
-            Ok(Err(_)) => Outcome::Failed { timed_out: false },
-            Err(_) => Outcome::Failed { timed_out: true },
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Outcome::Failed(Failure::Network),
+            Err(_) => Outcome::Failed(Failure::Timeout),
         };
-        if outcome != Outcome::Passed || !config.reuse_connection || config.tcp.receive.is_empty() {
+        let answered = !matches!(outcome, Outcome::Failed(Failure::Network | Failure::Timeout));
+        let silent = matches!(&config.check, Check::Tcp(check) if check.receive.is_empty());
+        if !answered || !config.reuse_connection || silent {
             *connection = None;
         }
         outcome
     }
 
+    async fn check_tcp(
+        &self,
+        check: &TcpHealthCheck,
+        connection: &mut Option<Connection>,
+    ) -> io::Result<Outcome> {
+        let kept = match connection.take() {
+            Some(Connection::Tcp(kept)) => Some(kept),
+            _ => None,
+        };
+        let mut tcp = match kept {
+            Some(kept) => kept,
+            None => tcp::Connection::open(self.target, check, &self.surroundings.mark_own).await?,
+        };
+        if !check.receive.is_empty() {
+            tcp.ask(check).await?;
+        }
+        *connection = Some(Connection::Tcp(tcp));
+        Ok(Outcome::Passed { degraded: false })
+    }
+
+    async fn check_http(
+        &self,
+        check: &HttpHealthCheck,
+        connection: &mut Option<Connection>,
+    ) -> io::Result<Outcome> {
+        let mut kept = match connection.take() {
+            Some(Connection::Http(kept)) => Some(kept),
+            _ => None,
+        };
+        // That the server has closed it between two checks is no failure, as in Envoy.
+        if let Some(http) = &mut kept
+            && !http.is_ready().await
+        {
+            kept = None;
+        }
+        let mut http = match kept {
+            Some(kept) => kept,
+            None => http::Connection::open(self.target, check, &self.surroundings.mark_own).await?,
+        };
+        let verdict = http.ask(check, self.cluster.name()).await?;
+        *connection = Some(Connection::Http(http));
+        if check.service_name.is_some()
+            && let Some(checks) = self.cluster.health_check()
+        {
+            checks.stats.verify_cluster().inc();
+        }
+        Ok(match verdict {
+            Verdict::Healthy { degraded } => Outcome::Passed { degraded },
+            Verdict::Unhealthy(failure) => Outcome::Failed(failure),
+        })
+    }
+
     /// Takes note of a result. Returns the time until the next check.
     fn judge(&mut self, config: &HealthCheck, outcome: Outcome) -> Duration {
         let first = self.judgement.first;
-        let (passed, transition) = match outcome {
-            Outcome::Passed => (true, self.judgement.passed(config.healthy_threshold)),
-            Outcome::Failed { .. } => (false, self.judgement.failed(config.unhealthy_threshold)),
+        let transition = match outcome {
+            Outcome::Passed { .. } => self.judgement.passed(config.healthy_threshold),
+            Outcome::Failed(failure) => {
+                let at_once = matches!(failure, Failure::Active { at_once: true, .. });
+                self.judgement.failed(config.unhealthy_threshold, at_once)
+            }
         };
-        let timed_out = outcome == Outcome::Failed { timed_out: true };
-        self.log(config, passed, timed_out, first, transition);
+        self.log(config, outcome, first, transition);
         let failed = self.judgement.failed;
         let flags = self.host.health_flags();
         self.host.set_health_flag(HealthFlag::FailedActive, failed);
+        let timed_out = outcome == Outcome::Failed(Failure::Timeout);
         self.host.set_health_flag(HealthFlag::ActiveTimeout, failed && timed_out);
         self.host.set_health_flag(HealthFlag::PendingActive, false);
         self.host.set_health_flag(HealthFlag::Checked, true);
+        if let Outcome::Passed { degraded } = outcome {
+            self.host.set_health_flag(HealthFlag::DegradedActive, degraded);
+            self.count_degraded(degraded);
+        }
         self.count(!failed);
-        let counts = HealthFlag::FailedActive as u32 | HealthFlag::PendingActive as u32;
+        let counts = HealthFlag::FailedActive as u32
+            | HealthFlag::PendingActive as u32
+            | HealthFlag::DegradedActive as u32;
         if (flags ^ self.host.health_flags()) & counts != 0 {
             if let Some(checks) = self.cluster.health_check() {
                 checks.dirty.store(true, Relaxed);
             }
             self.wake();
         }
+        let passed = matches!(outcome, Outcome::Passed { .. });
         if passed
             && !failed
             && let Some(outlier) = self.cluster.outlier()
@@ -310,29 +382,56 @@ impl Session {
         }
     }
 
-    fn log(&self, config: &HealthCheck, passed: bool, timed_out: bool, first: bool, transition: Transition) {
+    fn count_degraded(&mut self, degraded: bool) {
+        if std::mem::replace(&mut self.counted_degraded, degraded) == degraded {
+            return;
+        }
+        let Some(checks) = self.cluster.health_check() else { return };
+        // Only the main thread changes it.
+        let count = checks.stats.degraded().value();
+        checks.stats.degraded().set(if degraded { count + 1 } else { count.saturating_sub(1) });
+    }
+
+    /// Before the host's flags change.
+    fn log(&self, config: &HealthCheck, outcome: Outcome, first: bool, transition: Transition) {
         let Some(checks) = self.cluster.health_check() else { return };
         let changed = transition == Transition::Changed;
-        if passed {
-            checks.stats.success().inc();
-            self.write(changed.then_some(Action::AddHealthy { first }));
-            self.write(config.always_log_success.then_some(Action::Success));
-        } else {
-            checks.stats.failure().inc();
-            checks.stats.network_failure().inc();
-            self.write(changed.then_some(Action::Eject { timed_out }));
-            let logs = first || config.always_log_failures;
-            self.write(logs.then_some(Action::Failure { timed_out, first }));
+        match outcome {
+            Outcome::Passed { degraded } => {
+                checks.stats.success().inc();
+                self.write(config, changed.then_some(Action::AddHealthy { first }));
+                let was_degraded = self.host.has(HealthFlag::DegradedActive);
+                self.write(config, (degraded && !was_degraded).then_some(Action::Degraded));
+                self.write(config, (was_degraded && !degraded).then_some(Action::NoLongerDegraded));
+                self.write(config, config.always_log_success.then_some(Action::Success));
+            }
+            Outcome::Failed(failure) => {
+                checks.stats.failure().inc();
+                if !matches!(failure, Failure::Active { .. }) {
+                    checks.stats.network_failure().inc();
+                }
+                self.write(config, changed.then_some(Action::Eject(failure)));
+                let logs = first || config.always_log_failures;
+                self.write(config, logs.then_some(Action::Failure { failure, first }));
+            }
         }
     }
 
-    fn write(&self, action: Option<Action>) {
+    fn write(&self, config: &HealthCheck, action: Option<Action>) {
         let Some(action) = action else { return };
         let cluster = self.cluster.name();
         tracing::debug!(%cluster, host = %self.host.address(), ?action, "health check");
+        let subject = Subject {
+            checker: match config.check {
+                Check::Tcp(_) => "TCP",
+                Check::Http(_) => "HTTP",
+            },
+            cluster,
+            host: self.host.address().ip().unwrap_or(self.target),
+            locality: &self.locality,
+        };
         for events in &self.surroundings.events {
-            let address = self.host.address().ip().unwrap_or(self.target);
-            events.write_line(&event::json(SystemTime::now(), cluster, address, &self.locality, action));
+            events.write_line(&event::json(SystemTime::now(), &subject, action));
         }
     }
 }
@@ -340,22 +439,23 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.count(false);
+        self.count_degraded(false);
     }
 }
 
-/// Waits between two checks. What comes meanwhile on a connection that is kept is a result too, as in Envoy.
+/// Waits between two checks. What comes meanwhile on a TCP connection that is kept is a result too, as in Envoy.
 async fn idle(config: &HealthCheck, connection: &mut Option<Connection>, wait: Duration) -> Option<Outcome> {
     let deadline = Instant::now() + wait;
-    let Some(kept) = connection else {
+    let (Some(Connection::Tcp(kept)), Check::Tcp(check)) = (&mut *connection, &config.check) else {
         tokio::time::sleep_until(deadline).await;
         return None;
     };
-    match timeout_at(deadline, kept.answer(&config.tcp)).await {
+    match timeout_at(deadline, kept.answer(check)).await {
         Err(_) => None,
-        Ok(Ok(())) => Some(Outcome::Passed),
+        Ok(Ok(())) => Some(Outcome::Passed { degraded: false }),
         Ok(Err(_)) => {
             *connection = None;
-            Some(Outcome::Failed { timed_out: false })
+            Some(Outcome::Failed(Failure::Network))
         }
     }
 }

@@ -1,11 +1,17 @@
-//! `envoy.config.core.v3.HealthCheck` with a `tcp_health_check`.
+//! `envoy.config.core.v3.HealthCheck` with a `tcp_health_check` or an `http_health_check`.
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::USER_AGENT;
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method};
+
 use super::runtime::Runtime;
+use super::tls::StringMatch;
 
 /// Active health checks with every default applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +39,73 @@ pub struct HealthCheck {
     /// (`ignore_health_on_host_removal`).
     pub remove_healthy_hosts: bool,
     /// What is sent and expected.
-    pub tcp: TcpHealthCheck,
+    pub check: Check,
+}
+
+/// What a check does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// `tcp_health_check`
+    Tcp(TcpHealthCheck),
+    /// `http_health_check`
+    Http(Box<HttpHealthCheck>),
+}
+
+/// What `http_health_check` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpHealthCheck {
+    /// Default GET.
+    pub method: Method,
+    /// With its query, if it has one.
+    pub path: PathAndQuery,
+    /// `Host`, or `:authority`. None: the cluster's name.
+    pub host: Option<HeaderValue>,
+    /// Every other header of the request.
+    pub headers: HeaderMap,
+    /// Its body, if it is not empty.
+    pub send: Vec<u8>,
+    /// `codec_client_type: HTTP2`, without TLS. Default false.
+    pub http2: bool,
+    /// Statuses that are a success. Empty: 200.
+    pub expected: Vec<Range<u16>>,
+    /// Other statuses after which an endpoint is unhealthy only at the threshold, and not at once.
+    pub retriable: Vec<Range<u16>>,
+    /// Blocks that the body has to have in this order, with anything between them.
+    pub receive: Vec<Vec<u8>>,
+    /// Where in the body they are looked for: in its first bytes. None: in all of it.
+    pub response_buffer_size: Option<usize>,
+    /// What `x-envoy-upstream-healthchecked-cluster` of the response has to be.
+    pub service_name: Option<ServiceName>,
+}
+
+impl HttpHealthCheck {
+    /// GET, and every default.
+    pub fn get(path: PathAndQuery) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(USER_AGENT, HeaderValue::from_static("Envoy/HC"));
+        Self {
+            method: Method::GET,
+            path,
+            host: None,
+            headers,
+            send: Vec::new(),
+            http2: false,
+            expected: Vec::new(),
+            retriable: Vec::new(),
+            receive: Vec::new(),
+            response_buffer_size: Some(1024),
+            service_name: None,
+        }
+    }
+}
+
+/// `service_name_matcher`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceName {
+    /// What it has to be.
+    pub pattern: StringMatch,
+    /// Case does not count.
+    pub ignore_case: bool,
 }
 
 /// What `tcp_health_check` says.

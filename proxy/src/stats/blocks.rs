@@ -185,11 +185,12 @@ stats_block! {
         failure = "health_check.failure",
         network_failure = "health_check.network_failure",
         success = "health_check.success",
+        verify_cluster = "health_check.verify_cluster",
     }
-    shared_gauges { healthy = "health_check.healthy" }
-    // Only HTTP has these.
-    zero_counters { "health_check.passive_failure", "health_check.verify_cluster" }
-    zero_gauges { "health_check.degraded" }
+    shared_gauges { degraded = "health_check.degraded", healthy = "health_check.healthy" }
+    // Only a HTTP filter of Envoy's makes some.
+    zero_counters { "health_check.passive_failure" }
+    zero_gauges {}
 }
 
 stats_block! {

@@ -11,6 +11,7 @@ use tidegate::config::cluster::{Discovery, LbPolicy};
 use tidegate::config::config_source::{ApiSource, ConfigSource, Protocol, Source};
 use tidegate::config::endpoint::EndpointAddress;
 use tidegate::config::filter_chain::Terminal;
+use tidegate::config::health_check::Check;
 use tidegate::config::listener::{ListenerFilter, TrafficDirection};
 use tidegate::config::proto::Source as Text;
 use tidegate::config::tcp_proxy::ClusterChoice;
@@ -242,11 +243,13 @@ fn health() {
     assert_eq!((detection.consecutive_5xx, detection.max_ejection_percent), (3, 50));
     let check = cluster.health_check.as_ref().unwrap();
     assert_eq!((check.timeout, check.intervals.no_traffic), (seconds(1), seconds(5)));
-    assert_eq!(check.tcp.send, b"PING\r\n");
-    assert_eq!(check.tcp.receive, [b"+PONG".to_vec()]);
+    let Check::Tcp(tcp) = &check.check else { panic!("{check:?}") };
+    assert_eq!((&tcp.send[..], &tcp.receive[..]), (&b"PING\r\n"[..], &[b"+PONG".to_vec()][..]));
     let endpoints = &cluster.load_assignment.localities[0].endpoints;
     let port = endpoints.iter().map(|it| it.health_check.as_ref().map(|it| it.port)).collect::<Vec<_>>();
     assert_eq!(port, [None, Some(16380)]);
+    let web = loaded.bootstrap.clusters[1].health_check.as_ref().unwrap();
+    assert!(matches!(&web.check, Check::Http(check) if check.path == "/healthz"), "{web:?}");
 }
 
 #[test]

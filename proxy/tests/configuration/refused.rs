@@ -631,6 +631,54 @@ fn health_checks_that_can_not_be() {
         &format!("{path}.receive[1].text"),
         "invalid hex string 'x'",
     );
+    let path = format!("{C}.health_checks[0].http_health_check");
+    let header = |key: &str, value: &str| json!({"request_headers_to_add": [{"header": {"key": key, "value": value}}]});
+    for (fields, field, reason) in [
+        (json!({"path": "a b"}), "path", "\"a b\" is not a path"),
+        (json!({"method": "CONNECT"}), "method", "must not be 6"),
+        (
+            json!({"codec_client_type": "HTTP3"}),
+            "codec_client_type",
+            "HTTP/3 is not supported; use HTTP1 or HTTP2",
+        ),
+        (
+            json!({"codec_client_type": "HTTP2", "host": "a b"}),
+            "host",
+            "\"a b\" can't be sent as the host (it is the cluster's name by default)",
+        ),
+        (
+            json!({"expected_statuses": [{"start": 300, "end": 300}]}),
+            "expected_statuses[0]",
+            "no range of statuses: 300 to below 300; they are 100 to below 600",
+        ),
+        (
+            json!({"retriable_statuses": [{"start": 500, "end": 700}]}),
+            "retriable_statuses[0]",
+            "no range of statuses: 500 to below 700; they are 100 to below 600",
+        ),
+        (
+            header("host", "a"),
+            "request_headers_to_add[0].header.key",
+            "\"host\" is not a header that can be added",
+        ),
+        (
+            header("x-a", "%START_TIME%"),
+            "request_headers_to_add[0].header.value",
+            "command operators (%…%) are not supported here in this version; write the value itself",
+        ),
+        (
+            json!({"service_name_matcher": {"safe_regex": {"regex": "a"}}}),
+            "service_name_matcher",
+            "not supported in this version; use exact, prefix, suffix or contains",
+        ),
+    ] {
+        let check = with(json!({"path": "/"}), fields);
+        refused(
+            &bootstrap(vec![], vec![checked(json!({"http_health_check": check}))]),
+            &format!("{path}.{field}"),
+            reason,
+        );
+    }
     let one = checked(json!({"tcp_health_check": {}}))["health_checks"][0].clone();
     refused(
         &bootstrap(vec![], vec![with(cluster("c"), json!({"health_checks": [one, one]}))]),

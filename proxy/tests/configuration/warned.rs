@@ -6,11 +6,12 @@ use tidegate::config::cluster::{
     ClusterHashPolicy, ConsistentHashing, HashFunction, LbPolicy, Maglev, RingHash, Thresholds,
 };
 use tidegate::config::filter_chain::Terminal;
-use tidegate::config::health_check::ProxyProtocol;
+use tidegate::config::health_check::{Check, HttpHealthCheck, ProxyProtocol, ServiceName, TcpHealthCheck};
 use tidegate::config::listener::{Cidr, ListenerFilter};
 use tidegate::config::outlier::OutlierDetection;
 use tidegate::config::route::HttpRouting;
 use tidegate::config::tcp_proxy::ClusterChoice;
+use tidegate::config::tls::StringMatch;
 
 use super::build::*;
 
@@ -425,23 +426,79 @@ fn tcp_health_checks_have_envoys_defaults() {
         (seconds(2), seconds(5), seconds(5), seconds(2))
     );
     assert_eq!((it.no_traffic, it.no_traffic_healthy), (seconds(7), seconds(7)));
-    assert_eq!((check.tcp.send, check.tcp.receive), (vec![0, 1], vec![vec![0, 255]]));
-    assert_eq!(check.tcp.proxy_protocol, Some(ProxyProtocol::V2));
+    let tcp = TcpHealthCheck {
+        send: vec![0, 1],
+        receive: vec![vec![0, 255]],
+        proxy_protocol: Some(ProxyProtocol::V2),
+    };
+    assert_eq!(check.check, Check::Tcp(tcp));
     assert_eq!(check.event_logs, [std::path::PathBuf::from("/b")]);
     assert!(!check.reuse_connection && check.ignore_new_hosts && check.remove_healthy_hosts);
 }
 
 #[test]
+fn http_health_checks_have_envoys_defaults() {
+    let of = |check: Value| {
+        let bootstrap = checked(json!({"http_health_check": check}), json!({}));
+        warned(&bootstrap, &[]);
+        let check = load_json(&bootstrap).unwrap().bootstrap.clusters[0].health_check.clone().unwrap();
+        let Check::Http(http) = check.check else { panic!("{check:?}") };
+        *http
+    };
+    let path = |path: &str| path.parse().unwrap();
+    assert_eq!(of(json!({"path": "/healthz?a=b"})), HttpHealthCheck::get(path("/healthz?a=b")));
+    let http = of(json!({
+        "path": "/",
+        "host": "h.example",
+        "method": "POST",
+        "send": {"text": "4142"},
+        "receive": [{"text": "43"}],
+        "response_buffer_size": 0,
+        "expected_statuses": [{"start": 200, "end": 300}],
+        "retriable_statuses": [{"start": 500, "end": 600}],
+        "codec_client_type": "HTTP2",
+        "service_name_matcher": {"prefix": "x", "ignore_case": true},
+        "request_headers_to_remove": ["user-agent"],
+        "request_headers_to_add": [
+            {"header": {"key": "x-a", "value": "1"}},
+            {"header": {"key": "X-A", "value": "2"}},
+            {"header": {"key": "x-a", "value": "3"}, "append_action": "ADD_IF_ABSENT"},
+            {"header": {"key": "x-b", "value": "4"}, "append_action": "OVERWRITE_IF_EXISTS"},
+            {"header": {"key": "x-c", "value": ""}},
+            {"header": {"key": "x-d", "value": ""}, "keep_empty_value": true},
+            {"header": {"key": "x-e", "value": "5"}},
+            {"header": {"key": "x-e", "value": "6"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"},
+        ],
+    }));
+    let headers: Vec<_> =
+        http.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+    assert_eq!(headers, [("x-a", "1"), ("x-a", "2"), ("x-d", ""), ("x-e", "6")]);
+    let pattern = StringMatch::Prefix("x".into());
+    let expected = HttpHealthCheck {
+        method: "POST".parse().unwrap(),
+        host: Some("h.example".parse().unwrap()),
+        headers: http.headers.clone(),
+        send: b"AB".to_vec(),
+        http2: true,
+        expected: std::iter::once(200..300).collect(),
+        retriable: std::iter::once(500..600).collect(),
+        receive: vec![b"C".to_vec()],
+        response_buffer_size: None,
+        service_name: Some(ServiceName { pattern, ignore_case: true }),
+        ..HttpHealthCheck::get(path("/"))
+    };
+    assert_eq!(http, expected);
+}
+
+#[test]
 fn health_checks_that_nobody_makes() {
     let path = "static_resources.clusters[0].health_checks[0]";
-    for (kind, fields) in [("http_health_check", json!({"path": "/"})), ("grpc_health_check", json!({}))] {
-        warned(
-            &checked(json!({kind: fields}), json!({})),
-            &[&format!(
-                "{path}.{kind}: parsed, not active in this version: endpoints are not checked; tcp_health_check is"
-            )],
-        );
-    }
+    warned(
+        &checked(json!({"grpc_health_check": {}}), json!({})),
+        &[&format!(
+            "{path}.grpc_health_check: parsed, not active in this version: endpoints are not checked; tcp_health_check and http_health_check are"
+        )],
+    );
     let by_clients =
         json!({"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "load_assignment": null});
     warned(

@@ -51,16 +51,18 @@ impl Judgement {
         Transition::Changed
     }
 
-    /// A check failed.
-    pub(super) fn failed(&mut self, unhealthy_threshold: u32) -> Transition {
+    /// A check failed. `at_once`: that is enough, whatever the threshold.
+    pub(super) fn failed(&mut self, unhealthy_threshold: u32, at_once: bool) -> Transition {
         self.passes = 0;
         self.first = false;
         if self.failed {
             return Transition::Unchanged;
         }
-        self.failures = self.failures.saturating_add(1);
-        if self.failures != unhealthy_threshold {
-            return Transition::Pending;
+        if !at_once {
+            self.failures = self.failures.saturating_add(1);
+            if self.failures != unhealthy_threshold {
+                return Transition::Pending;
+            }
         }
         self.failed = true;
         Transition::Changed
@@ -144,13 +146,13 @@ mod tests {
         let mut judgement = Judgement::new(true);
         assert_eq!(judgement.passed(3), Transition::Changed);
         assert_eq!(judgement.passed(3), Transition::Unchanged);
-        assert_eq!(judgement.failed(2), Transition::Pending);
+        assert_eq!(judgement.failed(2, false), Transition::Pending);
         assert_eq!(judgement.passed(3), Transition::Unchanged);
-        assert_eq!(judgement.failed(2), Transition::Pending);
-        assert_eq!(judgement.failed(2), Transition::Changed);
+        assert_eq!(judgement.failed(2, false), Transition::Pending);
+        assert_eq!(judgement.failed(2, false), Transition::Changed);
         assert!(judgement.failed);
         let results = [true, true, false, true, true, true]
-            .map(|passed| if passed { judgement.passed(3) } else { judgement.failed(2) });
+            .map(|passed| if passed { judgement.passed(3) } else { judgement.failed(2, false) });
         use Transition::{Changed, Pending, Unchanged};
         assert_eq!(results, [Pending, Pending, Unchanged, Pending, Pending, Changed]);
         assert!(!judgement.failed);
@@ -159,9 +161,18 @@ mod tests {
     #[test]
     fn a_new_host_that_fails_stays_unhealthy() {
         let mut judgement = Judgement::new(true);
-        assert_eq!(judgement.failed(3), Transition::Unchanged);
+        assert_eq!(judgement.failed(3, false), Transition::Unchanged);
         assert!(judgement.failed && !judgement.first);
         assert_eq!(judgement.passed(2), Transition::Pending);
+    }
+
+    #[test]
+    fn one_failure_may_be_enough() {
+        let mut judgement = Judgement::new(false);
+        assert_eq!(judgement.failed(3, false), Transition::Pending);
+        assert_eq!(judgement.failed(3, true), Transition::Changed);
+        assert_eq!(judgement.failed(3, true), Transition::Unchanged);
+        assert!(judgement.failed);
     }
 
     #[test]
@@ -220,7 +231,7 @@ mod tests {
                     (failed, row) = (!passed, 0);
                 }
                 let transition =
-                    if passed { judgement.passed(healthy) } else { judgement.failed(unhealthy) };
+                    if passed { judgement.passed(healthy) } else { judgement.failed(unhealthy, false) };
                 prop_assert_eq!(judgement.failed, failed, "at {}: {:?}", at, results);
                 prop_assert_eq!(transition == Transition::Pending, row > 0);
             }

@@ -16,7 +16,7 @@ pub type MarkOwn = Arc<dyn Fn(&Socket) -> io::Result<()> + Send + Sync>;
 
 /// What is kept of an answer in which the expected blocks have not come yet. A server that talks on and on about
 /// something else must not fill our memory.
-const MAX_UNMATCHED: usize = 1 << 20;
+pub(super) const MAX_UNMATCHED: usize = 1 << 20;
 
 /// A connection that checks one host, perhaps several times.
 #[derive(Debug)]
@@ -32,17 +32,7 @@ impl Connection {
         check: &TcpHealthCheck,
         mark_own: &MarkOwn,
     ) -> io::Result<Self> {
-        let socket = socket::stream(target, &StreamOptions::default()).map_err(|error| error.source)?;
-        mark_own(&socket)?;
-        let connected = socket::connect(&socket, &SockAddr::from(target))?;
-        let stream = TcpStream::from_std(socket.into())?;
-        if !connected {
-            stream.writable().await?;
-        }
-        if let Some(error) = stream.take_error()? {
-            return Err(error);
-        }
-        let mut this = Self { stream, unmatched: Vec::new() };
+        let mut this = Self { stream: connect(target, mark_own).await?, unmatched: Vec::new() };
         if let Some(version) = check.proxy_protocol.filter(|_| !check.receive.is_empty()) {
             let header = header(version, this.stream.local_addr()?, target);
             this.stream.write_all(&header).await?;
@@ -73,8 +63,23 @@ impl Connection {
     }
 }
 
+/// Connects to an endpoint, past all interception.
+pub(super) async fn connect(target: SocketAddr, mark_own: &MarkOwn) -> io::Result<TcpStream> {
+    let socket = socket::stream(target, &StreamOptions::default()).map_err(|error| error.source)?;
+    mark_own(&socket)?;
+    let connected = socket::connect(&socket, &SockAddr::from(target))?;
+    let stream = TcpStream::from_std(socket.into())?;
+    if !connected {
+        stream.writable().await?;
+    }
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
+    }
+}
+
 /// Whether all blocks come in this order, one after the end of the other.
-fn contains(data: &[u8], blocks: &[Vec<u8>]) -> bool {
+pub(super) fn contains(data: &[u8], blocks: &[Vec<u8>]) -> bool {
     let mut rest = data;
     blocks.iter().all(|block| match find(rest, block) {
         Some(end) => {

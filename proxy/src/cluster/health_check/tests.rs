@@ -1,6 +1,11 @@
 use std::net::TcpListener as StdListener;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response, server::conn as server};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -9,7 +14,7 @@ use super::super::tests::config as cluster_config;
 use super::*;
 use crate::config::cluster::Discovery;
 use crate::config::endpoint::EndpointAddress;
-use crate::config::health_check::{Intervals, TcpHealthCheck};
+use crate::config::health_check::{HttpHealthCheck, Intervals, TcpHealthCheck};
 use crate::stats::Stats;
 
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -38,17 +43,82 @@ fn config() -> HealthCheck {
         always_log_success: false,
         ignore_new_hosts: false,
         remove_healthy_hosts: false,
-        tcp: TcpHealthCheck::default(),
+        check: Check::Tcp(TcpHealthCheck::default()),
     }
 }
 
 fn asking(send: &str, receive: &str) -> HealthCheck {
     let tcp = TcpHealthCheck { send: send.into(), receive: vec![receive.into()], proxy_protocol: None };
-    HealthCheck { tcp, ..config() }
+    HealthCheck { check: Check::Tcp(tcp), ..config() }
 }
 
 fn surroundings() -> Surroundings {
     Surroundings { mark_own: Arc::new(|_| Ok(())), events: Vec::new() }
+}
+
+/// Answers each request with the next of its statuses, and the last one for ever. Counts connections.
+struct Web {
+    address: SocketAddr,
+    connections: Arc<AtomicUsize>,
+    seen: Arc<Mutex<Vec<String>>>,
+    _task: JoinSet<()>,
+}
+
+impl Web {
+    async fn start(http2: bool, answers: &'static [(u16, &'static str)]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (connections, seen) = (Arc::<AtomicUsize>::default(), Arc::<Mutex<Vec<String>>>::default());
+        let (count, requests) = (Arc::clone(&connections), Arc::clone(&seen));
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let mut served = JoinSet::new();
+            loop {
+                let stream = TokioIo::new(listener.accept().await.unwrap().0);
+                count.fetch_add(1, Ordering::Relaxed);
+                let requests = Arc::clone(&requests);
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let mut requests = requests.lock().unwrap();
+                    let (status, header) = answers[requests.len().min(answers.len() - 1)];
+                    requests.push(format!(
+                        "{} {} {:?} {:?}",
+                        request.method(),
+                        request.uri(),
+                        request.version(),
+                        request.headers().get("host")
+                    ));
+                    let response = Response::builder().status(status).header(header, "close");
+                    std::future::ready(response.body(Full::new(Bytes::from("hello"))))
+                });
+                served.spawn(async move {
+                    // It ends when the client does.
+                    if http2 {
+                        let serving = server::http2::Builder::new(TokioExecutor::new());
+                        let _ = serving.serve_connection(stream, service).await;
+                    } else {
+                        let _ = server::http1::Builder::new().serve_connection(stream, service).await;
+                    }
+                });
+            }
+        });
+        Self { address, connections, seen, _task: task }
+    }
+
+    fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    fn first(&self) -> String {
+        self.seen.lock().unwrap()[0].clone()
+    }
+}
+
+fn http(check: HttpHealthCheck) -> HealthCheck {
+    HealthCheck { check: Check::Http(Box::new(check)), ..config() }
+}
+
+fn get() -> HttpHealthCheck {
+    HttpHealthCheck::get("/healthz".parse().unwrap())
 }
 
 struct Checked {
@@ -197,6 +267,84 @@ async fn connections_are_not_kept_if_they_are_not_to_be() {
     let checked = Checked::start(Some(check), &[echo.address], None);
     until(|| checked.attempts() > 5).await;
     assert!(echo.connections() >= 5);
+}
+
+#[tokio::test]
+async fn a_status_tells_and_the_connection_is_kept() {
+    let web = Web::start(false, &[(200, "x-a")]).await;
+    let body = HttpHealthCheck { receive: vec![b"el".to_vec()], ..get() };
+    let checked = Checked::start(Some(http(body)), &[web.address], None);
+    checked.first_round().await;
+    assert_eq!(checked.healthy(), 1);
+    until(|| checked.attempts() > 5).await;
+    assert_eq!((web.connections(), checked.healthy()), (1, 1));
+    assert_eq!(web.first(), "GET /healthz HTTP/1.1 Some(\"c\")");
+}
+
+#[tokio::test]
+async fn http2_is_spoken_where_that_is_wanted() {
+    let web = Web::start(true, &[(200, "x-a")]).await;
+    let check = HttpHealthCheck { http2: true, host: Some("h.example".parse().unwrap()), ..get() };
+    let checked = Checked::start(Some(http(check)), &[web.address], None);
+    checked.first_round().await;
+    assert_eq!(checked.healthy(), 1);
+    until(|| checked.attempts() > 5).await;
+    assert_eq!(web.connections(), 1);
+    assert_eq!(web.first(), "GET http://h.example/healthz HTTP/2.0 None");
+}
+
+#[tokio::test]
+async fn a_closed_connection_is_opened_again_and_is_no_failure() {
+    let web = Web::start(false, &[(200, "x-a")]).await;
+    let check = HealthCheck { reuse_connection: false, ..http(get()) };
+    let checked = Checked::start(Some(check), &[web.address], None);
+    until(|| checked.attempts() > 5).await;
+    assert!(web.connections() >= 5);
+    let closing = Web::start(false, &[(200, "connection")]).await;
+    let checked = Checked::start(Some(http(get())), &[closing.address], None);
+    until(|| checked.attempts() > 5).await;
+    assert_eq!((checked.healthy(), checked.stats.health_check("c").failure().value()), (1, 0));
+}
+
+#[tokio::test]
+async fn another_status_is_enough_unless_it_may_pass() {
+    let web = Web::start(false, &[(200, "x-a"), (503, "x-a")]).await;
+    let check = HealthCheck { unhealthy_threshold: 1_000_000, ..http(get()) };
+    let checked = Checked::start(Some(check.clone()), &[web.address], None);
+    checked.first_round().await;
+    until(|| checked.healthy() == 0).await;
+    let stats = checked.stats.health_check("c");
+    assert_eq!((stats.network_failure().value(), checked.flags(0)), (0, HealthFlag::FailedActive as u32));
+
+    let web = Web::start(false, &[(200, "x-a"), (503, "x-a")]).await;
+    let retriable = HttpHealthCheck { retriable: vec![500..502, 503..504], ..get() };
+    let check = HealthCheck { check: Check::Http(Box::new(retriable)), ..check };
+    let checked = Checked::start(Some(check), &[web.address], None);
+    let stats = checked.stats.health_check("c");
+    until(|| stats.failure().value() > 5).await;
+    assert_eq!(checked.healthy(), 1);
+}
+
+#[tokio::test]
+async fn a_degraded_host_is_one_until_it_says_nothing_of_it() {
+    const DEGRADED: (u16, &str) = (200, "x-envoy-degraded");
+    let web = Web::start(false, &[DEGRADED, DEGRADED, DEGRADED, (200, "x-a")]).await;
+    let checked = Checked::start(Some(http(get())), &[web.address], None);
+    checked.first_round().await;
+    let stats = checked.stats.health_check("c");
+    let members = checked.cluster.stats().membership_degraded();
+    until(|| (stats.degraded().value(), members.value(), checked.healthy()) == (1, 1, 0)).await;
+    until(|| (stats.degraded().value(), members.value(), checked.healthy()) == (0, 0, 1)).await;
+}
+
+#[tokio::test]
+async fn what_is_no_http_is_no_answer() {
+    let echo = Echo::start("").await;
+    let checked = Checked::start(Some(http(get())), &[echo.address, refusing()], None);
+    checked.first_round().await;
+    let stats = checked.stats.health_check("c");
+    until(|| stats.network_failure().value() > 3).await;
+    assert_eq!((checked.healthy(), stats.success().value()), (0, 0));
 }
 
 #[tokio::test]

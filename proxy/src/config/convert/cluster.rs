@@ -26,6 +26,7 @@ use crate::config::listener::TcpKeepalive;
 use crate::config::proto::FieldPath;
 
 mod health_check;
+mod http_check;
 mod lb_policy;
 mod metadata;
 mod outlier;
@@ -178,10 +179,11 @@ pub(in crate::config) fn cluster(
     } else {
         (discovery == Discovery::OriginalDst).then_some("clients choose the endpoint")
     };
-    let health_check = health_check::health_check(health_checks, unchecked, path, report).map(|check| {
-        let remove_healthy_hosts = ignore_health_on_host_removal;
-        Box::new(HealthCheck { ignore_new_hosts, remove_healthy_hosts, ..check })
-    });
+    let health_check =
+        health_check::health_check(health_checks, &name, unchecked, path, report).map(|check| {
+            let remove_healthy_hosts = ignore_health_on_host_removal;
+            Box::new(HealthCheck { ignore_new_hosts, remove_healthy_hosts, ..check })
+        });
     Some(Cluster {
         name: Arc::from(name),
         alt_stat_name: Some(alt_stat_name).filter(|name| !name.is_empty()).map(Arc::from),

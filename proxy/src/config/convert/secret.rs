@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use tidegate_api::core;
 use tidegate_api::core::data_source::Specifier;
+use tidegate_api::envoy::r#type::matcher::v3::StringMatcher;
 use tidegate_api::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use tidegate_api::tls as api;
 use tidegate_api::tls::certificate_validation_context::TrustChainVerification;
@@ -212,28 +213,37 @@ fn subject_alt_name(
             return None;
         }
     };
-    let matcher = matcher.unwrap_or_default();
-    let ignore_case = matcher.ignore_case;
     let path = path.field("matcher");
-    let pattern = match matcher.match_pattern {
-        Some(MatchPattern::Exact(text)) => StringMatch::Exact(text),
-        Some(MatchPattern::Prefix(text)) => StringMatch::Prefix(text),
-        Some(MatchPattern::Suffix(text)) => StringMatch::Suffix(text),
-        Some(MatchPattern::Contains(text)) => StringMatch::Contains(text),
-        Some(MatchPattern::SafeRegex(_) | MatchPattern::Custom(_)) => {
-            report.unsupported(&path, "not supported in this version; use exact, prefix, suffix or contains");
-            return None;
-        }
-        None => {
-            report.missing(&path, "match_pattern");
-            return None;
-        }
-    };
+    let (pattern, ignore_case) = string_match(matcher.unwrap_or_default(), &path, report)?;
     if san_type == SanType::IpAddress && !matches!(pattern, StringMatch::Exact(_)) {
         report.unsupported(&path, "addresses are compared as a whole; use exact");
         return None;
     }
     Some(SubjectAltName { san_type, pattern, ignore_case })
+}
+
+/// Whether case does not count is told too.
+pub(super) fn string_match(
+    matcher: StringMatcher,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<(StringMatch, bool)> {
+    let StringMatcher { ignore_case, match_pattern } = matcher;
+    let pattern = match match_pattern {
+        Some(MatchPattern::Exact(text)) => StringMatch::Exact(text),
+        Some(MatchPattern::Prefix(text)) => StringMatch::Prefix(text),
+        Some(MatchPattern::Suffix(text)) => StringMatch::Suffix(text),
+        Some(MatchPattern::Contains(text)) => StringMatch::Contains(text),
+        Some(MatchPattern::SafeRegex(_) | MatchPattern::Custom(_)) => {
+            report.unsupported(path, "not supported in this version; use exact, prefix, suffix or contains");
+            return None;
+        }
+        None => {
+            report.missing(path, "match_pattern");
+            return None;
+        }
+    };
+    Some((pattern, ignore_case))
 }
 
 fn watched(

@@ -1,7 +1,7 @@
 //! Active health checks and outlier detection: who is used, who is ejected, and what clients, stats and `/clusters` show of it.
 
 use serde_json::{Value, json};
-use tidegate_tests::script::Step::{Echo, ReadToEnd, ShutdownWrite};
+use tidegate_tests::script::Step::{Echo, Read, ReadToEnd, ShutdownWrite};
 use tidegate_tests::script::write;
 
 use super::super::case::{Case, Client, Comparison, Endpoint};
@@ -10,7 +10,7 @@ use super::super::case::{Case, Client, Comparison, Endpoint};
 const PUT_IN_FORCE: u64 = 200;
 
 pub(super) fn cases() -> Vec<Case> {
-    outliers().into_iter().chain(checks()).chain(localities()).collect()
+    outliers().into_iter().chain(checks()).chain(http_checks()).chain(localities()).collect()
 }
 
 fn outliers() -> Vec<Case> {
@@ -144,6 +144,88 @@ fn checks() -> Vec<Case> {
             .endpoint(Endpoint::Serves(vec![Echo]), json!({"health_status": "UNHEALTHY"}))
             .does([ReadToEnd]),
     ]
+}
+
+/// Checks over HTTP. The endpoint answers whatever it is sent with this response, and then waits for the end: so each check has a connection
+/// of its own, and clients get the response too.
+fn http_checks() -> Vec<Case> {
+    let asking = |name, status: &str, headers: &str, fields: &Value| {
+        let mut http = json!({"path": "/healthz"});
+        for (name, value) in fields.as_object().into_iter().flatten() {
+            http[name] = value.clone();
+        }
+        let response = format!("HTTP/1.1 {status}\r\n{headers}content-length: 5\r\n\r\nhello");
+        checked(name, &json!({"reuse_connection": false, "http_health_check": http}))
+            .serves([Read(1), write(&response), ReadToEnd])
+            .does([write("x"), ShutdownWrite, ReadToEnd])
+    };
+    let ok = "200 OK";
+    vec![
+        asking("check: HTTP says 200", ok, "", &json!({})),
+        asking("check: HTTP says 503", "503 Service Unavailable", "", &json!({})),
+        asking("check: HTTP says 201", "201 Created", "", &json!({})),
+        asking(
+            "check: HTTP says 201, as it should",
+            "201 Created",
+            "",
+            &json!({"expected_statuses": [{"start": 200, "end": 205}]}),
+        ),
+        asking(
+            "check: HTTP says 503, which may pass",
+            "503 Service Unavailable",
+            "",
+            &json!({"retriable_statuses": [{"start": 500, "end": 600}]}),
+        ),
+        asking("check: HTTP says degraded", ok, "x-envoy-degraded: 1\r\n", &json!({})),
+        asking(
+            "check: HTTP with the right body",
+            ok,
+            "",
+            &json!({"receive": [{"text": "656c"}, {"text": "6f"}]}),
+        ),
+        asking(
+            "check: HTTP with another body",
+            ok,
+            "",
+            &json!({"receive": [{"text": "6f"}, {"text": "65"}]}),
+        ),
+        asking(
+            "check: HTTP looks at the first bytes only",
+            ok,
+            "",
+            &json!({"receive": [{"text": "6f"}], "response_buffer_size": 4}),
+        ),
+        asking(
+            "check: HTTP of the right service",
+            ok,
+            "x-envoy-upstream-healthchecked-cluster: foo-1\r\n",
+            &json!({"service_name_matcher": {"prefix": "foo"}}),
+        ),
+        asking(
+            "check: HTTP of another service",
+            ok,
+            "x-envoy-upstream-healthchecked-cluster: bar\r\n",
+            &json!({"service_name_matcher": {"prefix": "foo"}}),
+        ),
+        asking(
+            "check: HTTP/2 of a server that speaks HTTP/1",
+            ok,
+            "",
+            &json!({"codec_client_type": "HTTP2"}),
+        ),
+        checked("check: what answers is not HTTP", &json!({"http_health_check": {"path": "/"}}))
+            .serves([Echo])
+            .does([ReadToEnd]),
+        checked(
+            "check: HTTP without an answer",
+            &json!({"timeout": "0.1s", "http_health_check": {"path": "/"}}),
+        )
+        .serves([ReadToEnd])
+        .does([ReadToEnd]),
+    ]
+    .into_iter()
+    .map(|case| case.ignore(&["health_check.verify_cluster"]))
+    .collect()
 }
 
 /// A cluster whose endpoints are checked often, without panic.

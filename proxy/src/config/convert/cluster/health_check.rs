@@ -10,15 +10,17 @@ use tidegate_api::envoy::extensions::health_check::event_sinks::file::v3::Health
 
 use super::super::extension::Extension;
 use super::super::{Report, each, enumeration, inactive, optional_duration};
-use crate::config::health_check::{HealthCheck, Intervals, ProxyProtocol, TcpHealthCheck};
+use super::http_check::http_check;
+use crate::config::health_check::{Check, HealthCheck, Intervals, ProxyProtocol, TcpHealthCheck};
 use crate::config::proto::FieldPath;
 
 /// Envoy's default.
 const NO_TRAFFIC_INTERVAL: Duration = Duration::from_mins(1);
 
-/// `unchecked` says why the hosts of this cluster can't be checked, if so.
+/// `cluster` is the name of the cluster, `unchecked` says why its hosts can't be checked, if so.
 pub(super) fn health_check(
     checks: Vec<core::HealthCheck>,
+    cluster: &str,
     unchecked: Option<&str>,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
@@ -37,11 +39,16 @@ pub(super) fn health_check(
         );
         return None;
     }
-    convert(check, &path, report)
+    convert(check, cluster, &path, report)
 }
 
 #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
-fn convert(check: core::HealthCheck, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<HealthCheck> {
+fn convert(
+    check: core::HealthCheck,
+    cluster: &str,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<HealthCheck> {
     let core::HealthCheck {
         timeout,
         interval,
@@ -67,11 +74,15 @@ fn convert(check: core::HealthCheck, path: &FieldPath<'_>, report: &mut Report<'
         health_checker,
     } = check;
     inactive!(report, path, "HealthCheck"; alt_port, event_service, transport_socket_match_criteria);
-    let tcp = match health_checker {
-        Some(HealthChecker::TcpHealthCheck(tcp)) => tcp_check(tcp, &path.field("tcp_health_check"), report),
-        Some(HealthChecker::HttpHealthCheck(_)) => return not_tcp("http_health_check", path, report),
-        Some(HealthChecker::GrpcHealthCheck(_)) => return not_tcp("grpc_health_check", path, report),
-        Some(HealthChecker::CustomHealthCheck(_)) => return not_tcp("custom_health_check", path, report),
+    let check = match health_checker {
+        Some(HealthChecker::TcpHealthCheck(tcp)) => {
+            Check::Tcp(tcp_check(tcp, &path.field("tcp_health_check"), report))
+        }
+        Some(HealthChecker::HttpHealthCheck(http)) => {
+            Check::Http(Box::new(http_check(http, cluster, &path.field("http_health_check"), report)?))
+        }
+        Some(HealthChecker::GrpcHealthCheck(_)) => return not_active("grpc_health_check", path, report),
+        Some(HealthChecker::CustomHealthCheck(_)) => return not_active("custom_health_check", path, report),
         None => {
             report.missing(path, "tcp_health_check");
             return None;
@@ -107,15 +118,15 @@ fn convert(check: core::HealthCheck, path: &FieldPath<'_>, report: &mut Report<'
         always_log_success: always_log_health_check_success,
         ignore_new_hosts: false,
         remove_healthy_hosts: false,
-        tcp,
+        check,
     })
 }
 
-fn not_tcp(kind: &str, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<HealthCheck> {
+fn not_active(kind: &str, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<HealthCheck> {
     report.warn_once(
         kind.to_owned(),
         &path.field(kind),
-        "parsed, not active in this version: endpoints are not checked; tcp_health_check is",
+        "parsed, not active in this version: endpoints are not checked; tcp_health_check and http_health_check are",
     );
     None
 }
@@ -139,7 +150,7 @@ fn tcp_check(check: Tcp, path: &FieldPath<'_>, report: &mut Report<'_>) -> TcpHe
     TcpHealthCheck { send, receive, proxy_protocol }
 }
 
-fn bytes(payload: Payload, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<Vec<u8>> {
+pub(super) fn bytes(payload: Payload, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<Vec<u8>> {
     match payload.payload {
         Some(payload::Payload::Binary(bytes)) => Some(bytes),
         Some(payload::Payload::Text(text)) => {

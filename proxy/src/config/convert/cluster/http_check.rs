@@ -1,0 +1,173 @@
+//! `http_health_check`.
+
+use std::ops::Range;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use tidegate_api::core;
+use tidegate_api::core::RequestMethod;
+use tidegate_api::core::header_value_option::HeaderAppendAction;
+use tidegate_api::core::health_check::HttpHealthCheck as Http;
+use tidegate_api::envoy_type::{CodecClientType, Int64Range};
+
+use super::super::secret::string_match;
+use super::super::{Report, each, enumeration};
+use super::health_check::bytes;
+use crate::config::health_check::{HttpHealthCheck, ServiceName};
+use crate::config::proto::FieldPath;
+
+/// Statuses that there are.
+const STATUSES: Range<i64> = 100..600;
+
+/// `cluster` is the name of the cluster.
+pub(super) fn http_check(
+    check: Http,
+    cluster: &str,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<HttpHealthCheck> {
+    let Http {
+        host,
+        path: target,
+        send,
+        receive,
+        response_buffer_size,
+        request_headers_to_add,
+        request_headers_to_remove,
+        expected_statuses,
+        retriable_statuses,
+        codec_client_type,
+        service_name_matcher,
+        method,
+    } = check;
+    let Ok(target) = target.parse::<http::uri::PathAndQuery>() else {
+        report.invalid(&path.field("path"), format!("{target:?} is not a path"));
+        return None;
+    };
+    let mut http = HttpHealthCheck::get(target);
+    http.http2 = match enumeration(codec_client_type, path, "codec_client_type", report)? {
+        CodecClientType::Http1 => false,
+        CodecClientType::Http2 => true,
+        CodecClientType::Http3 => {
+            report
+                .unsupported(&path.field("codec_client_type"), "HTTP/3 is not supported; use HTTP1 or HTTP2");
+            return None;
+        }
+    };
+    let authority = if host.is_empty() { cluster } else { &host };
+    let is_sound = HeaderValue::from_str(authority).is_ok()
+        && (!http.http2 || authority.parse::<http::uri::Authority>().is_ok());
+    if !is_sound {
+        report.invalid(
+            &path.field("host"),
+            format!("{authority:?} can't be sent as the host (it is the cluster's name by default)"),
+        );
+        return None;
+    }
+    http.host = Some(host).filter(|host| !host.is_empty()).and_then(|host| host.try_into().ok());
+    http.method = request_method(method, path, report)?;
+    http.send = send.and_then(|payload| bytes(payload, &path.field("send"), report)).unwrap_or_default();
+    http.receive = each(receive, path, "receive", |payload, path| bytes(payload, path, report));
+    if let Some(size) = response_buffer_size {
+        http.response_buffer_size = usize::try_from(size).ok().filter(|size| *size != 0);
+    }
+    // Envoy removes first, and then adds.
+    for name in request_headers_to_remove {
+        http.headers.remove(&name);
+    }
+    let added = each(request_headers_to_add, path, "request_headers_to_add", |option, path| {
+        header(option, path, report)
+    });
+    for (action, name, value) in added {
+        add(&mut http.headers, action, name, value);
+    }
+    http.expected = each(expected_statuses, path, "expected_statuses", |it, path| range(it, path, report));
+    http.retriable = each(retriable_statuses, path, "retriable_statuses", |it, path| range(it, path, report));
+    http.service_name = service_name_matcher.and_then(|matcher| {
+        let (pattern, ignore_case) = string_match(matcher, &path.field("service_name_matcher"), report)?;
+        Some(ServiceName { pattern, ignore_case })
+    });
+    Some(http)
+}
+
+fn request_method(method: i32, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<Method> {
+    Some(match enumeration(method, path, "method", report)? {
+        RequestMethod::MethodUnspecified | RequestMethod::Get => Method::GET,
+        RequestMethod::Head => Method::HEAD,
+        RequestMethod::Post => Method::POST,
+        RequestMethod::Put => Method::PUT,
+        RequestMethod::Delete => Method::DELETE,
+        RequestMethod::Options => Method::OPTIONS,
+        RequestMethod::Trace => Method::TRACE,
+        RequestMethod::Patch => Method::PATCH,
+        RequestMethod::Connect => {
+            report.invalid(
+                &path.field("method"),
+                "CONNECT makes a tunnel, and no response; use another method",
+            );
+            return None;
+        }
+    })
+}
+
+/// Statuses from `start` to one before `end`.
+fn range(range: Int64Range, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<Range<u16>> {
+    let Int64Range { start, end } = range;
+    if start >= end || start < STATUSES.start || end > STATUSES.end {
+        report.invalid(
+            path,
+            format!("no range of statuses: {start} to below {end}; they are 100 to below 600"),
+        );
+        return None;
+    }
+    Some(u16::try_from(start).ok()?..u16::try_from(end).ok()?)
+}
+
+/// None: it is not added.
+fn header(
+    option: core::HeaderValueOption,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<(HeaderAppendAction, HeaderName, HeaderValue)> {
+    #[expect(deprecated, reason = "deprecated fields are accepted as long as Envoy accepts them")]
+    let core::HeaderValueOption { header, append, append_action, keep_empty_value } = option;
+    let core::HeaderValue { key, value, raw_value } = header.unwrap_or_default();
+    let action = match append {
+        Some(true) => HeaderAppendAction::AppendIfExistsOrAdd,
+        Some(false) => HeaderAppendAction::OverwriteIfExistsOrAdd,
+        None => enumeration(append_action, path, "append_action", report)?,
+    };
+    let path = path.field("header");
+    let name = match key.parse::<HeaderName>() {
+        Ok(name) if name != http::header::HOST => name,
+        _ => {
+            report.invalid(&path.field("key"), format!("{key:?} is not a header that can be added"));
+            return None;
+        }
+    };
+    if value.contains('%') {
+        report.unsupported(
+            &path.field("value"),
+            "command operators (%…%) are not supported here in this version; write the value itself",
+        );
+        return None;
+    }
+    let bytes = if raw_value.is_empty() { value.into_bytes() } else { raw_value };
+    if bytes.is_empty() && !keep_empty_value {
+        return None;
+    }
+    let Ok(value) = HeaderValue::from_bytes(&bytes) else {
+        report.invalid(&path.field("value"), format!("header {name}: not a value that can be sent"));
+        return None;
+    };
+    Some((action, name, value))
+}
+
+fn add(headers: &mut HeaderMap, action: HeaderAppendAction, name: HeaderName, value: HeaderValue) {
+    match (action, headers.contains_key(&name)) {
+        (HeaderAppendAction::AppendIfExistsOrAdd, _) => drop(headers.append(name, value)),
+        (HeaderAppendAction::AddIfAbsent, false)
+        | (HeaderAppendAction::OverwriteIfExistsOrAdd, _)
+        | (HeaderAppendAction::OverwriteIfExists, true) => drop(headers.insert(name, value)),
+        (HeaderAppendAction::AddIfAbsent, true) | (HeaderAppendAction::OverwriteIfExists, false) => {}
+    }
+}
