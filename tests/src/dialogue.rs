@@ -139,11 +139,13 @@ impl Dialogue {
             })
             .collect();
         let (end, last) = Self::end(rng, most, fins);
-        if let End::Cut(side, _) = end {
+        if let End::Cut(..) = end {
             // A reset is sent once. Behind bytes that a tiny buffer had no room for, the kernel may find it outside of the
-            // window and drop it, whoever sent it; then nobody tells the reader.
-            let reader = &mut peers[side.other() as usize];
-            reader.receive_buffer = reader.receive_buffer.filter(|bytes| *bytes >= 65_536);
+            // window and drop it, whoever sent it; then nobody tells the reader. The same happens to acknowledgements for who cuts,
+            // and reads no more: it can't write any more then.
+            for peer in &mut peers {
+                peer.receive_buffer = peer.receive_buffer.filter(|bytes| *bytes >= 65_536);
+            }
         }
         let buffer_limit = [None, None, Some(4_096), Some(32_768)][rng.usize(0..4)];
         Self { seed, peers, buffer_limit, phases, last, end }
