@@ -49,7 +49,11 @@ pub(crate) fn give_back() {
     if owner.uid() == 0 {
         return;
     }
-    let made = WRITTEN_BY_ROOT.map(|name| target.join(name)).into_iter().filter(|path| path.exists());
+    let made: Vec<_> =
+        WRITTEN_BY_ROOT.iter().map(|name| target.join(name)).filter(|path| path.exists()).collect();
+    if made.is_empty() {
+        return;
+    }
     let given = tool::as_root("chown")
         .args(["-R", "--no-dereference", "--from=root"])
         .arg(format!("{}:{}", owner.uid(), owner.gid()))

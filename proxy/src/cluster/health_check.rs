@@ -1,4 +1,4 @@
-//! Active health checks over TCP and HTTP: the main thread connects to every host of a cluster now and then.
+//! Active health checks over TCP, HTTP and gRPC: the main thread connects to every host of a cluster now and then.
 //!
 //! Hosts begin as failed, so that nothing is sent to a host that was never seen alive; the first success is enough. What was
 //! found stays with the host, so that a new version of the cluster does not begin from nothing: hosts that are in use
@@ -257,7 +257,10 @@ impl Session {
         let check = async {
             match &config.check {
                 Check::Tcp(check) => self.check_tcp(check, connection).await,
-                Check::Http(check) => self.check_http(check, connection).await,
+                Check::Http(check) | Check::Grpc(check) => {
+                    let grpc = matches!(config.check, Check::Grpc(_));
+                    self.check_http(check, grpc, connection).await
+                }
             }
         };
         let outcome = match timeout(config.timeout, check).await {
@@ -296,6 +299,7 @@ impl Session {
     async fn check_http(
         &self,
         check: &HttpHealthCheck,
+        grpc: bool,
         connection: &mut Option<Connection>,
     ) -> io::Result<Outcome> {
         let mut kept = match connection.take() {
@@ -312,7 +316,7 @@ impl Session {
             Some(kept) => kept,
             None => http::Connection::open(self.target, check, &self.surroundings.mark_own).await?,
         };
-        let verdict = http.ask(check, self.cluster.name()).await?;
+        let verdict = if grpc { http.call(check).await? } else { http.ask(check).await? };
         *connection = Some(Connection::Http(http));
         if check.service_name.is_some()
             && let Some(checks) = self.cluster.health_check()
@@ -425,6 +429,7 @@ impl Session {
             checker: match config.check {
                 Check::Tcp(_) => "TCP",
                 Check::Http(_) => "HTTP",
+                Check::Grpc(_) => "GRPC",
             },
             cluster,
             host: self.host.address().ip().unwrap_or(self.target),

@@ -26,8 +26,8 @@
 //! | LOGICAL_DNS clusters, LEDS, ECDS, `lds_resources_locator`, `cds_resources_locator` | refused | the proxy would report ready without its configuration |
 //! | `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
 //! | `hash_policy` of TcpProxy with `filter_state` | warning, connections are spread at random | nothing sets filter state; Envoy's spread likewise without the object |
-//! | `tcp_health_check`, `http_health_check` | done; not in clusters with TLS or pipes and of type ORIGINAL_DST (warning); several checks for one cluster are refused | half of the checks would let through what the others stop |
-//! | gRPC and custom health checks, zone awareness, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
+//! | `tcp_health_check`, `http_health_check`, `grpc_health_check` | done; not in clusters with TLS or pipes and of type ORIGINAL_DST (warning); several checks for one cluster are refused | half of the checks would let through what the others stop |
+//! | custom health checks, zone awareness, subsets, per-host circuit breakers, overload manager, … | warning "parsed, not active in this version" | connections work; operators must know |
 //! | `outlier_detection` of an ORIGINAL_DST cluster | warning, nothing | Envoy's balancer does not look at the health of such endpoints either |
 //! | `outlier_detection.monitors` | warning | they are extensions |
 //! | `close_connections_on_host_set_change` | nothing | for tcp_proxy nothing happens in Envoy either |

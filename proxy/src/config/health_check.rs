@@ -1,4 +1,4 @@
-//! `envoy.config.core.v3.HealthCheck` with a `tcp_health_check` or an `http_health_check`.
+//! `envoy.config.core.v3.HealthCheck` with a `tcp_health_check`, an `http_health_check` or a `grpc_health_check`.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use http::header::USER_AGENT;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method};
+use prost::Message as _;
 
 use super::runtime::Runtime;
 use super::tls::StringMatch;
@@ -49,6 +50,8 @@ pub enum Check {
     Tcp(TcpHealthCheck),
     /// `http_health_check`
     Http(Box<HttpHealthCheck>),
+    /// `grpc_health_check`: this request, whose response is that of `grpc.health.v1.Health/Check`.
+    Grpc(Box<HttpHealthCheck>),
 }
 
 /// What `http_health_check` says.
@@ -58,8 +61,8 @@ pub struct HttpHealthCheck {
     pub method: Method,
     /// With its query, if it has one.
     pub path: PathAndQuery,
-    /// `Host`, or `:authority`. None: the cluster's name.
-    pub host: Option<HeaderValue>,
+    /// `Host`, or `:authority`. Default the cluster's name.
+    pub host: HeaderValue,
     /// Every other header of the request.
     pub headers: HeaderMap,
     /// Its body, if it is not empty.
@@ -80,13 +83,13 @@ pub struct HttpHealthCheck {
 
 impl HttpHealthCheck {
     /// GET, and every default.
-    pub fn get(path: PathAndQuery) -> Self {
+    pub fn get(host: HeaderValue, path: PathAndQuery) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(USER_AGENT, HeaderValue::from_static("Envoy/HC"));
         Self {
             method: Method::GET,
             path,
-            host: None,
+            host,
             headers,
             send: Vec::new(),
             http2: false,
@@ -96,6 +99,23 @@ impl HttpHealthCheck {
             response_buffer_size: Some(1024),
             service_name: None,
         }
+    }
+}
+
+/// `grpc.health.v1.HealthCheckRequest`
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct HealthCheckRequest {
+    /// Empty: the whole server.
+    #[prost(string, tag = "1")]
+    pub service: String,
+}
+
+impl HealthCheckRequest {
+    /// As it is sent: not compressed, its length, then itself.
+    pub fn framed(&self) -> Vec<u8> {
+        let message = self.encode_to_vec();
+        let length = u32::try_from(message.len()).unwrap_or_default().to_be_bytes();
+        [&[0][..], &length, &message].concat()
     }
 }
 

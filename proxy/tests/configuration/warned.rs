@@ -446,7 +446,8 @@ fn http_health_checks_have_envoys_defaults() {
         *http
     };
     let path = |path: &str| path.parse().unwrap();
-    assert_eq!(of(json!({"path": "/healthz?a=b"})), HttpHealthCheck::get(path("/healthz?a=b")));
+    let host = |host: &str| host.parse().unwrap();
+    assert_eq!(of(json!({"path": "/healthz?a=b"})), HttpHealthCheck::get(host("c"), path("/healthz?a=b")));
     let http = of(json!({
         "path": "/",
         "host": "h.example",
@@ -476,7 +477,6 @@ fn http_health_checks_have_envoys_defaults() {
     let pattern = StringMatch::Prefix("x".into());
     let expected = HttpHealthCheck {
         method: "POST".parse().unwrap(),
-        host: Some("h.example".parse().unwrap()),
         headers: http.headers.clone(),
         send: b"AB".to_vec(),
         http2: true,
@@ -485,18 +485,48 @@ fn http_health_checks_have_envoys_defaults() {
         receive: vec![b"C".to_vec()],
         response_buffer_size: None,
         service_name: Some(ServiceName { pattern, ignore_case: true }),
-        ..HttpHealthCheck::get(path("/"))
+        ..HttpHealthCheck::get(host("h.example"), path("/"))
     };
     assert_eq!(http, expected);
 }
 
 #[test]
+fn grpc_health_checks_are_calls() {
+    let bootstrap = checked(
+        json!({"grpc_health_check": {
+            "service_name": "a",
+            "authority": "h.example",
+            "initial_metadata": [{"header": {"key": "x-a", "value": "1"}}],
+        }}),
+        json!({}),
+    );
+    warned(&bootstrap, &[]);
+    let check = load_json(&bootstrap).unwrap().bootstrap.clusters[0].health_check.clone().unwrap();
+    let Check::Grpc(http) = check.check else { panic!("{check:?}") };
+    let headers: Vec<_> =
+        http.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+    let expected = [
+        ("user-agent", "Envoy/HC"),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+        ("grpc-timeout", "1000m"),
+        ("x-a", "1"),
+    ];
+    assert_eq!(headers, expected);
+    assert_eq!(http.send, b"\0\0\0\0\x03\x0a\x01a");
+    assert_eq!((http.method.as_str(), http.path.as_str()), ("POST", "/grpc.health.v1.Health/Check"));
+    assert_eq!((http.http2, http.host.to_str().unwrap()), (true, "h.example"));
+}
+
+#[test]
 fn health_checks_that_nobody_makes() {
     let path = "static_resources.clusters[0].health_checks[0]";
+    let custom = json!({"custom_health_check": {"name": "x", "typed_config": {
+        "@type": "type.googleapis.com/google.protobuf.Empty"}}});
     warned(
-        &checked(json!({"grpc_health_check": {}}), json!({})),
+        &checked(custom, json!({})),
         &[&format!(
-            "{path}.grpc_health_check: parsed, not active in this version: endpoints are not checked; tcp_health_check and http_health_check are"
+            "{path}.custom_health_check: parsed, not active in this version: endpoints are not checked; tcp_health_check, http_health_check and grpc_health_check are"
         )],
     );
     let by_clients =

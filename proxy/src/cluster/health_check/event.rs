@@ -53,7 +53,7 @@ pub(super) enum Action {
 
 /// What an event is about.
 pub(super) struct Subject<'a> {
-    /// `TCP` or `HTTP`
+    /// `TCP`, `HTTP` or `GRPC`
     pub(super) checker: &'static str,
     /// Name of the cluster.
     pub(super) cluster: &'a str,

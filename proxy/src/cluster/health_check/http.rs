@@ -1,4 +1,4 @@
-//! One HTTP check: a request, and what its response says.
+//! One HTTP or gRPC check: a request, and what its response says.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,6 +11,7 @@ use hyper::header::HOST;
 use hyper::http::uri::{Scheme, Uri};
 use hyper::{HeaderMap, Request, Response, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::Message as _;
 use tokio::task::JoinSet;
 
 use super::event::Failure;
@@ -74,29 +75,46 @@ impl Connection {
         }
     }
 
-    /// Asks. The error says that there was no response. `host`: unless the check names another one.
-    pub(super) async fn ask(&mut self, check: &HttpHealthCheck, host: &str) -> io::Result<Verdict> {
-        let request = request(check, host)?;
+    /// Asks. The error says that there was no response.
+    pub(super) async fn ask(&mut self, check: &HttpHealthCheck) -> io::Result<Verdict> {
+        let (head, body) = self.send(check).await?.into_parts();
+        let most = match check.response_buffer_size {
+            _ if check.receive.is_empty() => 0,
+            Some(most) => most.min(MAX_UNMATCHED),
+            None => MAX_UNMATCHED,
+        };
+        let (body, _) = read(body, most).await?;
+        Ok(verdict(check, &Response::from_parts(head, body)))
+    }
+
+    /// The same of a gRPC check.
+    pub(super) async fn call(&mut self, check: &HttpHealthCheck) -> io::Result<Verdict> {
+        let (mut head, body) = self.send(check).await?.into_parts();
+        let (body, trailers) = read(body, MAX_UNMATCHED).await?;
+        // A response without a message has its status among the headers.
+        head.headers.extend(trailers);
+        Ok(grpc_verdict(&Response::from_parts(head, body)))
+    }
+
+    async fn send(&mut self, check: &HttpHealthCheck) -> io::Result<Response<Incoming>> {
+        let request = request(check)?;
         let response = match &mut self.sender {
             Sender::Http1(sender) => sender.send_request(request).await,
             Sender::Http2(sender) => sender.send_request(request).await,
         };
-        let (head, body) = response.map_err(io::Error::other)?.into_parts();
-        let body = read(body, check).await?;
-        Ok(verdict(check, &Response::from_parts(head, body)))
+        response.map_err(io::Error::other)
     }
 }
 
-fn request(check: &HttpHealthCheck, host: &str) -> io::Result<Request<Full<Bytes>>> {
+fn request(check: &HttpHealthCheck) -> io::Result<Request<Full<Bytes>>> {
     let path = check.path.clone();
-    let authority = check.host.as_ref().map_or(host.as_bytes(), |host| host.as_bytes());
     let mut headers = HeaderMap::new();
     let mut uri = Uri::from(path.clone());
     if check.http2 {
-        let parts = Uri::builder().scheme(Scheme::HTTP).authority(authority).path_and_query(path);
+        let parts = Uri::builder().scheme(Scheme::HTTP).authority(check.host.as_bytes()).path_and_query(path);
         uri = parts.build().map_err(io::Error::other)?;
     } else {
-        headers.insert(HOST, authority.try_into().map_err(io::Error::other)?);
+        headers.insert(HOST, check.host.clone());
     }
     headers.extend(check.headers.clone());
     let mut request = Request::new(Full::new(Bytes::from(check.send.clone())));
@@ -107,21 +125,50 @@ fn request(check: &HttpHealthCheck, host: &str) -> io::Result<Request<Full<Bytes
     Ok(request)
 }
 
-/// Reads a body to its end, and keeps what is looked at.
-async fn read(mut body: Incoming, check: &HttpHealthCheck) -> io::Result<Vec<u8>> {
-    let most = match check.response_buffer_size {
-        _ if check.receive.is_empty() => 0,
-        Some(most) => most.min(MAX_UNMATCHED),
-        None => MAX_UNMATCHED,
-    };
-    let mut kept = Vec::new();
+/// Reads a body to its end, and keeps its first bytes, and its trailers.
+async fn read(mut body: Incoming, most: usize) -> io::Result<(Vec<u8>, HeaderMap)> {
+    let (mut kept, mut trailers) = (Vec::new(), HeaderMap::new());
     while let Some(frame) = body.frame().await {
-        if let Ok(data) = frame.map_err(io::Error::other)?.into_data() {
-            let wanted = data.len().min(most - kept.len());
-            kept.extend_from_slice(&data[..wanted]);
+        let frame = frame.map_err(io::Error::other)?;
+        match frame.into_data() {
+            Ok(data) => {
+                let wanted = data.len().min(most - kept.len());
+                kept.extend_from_slice(&data[..wanted]);
+            }
+            Err(frame) => trailers.extend(frame.into_trailers().unwrap_or_default()),
         }
     }
-    Ok(kept)
+    Ok((kept, trailers))
+}
+
+/// `grpc.health.v1.HealthCheckResponse`
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+struct HealthCheckResponse {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+/// Of its `ServingStatus`.
+const SERVING: i32 = 1;
+
+/// Whatever is not said to serve, doesn't.
+fn grpc_verdict(response: &Response<Vec<u8>>) -> Verdict {
+    let succeeded = response.status().is_success()
+        && response.headers().get("grpc-status").is_some_and(|status| status.as_bytes() == b"0");
+    let message = match response.body().split_first_chunk::<5>() {
+        Some(([0, a, b, c, d], message))
+            if u32::from_be_bytes([*a, *b, *c, *d]) as usize == message.len() =>
+        {
+            HealthCheckResponse::decode(message).ok()
+        }
+        _ => None,
+    };
+    if succeeded && message.is_some_and(|message| message.status == SERVING) {
+        Verdict::Healthy { degraded: false }
+    } else {
+        // Envoy's events have no status of HTTP here.
+        Verdict::Unhealthy(Failure::Active { status: 0, at_once: true })
+    }
 }
 
 fn verdict(check: &HttpHealthCheck, response: &Response<Vec<u8>>) -> Verdict {
@@ -149,7 +196,7 @@ mod tests {
     use crate::config::tls::StringMatch;
 
     fn check() -> HttpHealthCheck {
-        HttpHealthCheck::get("/healthz".parse().unwrap())
+        HttpHealthCheck::get("c".parse().unwrap(), "/healthz".parse().unwrap())
     }
 
     fn response(status: u16, headers: &[(&'static str, &str)], body: &str) -> Response<Vec<u8>> {
@@ -193,5 +240,31 @@ mod tests {
         assert_eq!(verdict(&service, &response(200, &[(SERVICE, "xyz")], "")), healthy(false));
         assert_eq!(verdict(&service, &response(200, &[(SERVICE, "yz")], "")), unhealthy(200, true));
         assert_eq!(verdict(&service, &response(200, &[], "")), unhealthy(200, true));
+    }
+
+    #[test]
+    fn only_who_says_so_serves() {
+        let message = |status: i32| [&[0, 0, 0, 0, 2][..], &[8, status as u8]].concat();
+        let answer = |status: &str, body: &[u8]| {
+            let mut response = response(200, &[("grpc-status", status)], "");
+            *response.body_mut() = body.to_vec();
+            grpc_verdict(&response)
+        };
+        let unhealthy = Verdict::Unhealthy(Failure::Active { status: 0, at_once: true });
+        assert_eq!(answer("0", &message(SERVING)), Verdict::Healthy { degraded: false });
+        for (status, body) in [
+            ("0", message(2)),
+            ("0", message(3)),
+            ("0", vec![]),
+            ("0", vec![0; 5]),
+            ("0", vec![0, 0, 0, 0, 2, 8]),
+            ("0", vec![1, 0, 0, 0, 2, 8, 1]),
+            ("12", message(SERVING)),
+        ] {
+            assert_eq!(answer(status, &body), unhealthy, "{status} {body:?}");
+        }
+        let mut other = response(503, &[("grpc-status", "0")], "");
+        *other.body_mut() = message(SERVING);
+        assert_eq!(grpc_verdict(&other), unhealthy);
     }
 }

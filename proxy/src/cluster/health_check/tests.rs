@@ -1,10 +1,10 @@
 use std::net::TcpListener as StdListener;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
-use hyper::{Request, Response, server::conn as server};
+use hyper::{HeaderMap, Request, Response, server::conn as server};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
@@ -14,7 +14,7 @@ use super::super::tests::config as cluster_config;
 use super::*;
 use crate::config::cluster::Discovery;
 use crate::config::endpoint::EndpointAddress;
-use crate::config::health_check::{HttpHealthCheck, Intervals, TcpHealthCheck};
+use crate::config::health_check::{HealthCheckRequest, HttpHealthCheck, Intervals, TcpHealthCheck};
 use crate::stats::Stats;
 
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -118,7 +118,7 @@ fn http(check: HttpHealthCheck) -> HealthCheck {
 }
 
 fn get() -> HttpHealthCheck {
-    HttpHealthCheck::get("/healthz".parse().unwrap())
+    HttpHealthCheck::get("c".parse().unwrap(), "/healthz".parse().unwrap())
 }
 
 struct Checked {
@@ -284,13 +284,57 @@ async fn a_status_tells_and_the_connection_is_kept() {
 #[tokio::test]
 async fn http2_is_spoken_where_that_is_wanted() {
     let web = Web::start(true, &[(200, "x-a")]).await;
-    let check = HttpHealthCheck { http2: true, host: Some("h.example".parse().unwrap()), ..get() };
+    let check = HttpHealthCheck { http2: true, host: "h.example".parse().unwrap(), ..get() };
     let checked = Checked::start(Some(http(check)), &[web.address], None);
     checked.first_round().await;
     assert_eq!(checked.healthy(), 1);
     until(|| checked.attempts() > 5).await;
     assert_eq!(web.connections(), 1);
     assert_eq!(web.first(), "GET http://h.example/healthz HTTP/2.0 None");
+}
+
+/// A server of `grpc.health.v1.Health`: what it says of itself changes with each call, and stays at the last one.
+#[tokio::test]
+async fn a_grpc_server_says_whether_it_serves() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let seen = Arc::<Mutex<Vec<String>>>::default();
+    let requests = Arc::clone(&seen);
+    let mut task = JoinSet::new();
+    task.spawn(async move {
+        let mut served = JoinSet::new();
+        loop {
+            let stream = TokioIo::new(listener.accept().await.unwrap().0);
+            let requests = Arc::clone(&requests);
+            let service = service_fn(move |request: Request<Incoming>| {
+                let mut requests = requests.lock().unwrap();
+                let status = if requests.len() < 3 { 1 } else { 2 };
+                requests.push(format!("{} {}", request.method(), request.uri()));
+                let trailers = HeaderMap::from_iter([("grpc-status".parse().unwrap(), "0".parse().unwrap())]);
+                let message = Full::new(Bytes::from(vec![0, 0, 0, 0, 2, 8, status]));
+                let body = message.with_trailers(std::future::ready(Some(Ok(trailers))));
+                std::future::ready(Ok::<_, std::convert::Infallible>(Response::new(body)))
+            });
+            let serving = server::http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service);
+            served.spawn(async { drop(serving.await) });
+        }
+    });
+    let call = HttpHealthCheck {
+        http2: true,
+        method: "POST".parse().unwrap(),
+        path: "/grpc.health.v1.Health/Check".parse().unwrap(),
+        send: HealthCheckRequest { service: "a".into() }.framed(),
+        ..get()
+    };
+    let check =
+        HealthCheck { check: Check::Grpc(Box::new(call)), unhealthy_threshold: 1_000_000, ..config() };
+    let checked = Checked::start(Some(check), &[address], None);
+    checked.first_round().await;
+    assert_eq!(checked.healthy(), 1);
+    until(|| checked.healthy() == 0).await;
+    let stats = checked.stats.health_check("c");
+    assert_eq!((stats.success().value(), stats.network_failure().value()), (3, 0));
+    assert_eq!(seen.lock().unwrap()[0], "POST http://c/grpc.health.v1.Health/Check");
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use tidegate_api::envoy::extensions::health_check::event_sinks::file::v3::Health
 
 use super::super::extension::Extension;
 use super::super::{Report, each, enumeration, inactive, optional_duration};
-use super::http_check::http_check;
+use super::http_check::{grpc_check, http_check};
 use crate::config::health_check::{Check, HealthCheck, Intervals, ProxyProtocol, TcpHealthCheck};
 use crate::config::proto::FieldPath;
 
@@ -74,6 +74,7 @@ fn convert(
         health_checker,
     } = check;
     inactive!(report, path, "HealthCheck"; alt_port, event_service, transport_socket_match_criteria);
+    let timeout = optional_duration(timeout, path, "timeout", report).unwrap_or(Duration::from_secs(1));
     let check = match health_checker {
         Some(HealthChecker::TcpHealthCheck(tcp)) => {
             Check::Tcp(tcp_check(tcp, &path.field("tcp_health_check"), report))
@@ -81,8 +82,18 @@ fn convert(
         Some(HealthChecker::HttpHealthCheck(http)) => {
             Check::Http(Box::new(http_check(http, cluster, &path.field("http_health_check"), report)?))
         }
-        Some(HealthChecker::GrpcHealthCheck(_)) => return not_active("grpc_health_check", path, report),
-        Some(HealthChecker::CustomHealthCheck(_)) => return not_active("custom_health_check", path, report),
+        Some(HealthChecker::GrpcHealthCheck(grpc)) => {
+            let path = path.field("grpc_health_check");
+            Check::Grpc(Box::new(grpc_check(grpc, cluster, timeout, &path, report)?))
+        }
+        Some(HealthChecker::CustomHealthCheck(_)) => {
+            report.warn_once(
+                "custom_health_check".to_owned(),
+                &path.field("custom_health_check"),
+                "parsed, not active in this version: endpoints are not checked; tcp_health_check, http_health_check and grpc_health_check are",
+            );
+            return None;
+        }
         None => {
             report.missing(path, "tcp_health_check");
             return None;
@@ -106,7 +117,6 @@ fn convert(
         min: Duration::from_millis(1),
         max: Duration::MAX,
     };
-    let timeout = time(timeout, "timeout").unwrap_or(Duration::from_secs(1));
     Some(HealthCheck {
         timeout,
         intervals,
@@ -120,15 +130,6 @@ fn convert(
         remove_healthy_hosts: false,
         check,
     })
-}
-
-fn not_active(kind: &str, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<HealthCheck> {
-    report.warn_once(
-        kind.to_owned(),
-        &path.field(kind),
-        "parsed, not active in this version: endpoints are not checked; tcp_health_check and http_health_check are",
-    );
-    None
 }
 
 fn tcp_check(check: Tcp, path: &FieldPath<'_>, report: &mut Report<'_>) -> TcpHealthCheck {

@@ -1,18 +1,20 @@
-//! `http_health_check`.
+//! `http_health_check` and `grpc_health_check`.
 
 use std::ops::Range;
+use std::time::Duration;
 
+use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use tidegate_api::core;
 use tidegate_api::core::RequestMethod;
 use tidegate_api::core::header_value_option::HeaderAppendAction;
-use tidegate_api::core::health_check::HttpHealthCheck as Http;
+use tidegate_api::core::health_check::{GrpcHealthCheck as Grpc, HttpHealthCheck as Http};
 use tidegate_api::envoy_type::{CodecClientType, Int64Range};
 
 use super::super::secret::string_match;
 use super::super::{Report, each, enumeration};
 use super::health_check::bytes;
-use crate::config::health_check::{HttpHealthCheck, ServiceName};
+use crate::config::health_check::{HealthCheckRequest, HttpHealthCheck, ServiceName};
 use crate::config::proto::FieldPath;
 
 /// Statuses that there are.
@@ -39,12 +41,11 @@ pub(super) fn http_check(
         service_name_matcher,
         method,
     } = check;
-    let Ok(target) = target.parse::<http::uri::PathAndQuery>() else {
+    let Ok(target) = target.parse::<PathAndQuery>() else {
         report.invalid(&path.field("path"), format!("{target:?} is not a path"));
         return None;
     };
-    let mut http = HttpHealthCheck::get(target);
-    http.http2 = match enumeration(codec_client_type, path, "codec_client_type", report)? {
+    let http2 = match enumeration(codec_client_type, path, "codec_client_type", report)? {
         CodecClientType::Http1 => false,
         CodecClientType::Http2 => true,
         CodecClientType::Http3 => {
@@ -53,17 +54,8 @@ pub(super) fn http_check(
             return None;
         }
     };
-    let authority = if host.is_empty() { cluster } else { &host };
-    let is_sound = HeaderValue::from_str(authority).is_ok()
-        && (!http.http2 || authority.parse::<http::uri::Authority>().is_ok());
-    if !is_sound {
-        report.invalid(
-            &path.field("host"),
-            format!("{authority:?} can't be sent as the host (it is the cluster's name by default)"),
-        );
-        return None;
-    }
-    http.host = Some(host).filter(|host| !host.is_empty()).and_then(|host| host.try_into().ok());
+    let host = authority(&host, cluster, http2, &path.field("host"), report)?;
+    let mut http = HttpHealthCheck { http2, ..HttpHealthCheck::get(host, target) };
     http.method = request_method(method, path, report)?;
     http.send = send.and_then(|payload| bytes(payload, &path.field("send"), report)).unwrap_or_default();
     http.receive = each(receive, path, "receive", |payload, path| bytes(payload, path, report));
@@ -74,12 +66,7 @@ pub(super) fn http_check(
     for name in request_headers_to_remove {
         http.headers.remove(&name);
     }
-    let added = each(request_headers_to_add, path, "request_headers_to_add", |option, path| {
-        header(option, path, report)
-    });
-    for (action, name, value) in added {
-        add(&mut http.headers, action, name, value);
-    }
+    add_all(&mut http.headers, request_headers_to_add, path, "request_headers_to_add", report);
     http.expected = each(expected_statuses, path, "expected_statuses", |it, path| range(it, path, report));
     http.retriable = each(retriable_statuses, path, "retriable_statuses", |it, path| range(it, path, report));
     http.service_name = service_name_matcher.and_then(|matcher| {
@@ -87,6 +74,50 @@ pub(super) fn http_check(
         Some(ServiceName { pattern, ignore_case })
     });
     Some(http)
+}
+
+/// `timeout` is that of the check.
+pub(super) fn grpc_check(
+    check: Grpc,
+    cluster: &str,
+    timeout: Duration,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<HttpHealthCheck> {
+    let Grpc { service_name, authority: host, initial_metadata } = check;
+    let host = authority(&host, cluster, true, &path.field("authority"), report)?;
+    let target = PathAndQuery::from_static("/grpc.health.v1.Health/Check");
+    let mut http = HttpHealthCheck { http2: true, ..HttpHealthCheck::get(host, target) };
+    http.method = Method::POST;
+    http.headers.insert(http::header::TE, HeaderValue::from_static("trailers"));
+    http.headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    // At most eight digits.
+    let millis = timeout.as_millis().min(99_999_999);
+    if let Ok(timeout) = HeaderValue::from_str(&format!("{millis}m")) {
+        http.headers.insert("grpc-timeout", timeout);
+    }
+    add_all(&mut http.headers, initial_metadata, path, "initial_metadata", report);
+    http.send = HealthCheckRequest { service: service_name }.framed();
+    Some(http)
+}
+
+/// The host to send: the cluster's name, unless another one is given.
+fn authority(
+    host: &str,
+    cluster: &str,
+    http2: bool,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<HeaderValue> {
+    let sent = if host.is_empty() { cluster } else { host };
+    match HeaderValue::from_str(sent) {
+        Ok(value) if !http2 || sent.parse::<http::uri::Authority>().is_ok() => Some(value),
+        _ => {
+            let message = format!("{sent:?} can't be sent as the host (it is the cluster's name by default)");
+            report.invalid(path, message);
+            None
+        }
+    }
 }
 
 fn request_method(method: i32, path: &FieldPath<'_>, report: &mut Report<'_>) -> Option<Method> {
@@ -160,6 +191,18 @@ fn header(
         return None;
     };
     Some((action, name, value))
+}
+
+fn add_all(
+    headers: &mut HeaderMap,
+    options: Vec<core::HeaderValueOption>,
+    path: &FieldPath<'_>,
+    field: &str,
+    report: &mut Report<'_>,
+) {
+    for (action, name, value) in each(options, path, field, |option, path| header(option, path, report)) {
+        add(headers, action, name, value);
+    }
 }
 
 fn add(headers: &mut HeaderMap, action: HeaderAppendAction, name: HeaderName, value: HeaderValue) {
