@@ -111,12 +111,12 @@ pub struct Drain {
     pub skip_exit: bool,
 }
 
-/// Completes when they are of the moment of the call, or can't be soon.
+/// Completes when stats, and counts of hosts, are of the moment of the call or later; within a second, whatever holds them up.
 pub type Refresh = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What the admin server shows and does. Called on the main thread; every method returns at once.
 pub trait State: Send + Sync + 'static {
-    /// Before stats, and counts of hosts, are shown.
+    /// Called before `/stats` and `/clusters`.
     fn refresh(&self) -> Refresh;
     /// For `/ready`.
     fn server_state(&self) -> ServerState;

@@ -6,6 +6,8 @@ mod build;
 mod data_path;
 #[path = "configuration/files.rs"]
 mod files;
+#[path = "configuration/health.rs"]
+mod health;
 #[path = "configuration/refused.rs"]
 mod refused;
 #[path = "configuration/warned.rs"]

@@ -148,3 +148,15 @@ pub(crate) fn access_log(fields: Value, config: Value) -> Value {
         fields,
     )
 }
+
+/// Exactly this problem, and no other.
+#[track_caller]
+pub(crate) fn refused(bootstrap: &Value, path: &str, message: &str) {
+    assert_eq!(problems(bootstrap), [format!("{path}: {message}")], "{bootstrap:#}");
+}
+
+/// Accepted, with these warnings.
+#[track_caller]
+pub(crate) fn warned(bootstrap: &Value, expected: &[&str]) {
+    assert_eq!(warnings(bootstrap), expected, "{bootstrap:#}");
+}

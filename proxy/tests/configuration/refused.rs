@@ -9,12 +9,6 @@ const L: &str = "static_resources.listeners[0]";
 const F: &str = "static_resources.listeners[0].filter_chains[0].filters[0]";
 const C: &str = "static_resources.clusters[0]";
 
-/// Exactly this problem, and no other.
-#[track_caller]
-fn refused(bootstrap: &Value, path: &str, message: &str) {
-    assert_eq!(problems(bootstrap), [format!("{path}: {message}")], "{bootstrap:#}");
-}
-
 #[test]
 fn all_problems_are_reported_at_once() {
     let listeners = vec![
@@ -605,98 +599,5 @@ fn ejections_that_would_be_longer_than_their_maximum() {
         &bootstrap(vec![], vec![cluster]),
         &format!("{C}.outlier_detection.max_ejection_time"),
         "outlier detector's max_ejection_time cannot be smaller than base_ejection_time",
-    );
-}
-
-fn checked(check: Value) -> Value {
-    let base = json!({"timeout": "1s", "interval": "2s", "unhealthy_threshold": 1, "healthy_threshold": 1});
-    with(cluster("c"), json!({"health_checks": [with(base, check)]}))
-}
-
-#[test]
-fn health_checks_that_can_not_be() {
-    let path = format!("{C}.health_checks[0].tcp_health_check");
-    for (send, digits) in [("zz", "zz"), ("abc", "abc"), ("4g", "4g"), ("é1", "é1")] {
-        refused(
-            &bootstrap(vec![], vec![checked(json!({"tcp_health_check": {"send": {"text": send}}}))]),
-            &format!("{path}.send.text"),
-            &format!("invalid hex string '{digits}'"),
-        );
-    }
-    refused(
-        &bootstrap(
-            vec![],
-            vec![checked(json!({"tcp_health_check": {"receive": [{"text": "41"}, {"text": "x"}]}}))],
-        ),
-        &format!("{path}.receive[1].text"),
-        "invalid hex string 'x'",
-    );
-    let path = format!("{C}.health_checks[0].http_health_check");
-    let header = |key: &str, value: &str| json!({"request_headers_to_add": [{"header": {"key": key, "value": value}}]});
-    for (fields, field, reason) in [
-        (json!({"path": "a b"}), "path", "\"a b\" is not a path"),
-        (json!({"method": "CONNECT"}), "method", "must not be 6"),
-        (
-            json!({"codec_client_type": "HTTP3"}),
-            "codec_client_type",
-            "HTTP/3 is not supported; use HTTP1 or HTTP2",
-        ),
-        (
-            json!({"codec_client_type": "HTTP2", "host": "a b"}),
-            "host",
-            "\"a b\" can't be sent as the host (it is the cluster's name by default)",
-        ),
-        (
-            json!({"expected_statuses": [{"start": 300, "end": 300}]}),
-            "expected_statuses[0]",
-            "no range of statuses: 300 to below 300; they are 100 to below 600",
-        ),
-        (
-            json!({"retriable_statuses": [{"start": 500, "end": 700}]}),
-            "retriable_statuses[0]",
-            "no range of statuses: 500 to below 700; they are 100 to below 600",
-        ),
-        (
-            header("host", "a"),
-            "request_headers_to_add[0].header.key",
-            "\"host\" is not a header that can be added",
-        ),
-        (
-            header("x-a", "%START_TIME%"),
-            "request_headers_to_add[0].header.value",
-            "command operators (%…%) are not supported here in this version; write the value itself",
-        ),
-        (
-            json!({"service_name_matcher": {"safe_regex": {"regex": "a"}}}),
-            "service_name_matcher",
-            "not supported in this version; use exact, prefix, suffix or contains",
-        ),
-    ] {
-        let check = with(json!({"path": "/"}), fields);
-        refused(
-            &bootstrap(vec![], vec![checked(json!({"http_health_check": check}))]),
-            &format!("{path}.{field}"),
-            reason,
-        );
-    }
-    let one = checked(json!({"tcp_health_check": {}}))["health_checks"][0].clone();
-    refused(
-        &bootstrap(vec![], vec![with(cluster("c"), json!({"health_checks": [one, one]}))]),
-        &format!("{C}.health_checks"),
-        "a cluster has one health check at most in this version; keep one of them",
-    );
-    let sink =
-        json!({"name": "x", "typed_config": {"@type": "type.googleapis.com/envoy.config.core.v3.Node"}});
-    refused(
-        &bootstrap(vec![], vec![checked(json!({"tcp_health_check": {}, "event_logger": [sink]}))]),
-        &format!("{C}.health_checks[0].event_logger[0].typed_config"),
-        "Didn't find a registered implementation for 'x' with type URL: 'envoy.config.core.v3.Node'",
-    );
-    let named = json!({"health_check_config": {"address": address("nope", 1)}});
-    let endpoint = json!({"endpoint": with(endpoint("127.0.0.1")["endpoint"].clone(), named)});
-    refused(
-        &bootstrap(vec![], vec![with(cluster("c"), json!({"load_assignment": assignment(vec![endpoint])}))]),
-        &format!("{C}.load_assignment.endpoints[0].lb_endpoints[0].endpoint.health_check_config.address"),
-        "malformed IP address: nope",
     );
 }

@@ -6,21 +6,14 @@ use tidegate::config::cluster::{
     ClusterHashPolicy, ConsistentHashing, HashFunction, LbPolicy, Maglev, RingHash, Thresholds,
 };
 use tidegate::config::filter_chain::Terminal;
-use tidegate::config::health_check::{Check, HttpHealthCheck, ProxyProtocol, ServiceName, TcpHealthCheck};
 use tidegate::config::listener::{Cidr, ListenerFilter};
 use tidegate::config::outlier::OutlierDetection;
 use tidegate::config::route::HttpRouting;
 use tidegate::config::tcp_proxy::ClusterChoice;
-use tidegate::config::tls::StringMatch;
 
 use super::build::*;
 
 const F: &str = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
-
-#[track_caller]
-fn warned(bootstrap: &Value, expected: &[&str]) {
-    assert_eq!(warnings(bootstrap), expected, "{bootstrap:#}");
-}
 
 fn routing(bootstrap: &Value) -> std::sync::Arc<HttpRouting> {
     let loaded = load_json(bootstrap).unwrap_or_else(|error| panic!("{error}"));
@@ -375,168 +368,6 @@ fn the_outlier_event_log_has_a_path() {
     warned(&bootstrap, &["cluster_manager.local_cluster_name: parsed, not active in this version"]);
     let path = load_json(&bootstrap).unwrap().bootstrap.outlier_event_log.unwrap();
     assert_eq!(path.to_str(), Some("/dev/null"));
-}
-
-fn checked(check: Value, more: Value) -> Value {
-    let base = json!({"timeout": "1s", "interval": "2s", "unhealthy_threshold": 3, "healthy_threshold": 4});
-    let cluster = with(cluster("c"), json!({"health_checks": [with(base, check)]}));
-    bootstrap(vec![], vec![with(cluster, more)])
-}
-
-#[test]
-fn tcp_health_checks_have_envoys_defaults() {
-    let of = |check: Value, more: Value| {
-        let bootstrap = checked(check, more);
-        warned(&bootstrap, &[]);
-        *load_json(&bootstrap).unwrap().bootstrap.clusters[0].health_check.clone().unwrap()
-    };
-    let seconds = std::time::Duration::from_secs;
-    let check = of(json!({"tcp_health_check": {}}), json!({}));
-    assert_eq!((check.timeout, check.unhealthy_threshold, check.healthy_threshold), (seconds(1), 3, 4));
-    let it = &check.intervals;
-    assert_eq!(
-        (it.healthy, it.unhealthy, it.unhealthy_edge, it.healthy_edge),
-        (seconds(2), seconds(2), seconds(2), seconds(2))
-    );
-    assert_eq!((it.no_traffic, it.no_traffic_healthy), (seconds(60), seconds(60)));
-    assert!(check.reuse_connection && !check.ignore_new_hosts && !check.remove_healthy_hosts);
-    let check = of(
-        json!({
-            "tcp_health_check": {
-                "send": {"binary": "AAE="},
-                "receive": [{"text": "00FF"}],
-                "proxy_protocol_config": {"version": "V2"},
-            },
-            "unhealthy_interval": "5s",
-            "no_traffic_interval": "7s",
-            "reuse_connection": false,
-            "event_logger": [{"name": "x", "typed_config": {
-                "@type": "type.googleapis.com/envoy.extensions.health_check.event_sinks.file.v3.HealthCheckEventFileSink",
-                "event_log_path": "/b",
-            }}],
-        }),
-        json!({
-            "ignore_health_on_host_removal": true,
-            "common_lb_config": {"ignore_new_hosts_until_first_hc": true},
-        }),
-    );
-    let it = &check.intervals;
-    assert_eq!(
-        (it.healthy, it.unhealthy, it.unhealthy_edge, it.healthy_edge),
-        (seconds(2), seconds(5), seconds(5), seconds(2))
-    );
-    assert_eq!((it.no_traffic, it.no_traffic_healthy), (seconds(7), seconds(7)));
-    let tcp = TcpHealthCheck {
-        send: vec![0, 1],
-        receive: vec![vec![0, 255]],
-        proxy_protocol: Some(ProxyProtocol::V2),
-    };
-    assert_eq!(check.check, Check::Tcp(tcp));
-    assert_eq!(check.event_logs, [std::path::PathBuf::from("/b")]);
-    assert!(!check.reuse_connection && check.ignore_new_hosts && check.remove_healthy_hosts);
-}
-
-#[test]
-fn http_health_checks_have_envoys_defaults() {
-    let of = |check: Value| {
-        let bootstrap = checked(json!({"http_health_check": check}), json!({}));
-        warned(&bootstrap, &[]);
-        let check = load_json(&bootstrap).unwrap().bootstrap.clusters[0].health_check.clone().unwrap();
-        let Check::Http(http) = check.check else { panic!("{check:?}") };
-        *http
-    };
-    let path = |path: &str| path.parse().unwrap();
-    let host = |host: &str| host.parse().unwrap();
-    assert_eq!(of(json!({"path": "/healthz?a=b"})), HttpHealthCheck::get(host("c"), path("/healthz?a=b")));
-    let http = of(json!({
-        "path": "/",
-        "host": "h.example",
-        "method": "POST",
-        "send": {"text": "4142"},
-        "receive": [{"text": "43"}],
-        "response_buffer_size": 0,
-        "expected_statuses": [{"start": 200, "end": 300}],
-        "retriable_statuses": [{"start": 500, "end": 600}],
-        "codec_client_type": "HTTP2",
-        "service_name_matcher": {"prefix": "x", "ignore_case": true},
-        "request_headers_to_remove": ["user-agent"],
-        "request_headers_to_add": [
-            {"header": {"key": "x-a", "value": "1"}},
-            {"header": {"key": "X-A", "value": "2"}},
-            {"header": {"key": "x-a", "value": "3"}, "append_action": "ADD_IF_ABSENT"},
-            {"header": {"key": "x-b", "value": "4"}, "append_action": "OVERWRITE_IF_EXISTS"},
-            {"header": {"key": "x-c", "value": ""}},
-            {"header": {"key": "x-d", "value": ""}, "keep_empty_value": true},
-            {"header": {"key": "x-e", "value": "5"}},
-            {"header": {"key": "x-e", "value": "6"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"},
-        ],
-    }));
-    let headers: Vec<_> =
-        http.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
-    assert_eq!(headers, [("x-a", "1"), ("x-a", "2"), ("x-d", ""), ("x-e", "6")]);
-    let pattern = StringMatch::Prefix("x".into());
-    let expected = HttpHealthCheck {
-        method: "POST".parse().unwrap(),
-        headers: http.headers.clone(),
-        send: b"AB".to_vec(),
-        http2: true,
-        expected: std::iter::once(200..300).collect(),
-        retriable: std::iter::once(500..600).collect(),
-        receive: vec![b"C".to_vec()],
-        response_buffer_size: None,
-        service_name: Some(ServiceName { pattern, ignore_case: true }),
-        ..HttpHealthCheck::get(host("h.example"), path("/"))
-    };
-    assert_eq!(http, expected);
-}
-
-#[test]
-fn grpc_health_checks_are_calls() {
-    let bootstrap = checked(
-        json!({"grpc_health_check": {
-            "service_name": "a",
-            "authority": "h.example",
-            "initial_metadata": [{"header": {"key": "x-a", "value": "1"}}],
-        }}),
-        json!({}),
-    );
-    warned(&bootstrap, &[]);
-    let check = load_json(&bootstrap).unwrap().bootstrap.clusters[0].health_check.clone().unwrap();
-    let Check::Grpc(http) = check.check else { panic!("{check:?}") };
-    let headers: Vec<_> =
-        http.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
-    let expected = [
-        ("user-agent", "Envoy/HC"),
-        ("te", "trailers"),
-        ("content-type", "application/grpc"),
-        ("grpc-timeout", "1000m"),
-        ("x-a", "1"),
-    ];
-    assert_eq!(headers, expected);
-    assert_eq!(http.send, b"\0\0\0\0\x03\x0a\x01a");
-    assert_eq!((http.method.as_str(), http.path.as_str()), ("POST", "/grpc.health.v1.Health/Check"));
-    assert_eq!((http.http2, http.host.to_str().unwrap()), (true, "h.example"));
-}
-
-#[test]
-fn health_checks_that_nobody_makes() {
-    let path = "static_resources.clusters[0].health_checks[0]";
-    let custom = json!({"custom_health_check": {"name": "x", "typed_config": {
-        "@type": "type.googleapis.com/google.protobuf.Empty"}}});
-    warned(
-        &checked(custom, json!({})),
-        &[&format!(
-            "{path}.custom_health_check: parsed, not active in this version: endpoints are not checked; tcp_health_check, http_health_check and grpc_health_check are"
-        )],
-    );
-    let by_clients =
-        json!({"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "load_assignment": null});
-    warned(
-        &checked(json!({"tcp_health_check": {}}), by_clients),
-        &[&format!(
-            "{path}: the endpoints of this cluster are not checked in this version: clients choose the endpoint"
-        )],
-    );
 }
 
 #[test]
