@@ -18,7 +18,7 @@ use crate::program;
 use crate::run::{self, TempDir};
 
 /// How long a proxy may take to become ready, to stop, or to show what a test waits for.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Which program.
 #[derive(Clone, Debug)]

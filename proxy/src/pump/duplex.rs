@@ -324,12 +324,10 @@ impl<'a> Duplex<'a> {
         if reset {
             self.lane(gone).half.forward_no_fin();
         }
-        if self.phase(gone) != Phase::Closed {
-            self.counters.flushed.set(Some(gone.other()));
-        }
         let wait = LINGER[0];
         let flush = Flush { gone, cause, reset, look_at: None, wait, unacknowledged: usize::MAX };
         self.flush = Some(Box::new(flush));
+        self.note_flush();
     }
 
     /// Whether nothing else would tell that this side is gone.
@@ -343,14 +341,20 @@ impl<'a> Duplex<'a> {
             && !(from.is_sending() && self.sources[side as usize].is_receiving())
     }
 
-    /// The downstream has sent its FIN and got the upstream's: what is held of it is flushed, though nobody is gone.
+    /// It is a flush only while something is held: of a side that is gone, or of a downstream that has sent its FIN and got the
+    /// upstream's.
     fn note_flush(&self) {
-        let from_downstream = &self.lanes[Side::Downstream as usize].half;
-        if from_downstream.phase() == Phase::Draining
-            && from_downstream.held() > 0
-            && self.phase(Side::Upstream) == Phase::Closed
-        {
-            self.counters.flushed.set(Some(Side::Upstream));
+        let gone = match &self.flush {
+            Some(flush) => flush.gone,
+            None if self.phase(Side::Upstream) == Phase::Closed
+                && self.phase(Side::Downstream) == Phase::Draining =>
+            {
+                Side::Downstream
+            }
+            None => return,
+        };
+        if self.lanes[gone as usize].half.held() > 0 {
+            self.counters.flushed.set(Some(gone.other()));
         }
     }
 
@@ -369,8 +373,8 @@ impl<'a> Duplex<'a> {
 
     /// The end, if both directions are done, or the flush is.
     fn ended(&mut self) -> Option<Outcome> {
+        self.note_flush();
         let Some(flush) = self.flushing() else {
-            self.note_flush();
             return self.both_closed().then(|| self.finished());
         };
         let kept = flush.gone.other();

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tidegate_tests::client::{self, Outcome};
 use tidegate_tests::netns::Netns;
-use tidegate_tests::proxy::{Engine, Proxy, Setup};
+use tidegate_tests::proxy::{Engine, PATIENCE, Proxy, Setup};
 use tidegate_tests::script::{Endpoint as Conversation, Transcript};
 use tidegate_tests::upstream::Upstream;
 
@@ -190,7 +190,7 @@ fn talk(client: &Client, listener: &str) -> Vec<Outcome> {
 
 /// Waits until no connection is left, so that every log line and counter is final.
 pub(super) fn settle(proxy: &Proxy) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         let stats = stats(proxy)?;
         let active: u64 = stats

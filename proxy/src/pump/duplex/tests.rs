@@ -73,6 +73,32 @@ fn a_reset_whose_error_was_swallowed_is_no_fin() {
     assert_eq!(client.read(&mut answer).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
 }
 
+/// The same from the client, of which nothing is held: Envoy counts no flush to the upstream then.
+#[test]
+fn a_reset_whose_error_was_swallowed_is_no_flush() {
+    let ((client, downstream), (mut server, upstream)) = (pair(), pair());
+    Socket::from(client).set_linger(Some(Duration::ZERO)).unwrap();
+    let (outcome, flushed) = uring::start(uring::Engine::IoUring, async {
+        let (resources, counters, options) = (Resources::default(), Counters::default(), Options::default());
+        let mut duplex = Duplex::new(&resources, [&downstream, &upstream], None, &options, &counters);
+        let mut timer = uring::time::sleep(Duration::ZERO);
+        let outcome = poll_fn(|cx| {
+            if duplex.flush.is_none() {
+                assert_eq!(duplex.faulted(Side::Upstream, Fault::DestinationVanished, cx), None);
+            }
+            duplex.poll(&mut timer, cx)
+        })
+        .await;
+        drop(duplex);
+        (outcome, counters.flushed.get())
+    })
+    .unwrap();
+    let (downstream, upstream) = (CloseType::RemoteReset, CloseType::LocalReset);
+    assert_eq!(outcome, Outcome { cause: Cause::Reset { by: Side::Downstream }, downstream, upstream });
+    assert_eq!(flushed, None);
+    assert_eq!(server.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+}
+
 /// The kernel tells of a reset once. When a send was told, the next read finds an end as if by a FIN.
 #[test]
 fn a_reset_that_only_a_send_was_told_of_is_no_fin() {
