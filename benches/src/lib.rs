@@ -140,6 +140,7 @@ pub fn cluster(
         outlier_detection: None,
         healthy_panic_threshold: 50.0,
         upstream_keepalive: None,
+        upstream_bind: None,
         dns: Dns {
             refresh_rate: Duration::from_secs(5),
             respect_ttl: false,
@@ -209,6 +210,8 @@ fn listener(address: SocketAddr) -> ListenerConfig {
         transparent: false,
         freebind: false,
         tcp_keepalive: None,
+        socket_options: vec![],
+        overrides: vec![],
         tcp_fast_open_queue_length: None,
         max_connections_to_accept_per_socket_event: None,
         stat_prefix: None,

@@ -1,12 +1,14 @@
-//! Listening sockets of bound listeners: opened by the main thread, given to the workers.
+//! Listening sockets of bound listeners: opened by the main thread, given to the workers. And how the configuration wants sockets opened.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::Socket;
 
 use crate::config::listener::{Listener, TcpKeepalive};
-use crate::sys::socket::{self, Keepalive, ListenerOptions, OpenError};
+use crate::config::upstream_bind::UpstreamBind;
+use crate::sys::socket::{self, Keepalive, ListenerOptions, OpenError, StreamOptions};
 
 /// Why a listener can't be bound.
 #[derive(Debug, thiserror::Error)]
@@ -24,8 +26,8 @@ pub fn bind(listener: &Listener, workers: usize) -> Result<Vec<Vec<Socket>>, Bin
     let failed = |source| BindError { listener: Arc::clone(&listener.name), source };
     let mut sockets: Vec<Vec<Socket>> = (0..workers).map(|_| Vec::new()).collect();
     let each = if listener.enable_reuse_port { workers } else { 1 };
-    let options = options(listener);
     for address in &listener.addresses {
+        let options = options(listener, *address);
         let mut address = *address;
         for worker in sockets.iter_mut().take(each) {
             let socket = socket::listen(address, &options).map_err(failed)?;
@@ -44,7 +46,7 @@ pub fn same_sockets(old: &Listener, new: &Listener) -> bool {
     if !old.bind_to_port || !new.bind_to_port || old.addresses != new.addresses {
         return false;
     }
-    if options(old) == options(new) {
+    if old.addresses.iter().all(|address| options(old, *address) == options(new, *address)) {
         return true;
     }
     // Without SO_REUSEPORT the address can't be bound twice.
@@ -55,17 +57,28 @@ pub fn same_sockets(old: &Listener, new: &Listener) -> bool {
     !shareable
 }
 
-fn options(listener: &Listener) -> ListenerOptions<'static> {
+fn options(listener: &Listener, address: SocketAddr) -> ListenerOptions<'_> {
     let default = ListenerOptions::default();
+    let own = listener.overrides.iter().find(|own| own.address == address);
+    let tcp_keepalive = own.and_then(|own| own.tcp_keepalive).or(listener.tcp_keepalive);
+    let socket_options = own.and_then(|own| own.socket_options.as_ref()).unwrap_or(&listener.socket_options);
     ListenerOptions {
         reuse_port: listener.enable_reuse_port,
         transparent: listener.transparent,
         freebind: listener.freebind,
         backlog: listener.tcp_backlog_size.unwrap_or(default.backlog),
         fast_open_queue: listener.tcp_fast_open_queue_length,
-        keepalive: listener.tcp_keepalive.map(keepalive),
+        keepalive: tcp_keepalive.map(keepalive),
+        socket_options,
         ..default
     }
+}
+
+/// How to open a socket to an endpoint of this cluster; none: as the proxy does of itself.
+pub fn upstream(bind: Option<&UpstreamBind>, endpoint: SocketAddr) -> StreamOptions<'_> {
+    let Some(bind) = bind else { return StreamOptions::default() };
+    let (source, socket_options) = bind.for_endpoint(endpoint);
+    StreamOptions { source, freebind: bind.freebind, socket_options, ..StreamOptions::default() }
 }
 
 /// `TcpKeepalive` in the units of the socket layer.

@@ -488,6 +488,7 @@ pub(crate) mod tests {
             outlier_detection: None,
             healthy_panic_threshold: 50.0,
             upstream_keepalive: None,
+            upstream_bind: None,
             dns: Dns {
                 refresh_rate: Duration::from_secs(5),
                 respect_ttl: false,

@@ -27,6 +27,7 @@ pub mod runtime;
 pub mod tcp_proxy;
 pub mod tls;
 pub mod transport_socket;
+pub mod upstream_bind;
 
 /// The texts of a static configuration.
 #[derive(Clone, Debug)]

@@ -1,5 +1,7 @@
 //! Static configurations as a whole: the files in `config/`, and what is refused or warned of, in which words.
 
+#[path = "configuration/bind.rs"]
+mod bind;
 #[path = "configuration/build.rs"]
 mod build;
 #[path = "configuration/data_path.rs"]

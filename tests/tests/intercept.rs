@@ -111,6 +111,29 @@ fn ipv4_is_captured_and_everybody_sees_true_addresses() -> Result<()> {
 }
 
 #[test]
+fn a_source_address_is_one_of_the_pod() -> Result<()> {
+    let node = Node::new()?;
+    let client = node.pod("client", &["10.9.0.9", "10.9.0.8"])?;
+    let other = node.pod("other", &["10.9.0.7"])?;
+    let server = node.pod("server", &["10.9.0.1"])?;
+    let upstream = Upstream::identify(Some(server.netns()), "10.9.0.1:80", "four")?;
+    let bind = json!({"upstream_bind_config": {"source_address": {"address": "10.9.0.8", "port_value": 0}}});
+    let config = Config::new().service("172.16.0.1:50001", FOO).cluster(FOO, &["10.9.0.1:80"], bind);
+    let proxy = node.proxy(&config).start()?;
+    assert_eq!(connected(talk(&client, "172.16.0.1:50001"))?.text(), "four\nhello");
+    let peer = upstream.served()?.peer;
+    assert_eq!(peer.ip().to_string(), "10.9.0.8");
+    let line = proxy.lines("access.log", "", 1)?.remove(0);
+    assert_eq!(address_field(&line, "uplocal")?, peer, "{line}");
+    // The other pod does not have it.
+    assert_eq!(connected(talk(&other, "172.16.0.1:50001"))?.text(), "");
+    let line = proxy.lines("access.log", "", 2)?.remove(1);
+    assert!(line.contains("failed_to_bind_to_10.9.0.8:0:_Cannot_assign_requested_address"), "{line}");
+    proxy.wait_stat(&format!("cluster.{FOO}.bind_errors"), |count| count == 1)?;
+    Ok(())
+}
+
+#[test]
 fn ipv6_is_captured() -> Result<()> {
     let cluster = Cluster::start()?;
     let stream = cluster.client.connect("[fd00:172::1]:50001")?;

@@ -33,6 +33,7 @@ use event::{Action, Failure, Subject};
 use http::Verdict;
 use judgement::{Judgement, Transition};
 pub use tcp::MarkOwn;
+use tcp::Way;
 
 /// Active health checks of one cluster.
 #[derive(Debug)]
@@ -276,6 +277,10 @@ impl Session {
         outcome
     }
 
+    fn way(&self) -> Way<'_> {
+        Way { target: self.target, config: self.cluster.config(), mark_own: &self.surroundings.mark_own }
+    }
+
     async fn check_tcp(
         &self,
         check: &TcpHealthCheck,
@@ -287,7 +292,7 @@ impl Session {
         };
         let mut tcp = match kept {
             Some(kept) => kept,
-            None => tcp::Connection::open(self.target, check, &self.surroundings.mark_own).await?,
+            None => tcp::Connection::open(&self.way(), check).await?,
         };
         if !check.receive.is_empty() {
             tcp.ask(check).await?;
@@ -314,7 +319,7 @@ impl Session {
         }
         let mut http = match kept {
             Some(kept) => kept,
-            None => http::Connection::open(self.target, check, &self.surroundings.mark_own).await?,
+            None => http::Connection::open(&self.way(), check).await?,
         };
         let verdict = if grpc { http.call(check).await? } else { http.ask(check).await? };
         *connection = Some(Connection::Http(http));

@@ -10,6 +10,7 @@ use super::cluster::{Cluster, DataPath};
 use super::config_source::{ApiSource, ConfigSource};
 use super::listener::{Cidr, Listener};
 use super::runtime::Runtime;
+use super::upstream_bind::BindConfig;
 
 /// A whole static configuration, validated.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +29,8 @@ pub struct Bootstrap {
     pub runtime: Runtime,
     /// `cluster_manager.outlier_detection.event_log_path`: where ejections are noted.
     pub outlier_event_log: Option<PathBuf>,
+    /// What sockets to endpoints are bound to, as far as a cluster says nothing else. Static clusters have it already.
+    pub upstream_bind: Option<Arc<BindConfig>>,
     /// The bootstrap extension `tidegate.bootstrap.v1.Interception`; none when it is absent.
     pub interception: Option<Interception>,
     /// `stats_flush_interval`; Envoy's default is 5 s.

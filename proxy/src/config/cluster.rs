@@ -10,6 +10,7 @@ use super::listener::TcpKeepalive;
 use super::outlier::OutlierDetection;
 use super::tls::UpstreamTls;
 use super::transport_socket::TransportSocketMatches;
+use super::upstream_bind::UpstreamBind;
 
 /// A cluster with every default applied.
 #[derive(Clone, Debug)]
@@ -45,6 +46,8 @@ pub struct Cluster {
     pub healthy_panic_threshold: f64,
     /// Keepalive of upstream connections.
     pub upstream_keepalive: Option<TcpKeepalive>,
+    /// What upstream sockets are bound to, and their options.
+    pub upstream_bind: Option<Box<UpstreamBind>>,
     /// DNS settings (STRICT_DNS).
     pub dns: Dns,
     /// ORIGINAL_DST: unused hosts are dropped after so long. Default 5 s.

@@ -21,7 +21,7 @@
 //! | `VirtualHost.require_tls`; a conditional `direct_response` of 400 or more before the `prefix: /` route | that virtual host is closed (flag NR), warning | serving it would skip the denial |
 //! | `TcpProxy.tunneling_config` | refused | the upstream expects CONNECT, not the bare stream |
 //! | listener filters other than original_dst, tls_inspector, http_inspector, proxy_protocol | refused | they limit or change who the upstream sees |
-//! | `Listener.socket_options` with SO_BINDTODEVICE, `network_namespace_filepath` | refused | the port would be open in another place |
+//! | `network_namespace_filepath` | refused | the port would be open in another place |
 //! | `Listener.filter_chain_matcher`, `fcds_config`, `api_listener`, `udp_listener_config`, `internal_listener` | refused | there is nothing sensible to serve instead |
 //! | LOGICAL_DNS clusters, LEDS, ECDS, `lds_resources_locator`, `cds_resources_locator` | refused | the proxy would report ready without its configuration |
 //! | `scoped_routes` of an HTTP listener | warning, connections end with flag NR | the rest of the configuration can be served |
@@ -36,13 +36,16 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hasher as _};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::{ConfigError, Problem, Reason};
 use super::proto::{FieldPath, SourceMap};
 use super::tls::Secret;
+use super::upstream_bind::BindConfig;
 
 mod access_log;
+mod bind;
 mod bootstrap;
 pub(super) mod cluster;
 pub(super) mod config_source;
@@ -79,6 +82,8 @@ pub(super) struct Report<'a> {
     has_ads: bool,
     /// `static_resources.secrets`
     secrets: Vec<Secret>,
+    /// `cluster_manager.upstream_bind_config`
+    upstream_bind: Option<Arc<BindConfig>>,
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
     /// Warnings of which one is kept: where it stands in `warnings`, and how many there were.
@@ -98,6 +103,7 @@ impl<'a> Report<'a> {
             is_server: Box::new(|_| true),
             has_ads: true,
             secrets: Vec::new(),
+            upstream_bind: None,
             problems: vec![],
             warnings: vec![],
             once: HashMap::new(),
@@ -113,6 +119,11 @@ impl<'a> Report<'a> {
     /// Says which clusters have Unix domain sockets.
     pub(super) fn set_pipes(&mut self, has_pipes: impl Fn(&str) -> bool + 'a) {
         self.has_pipes = Box::new(has_pipes);
+    }
+
+    /// Says what the cluster manager binds sockets to.
+    pub(super) fn set_upstream_bind(&mut self, bind: Option<Arc<BindConfig>>) {
+        self.upstream_bind = bind;
     }
 
     /// Refuses a cluster that connections of clients would go to and can't.

@@ -24,6 +24,7 @@ use super::proto::{self, FieldPath, SourceMap};
 use super::route::{HttpRouting, RdsRouting};
 use super::runtime::Runtime;
 use super::tls::Secret;
+use super::upstream_bind::BindConfig;
 use super::{convert, proto::Checked};
 
 /// A resource that follows the rules of the API.
@@ -110,12 +111,16 @@ fn convert<M, T>(
     }
 }
 
-/// A cluster.
+/// A cluster. `upstream_bind` is the cluster manager's, which is the default.
 pub fn cluster(
     valid: Valid<cluster_api::Cluster>,
+    upstream_bind: Option<&Arc<BindConfig>>,
     label: &Arc<str>,
 ) -> Result<Converted<Cluster>, ConfigError> {
-    convert(valid, label, None, convert::cluster::cluster)
+    convert(valid, label, None, |message, path, report| {
+        report.set_upstream_bind(upstream_bind.cloned());
+        convert::cluster::cluster(message, path, report)
+    })
 }
 
 /// A listener.

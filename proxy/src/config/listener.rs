@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::access_log::AccessLog;
 use super::filter_chain::FilterChain;
+use crate::sys::socket::SocketOption;
 
 /// A listener with every default applied.
 #[derive(Clone, Debug)]
@@ -44,6 +45,10 @@ pub struct Listener {
     pub freebind: bool,
     /// Keepalive of downstream connections.
     pub tcp_keepalive: Option<TcpKeepalive>,
+    /// Options by number, for the listening sockets; accepted ones inherit most of them.
+    pub socket_options: Vec<SocketOption>,
+    /// What `additional_addresses` have of their own.
+    pub overrides: Vec<AddressOverride>,
     /// TCP Fast Open queue length; `None` leaves the socket as it is.
     pub tcp_fast_open_queue_length: Option<u32>,
     /// At most so many accepts per wakeup of the listening socket; `None`: until the queue is empty.
@@ -63,6 +68,17 @@ impl Listener {
     pub fn address(&self) -> SocketAddr {
         self.addresses[0]
     }
+}
+
+/// What one of the `additional_addresses` has instead of what the listener says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AddressOverride {
+    /// Which.
+    pub address: SocketAddr,
+    /// `socket_options`
+    pub socket_options: Option<Vec<SocketOption>>,
+    /// `tcp_keepalive`
+    pub tcp_keepalive: Option<TcpKeepalive>,
 }
 
 /// `traffic_direction`.

@@ -40,14 +40,15 @@ impl Dialer for Dial<'_> {
     }
 
     fn socket(&self, address: SocketAddr, cluster: &config::cluster::Cluster) -> Result<Socket, OpenError> {
-        let failed = |step| move |source| OpenError { address, step, source };
+        let failed = |step| OpenError::at(address, step);
         // The second guard against loops: whatever a configuration says, nothing is sent back to where it came in.
         if self.capture.is_some() && address == self.accepted_on {
             let itself = io::Error::other("the endpoint is the capture listener itself");
             return Err(failed("connect")(itself));
         }
         let keepalive = cluster.upstream_keepalive.map(bound::keepalive);
-        let options = StreamOptions { keepalive, ..StreamOptions::default() };
+        let options =
+            StreamOptions { keepalive, ..bound::upstream(cluster.upstream_bind.as_deref(), address) };
         let namespace = self.capture.and_then(|capture| capture.pod.socket_namespace());
         let socket = netns::with_socket_namespace(namespace, || Ok(socket::stream(address, &options)))
             .map_err(failed("enter the pod's network namespace"))??;

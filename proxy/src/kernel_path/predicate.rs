@@ -170,6 +170,8 @@ fn look_at_listener(listener: &config::listener::Listener, snapshot: &Snapshot, 
         tcp_fast_open_queue_length: _,
         max_connections_to_accept_per_socket_event: _,
         tcp_keepalive,
+        socket_options: _,
+        overrides: _,
         stat_prefix: _,
         connection_limit,
         ignore_global_conn_limit: _, // there is no global limit

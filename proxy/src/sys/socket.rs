@@ -3,6 +3,7 @@
 //! All are nonblocking and close-on-exec. Creation is in [`open`].
 
 pub mod open;
+mod option;
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
@@ -16,6 +17,7 @@ use socket2::{SockAddr, Socket};
 use crate::addr::unmapped;
 
 pub use open::{Keepalive, ListenerOptions, OpenError, StreamOptions, listen, stream};
+pub use option::{SocketOption, SocketState};
 
 /// Takes one waiting connection: nonblocking, with the address of its peer (unmapped).
 ///

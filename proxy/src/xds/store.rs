@@ -24,6 +24,7 @@ use crate::config::bootstrap::{Bootstrap, DynamicResources};
 use crate::config::cluster::Cluster;
 use crate::config::config_source::{ConfigSource, Source};
 use crate::config::runtime::Runtime;
+use crate::config::upstream_bind::BindConfig;
 use crate::listener::Listener;
 use crate::secret::Watcher;
 use crate::snapshot::Snapshot;
@@ -96,6 +97,7 @@ pub struct Store {
     reading_cache: bool,
     unknown_fields: UnknownFields,
     runtime: Runtime,
+    upstream_bind: Option<Arc<BindConfig>>,
     dynamic: DynamicResources,
     clusters: Clusters,
     listeners: Listeners,
@@ -215,6 +217,7 @@ impl Store {
             reading_cache: false,
             unknown_fields,
             runtime: bootstrap.runtime.clone(),
+            upstream_bind: bootstrap.upstream_bind.clone(),
             dynamic: bootstrap.dynamic.clone(),
             snapshot: Snapshot::default(),
             assignments: HashMap::new(),

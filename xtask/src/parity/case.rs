@@ -359,6 +359,7 @@ const LOG_FIELDS: &[(&str, &str)] = &[
     ("upstream_host", "%UPSTREAM_HOST%"),
     ("upstream_cluster", "%UPSTREAM_CLUSTER%"),
     ("upstream_local", "%UPSTREAM_LOCAL_ADDRESS%"),
+    ("upstream_local_ip", "%UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%"),
     ("downstream_local", "%DOWNSTREAM_LOCAL_ADDRESS%"),
     ("downstream_local_port", "%DOWNSTREAM_LOCAL_PORT%"),
     ("downstream_remote", "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"),

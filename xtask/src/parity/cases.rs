@@ -1,5 +1,6 @@
 //! The cases, by subject.
 
+mod bind;
 mod connect;
 mod data;
 mod hashing;
@@ -22,6 +23,7 @@ pub(super) fn all() -> Vec<Case> {
         logs::cases(),
         health::cases(),
         hashing::cases(),
+        bind::cases(),
     ]
     .into_iter()
     .flatten()

@@ -34,7 +34,8 @@ const TCP_STATS: [&str; 8] = [
     "upstream_flush_total",
     "upstream_flush_active",
 ];
-const CLUSTER_STATS: [&str; 13] = [
+const CLUSTER_STATS: [&str; 14] = [
+    "bind_errors",
     "upstream_cx_total",
     "upstream_cx_active",
     "upstream_cx_connect_fail",

@@ -1,7 +1,6 @@
 //! One HTTP or gRPC check: a request, and what its response says.
 
 use std::io;
-use std::net::SocketAddr;
 use std::ops::Range;
 
 use http_body_util::{BodyExt as _, Full};
@@ -15,7 +14,7 @@ use prost::Message as _;
 use tokio::task::JoinSet;
 
 use super::event::Failure;
-use super::tcp::{MAX_UNMATCHED, MarkOwn, connect, contains};
+use super::tcp::{MAX_UNMATCHED, Way, connect, contains};
 use crate::config::health_check::HttpHealthCheck;
 
 /// The response says that the host is to be used only when there are too few others.
@@ -46,12 +45,8 @@ enum Sender {
 }
 
 impl Connection {
-    pub(super) async fn open(
-        target: SocketAddr,
-        check: &HttpHealthCheck,
-        mark_own: &MarkOwn,
-    ) -> io::Result<Self> {
-        let stream = TokioIo::new(connect(target, mark_own).await?);
+    pub(super) async fn open(way: &Way<'_>, check: &HttpHealthCheck) -> io::Result<Self> {
+        let stream = TokioIo::new(connect(way).await?);
         let mut tasks = JoinSet::new();
         // How a connection ends is seen by whoever asks next.
         let sender = if check.http2 {

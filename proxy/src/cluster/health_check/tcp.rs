@@ -8,11 +8,22 @@ use socket2::{SockAddr, Socket};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
+use crate::bound;
+use crate::config::cluster::Cluster;
 use crate::config::health_check::{ProxyProtocol, TcpHealthCheck};
 use crate::sys::socket::{self, StreamOptions};
 
 /// Marks a socket as the proxy's own before it connects, so that it is not captured.
 pub type MarkOwn = Arc<dyn Fn(&Socket) -> io::Result<()> + Send + Sync>;
+
+/// What connecting to a host takes.
+pub(super) struct Way<'a> {
+    /// Where it is checked.
+    pub(super) target: SocketAddr,
+    /// Its cluster.
+    pub(super) config: &'a Cluster,
+    pub(super) mark_own: &'a MarkOwn,
+}
 
 /// What is kept of an answer in which the expected blocks have not come yet. A server that talks on and on about
 /// something else must not fill our memory.
@@ -27,14 +38,10 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Connects, and sends the PROXY header if something will be sent after it.
-    pub(super) async fn open(
-        target: SocketAddr,
-        check: &TcpHealthCheck,
-        mark_own: &MarkOwn,
-    ) -> io::Result<Self> {
-        let mut this = Self { stream: connect(target, mark_own).await?, unmatched: Vec::new() };
+    pub(super) async fn open(way: &Way<'_>, check: &TcpHealthCheck) -> io::Result<Self> {
+        let mut this = Self { stream: connect(way).await?, unmatched: Vec::new() };
         if let Some(version) = check.proxy_protocol.filter(|_| !check.receive.is_empty()) {
-            let header = header(version, this.stream.local_addr()?, target);
+            let header = header(version, this.stream.local_addr()?, way.target);
             this.stream.write_all(&header).await?;
         }
         Ok(this)
@@ -63,11 +70,16 @@ impl Connection {
     }
 }
 
-/// Connects to an endpoint, past all interception.
-pub(super) async fn connect(target: SocketAddr, mark_own: &MarkOwn) -> io::Result<TcpStream> {
-    let socket = socket::stream(target, &StreamOptions::default()).map_err(|error| error.source)?;
+/// Connects to an endpoint as clients' connections would, past all interception.
+pub(super) async fn connect(way: &Way<'_>) -> io::Result<TcpStream> {
+    let Way { target, config, mark_own } = way;
+    let options = StreamOptions {
+        keepalive: config.upstream_keepalive.map(bound::keepalive),
+        ..bound::upstream(config.upstream_bind.as_deref(), *target)
+    };
+    let socket = socket::stream(*target, &options).map_err(|error| error.source)?;
     mark_own(&socket)?;
-    let connected = socket::connect(&socket, &SockAddr::from(target))?;
+    let connected = socket::connect(&socket, &SockAddr::from(*target))?;
     let stream = TcpStream::from_std(socket.into())?;
     if !connected {
         stream.writable().await?;

@@ -13,6 +13,7 @@ use tidegate_api::core;
 use tidegate_api::interception as extension_api;
 
 use super::access_log::access_logs;
+use super::bind::bind_config;
 use super::cluster::{cluster, data_path_mode};
 use super::config_source::{ads_config, config_source};
 use super::extension::{Extension, unregistered};
@@ -28,6 +29,7 @@ use crate::config::bootstrap::{
 use crate::config::cluster::Cluster;
 use crate::config::listener::Listener;
 use crate::config::proto::FieldPath;
+use crate::config::upstream_bind::BindConfig;
 
 /// Envoy's default of `stats_flush_interval`.
 const STATS_FLUSH_INTERVAL: Duration = Duration::from_secs(5);
@@ -102,6 +104,10 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
     check_cluster_names(&clusters, &resources, report);
     check_servers(&clusters, dynamic_resources.as_ref(), report);
     let dynamic = dynamic(dynamic_resources, path, report);
+    let (outlier_event_log, upstream_bind) = cluster_manager
+        .map(|it| self::cluster_manager(it, &path.field("cluster_manager"), report))
+        .unwrap_or_default();
+    report.set_upstream_bind(upstream_bind.clone());
     let order: Vec<_> = clusters.iter().map(|cluster| cluster.name.clone()).collect();
     let clusters: Vec<Arc<Cluster>> =
         each(clusters, &resources, "clusters", |it, path| cluster(it, path, report).map(Arc::new));
@@ -123,20 +129,20 @@ pub(in crate::config) fn bootstrap(bootstrap: api::Bootstrap, report: &mut Repor
         clusters,
         dynamic,
         runtime,
-        outlier_event_log: cluster_manager
-            .and_then(|it| self::cluster_manager(it, &path.field("cluster_manager"), report)),
+        outlier_event_log,
+        upstream_bind,
         interception: extensions(bootstrap_extensions, path, report),
         stats_flush_interval: optional_duration(stats_flush_interval, path, "stats_flush_interval", report)
             .unwrap_or(STATS_FLUSH_INTERVAL),
     }
 }
 
-/// Where the outlier event log is.
+/// Where the outlier event log is, and what sockets to endpoints are bound to.
 fn cluster_manager(
     manager: api::ClusterManager,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
-) -> Option<PathBuf> {
+) -> (Option<PathBuf>, Option<Arc<BindConfig>>) {
     let api::ClusterManager {
         local_cluster_name,
         outlier_detection,
@@ -144,11 +150,13 @@ fn cluster_manager(
         load_stats_config,
         enable_deferred_cluster_creation: _, // how Envoy saves memory on clusters without traffic
     } = manager;
-    inactive!(report, path, "ClusterManager"; local_cluster_name, upstream_bind_config, load_stats_config);
-    let api::cluster_manager::OutlierDetection { event_log_path, event_service } = outlier_detection?;
+    inactive!(report, path, "ClusterManager"; local_cluster_name, load_stats_config);
+    let upstream_bind = bind_config(upstream_bind_config, path, report).map(Arc::new);
+    let Some(outlier_detection) = outlier_detection else { return (None, upstream_bind) };
+    let api::cluster_manager::OutlierDetection { event_log_path, event_service } = outlier_detection;
     let path = path.field("outlier_detection");
     inactive!(report, &path, "ClusterManager.OutlierDetection"; event_service);
-    (!event_log_path.is_empty()).then(|| event_log_path.into())
+    ((!event_log_path.is_empty()).then(|| event_log_path.into()), upstream_bind)
 }
 
 fn dynamic(

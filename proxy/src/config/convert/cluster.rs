@@ -10,6 +10,7 @@ use tidegate_api::core;
 use tidegate_api::envoy::extensions::clusters::common::dns::v3::DnsLookupFamily as TypedLookupFamily;
 use tidegate_api::envoy::extensions::clusters::dns::v3::DnsCluster;
 
+use super::bind::bind_config;
 use super::config_source::config_source;
 use super::endpoint::{Of, load_assignment};
 use super::extension::{Extension, unregistered};
@@ -24,6 +25,7 @@ use crate::config::endpoint::{ClusterLoadAssignment, EndpointAddress};
 use crate::config::health_check::HealthCheck;
 use crate::config::listener::TcpKeepalive;
 use crate::config::proto::FieldPath;
+use crate::config::upstream_bind::UpstreamBind;
 
 mod health_check;
 mod http_check;
@@ -110,7 +112,7 @@ pub(in crate::config) fn cluster(
         upstream_http_protocol_options, common_http_protocol_options, http_protocol_options,
         typed_extension_protocol_options, dns_jitter, dns_failure_refresh_rate,
         dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
-        wait_for_warm_on_init, upstream_bind_config, lb_subset_config, lrs_server,
+        wait_for_warm_on_init, lb_subset_config, lrs_server,
         lrs_report_endpoint_metrics, track_cluster_stats, preconnect_policy, queuing_policies);
     for (field, present) in [
         ("transport_socket_matcher", transport_socket_matcher.is_some()),
@@ -143,6 +145,8 @@ pub(in crate::config) fn cluster(
     );
     let Extensions { endpoint_removal, data_path } = metadata::extensions(metadata, path, report);
     let circuit_breakers = thresholds(circuit_breakers, path, report);
+    let own_bind = bind_config(upstream_bind_config, path, report);
+    let upstream_bind = UpstreamBind::of(own_bind, report.upstream_bind.as_deref());
     let upstream_keepalive = connection_options(upstream_connection_options, path, report);
     let connect_timeout = optional_duration(connect_timeout, path, "connect_timeout", report);
     let cleanup_interval = optional_duration(cleanup_interval, path, "cleanup_interval", report);
@@ -200,6 +204,7 @@ pub(in crate::config) fn cluster(
         outlier_detection: outlier_detection.map(Box::new),
         healthy_panic_threshold,
         upstream_keepalive,
+        upstream_bind: upstream_bind.map(Box::new),
         dns,
         cleanup_interval: cleanup_interval.unwrap_or(CLEANUP_INTERVAL),
         endpoint_removal,

@@ -11,9 +11,9 @@ use super::access_log::access_logs;
 use super::filter_chain::filter_chain;
 use super::listener_filter::listener_filter;
 use super::net::{keepalive, socket_addr};
-use super::{Report, each, enumeration, inactive, optional_duration};
+use super::{Report, bind, each, enumeration, inactive, optional_duration};
 use crate::config::filter_chain::FilterChain;
-use crate::config::listener::{Listener, ListenerFilter, TrafficDirection};
+use crate::config::listener::{AddressOverride, Listener, ListenerFilter, TrafficDirection};
 use crate::config::proto::FieldPath;
 use crate::config::runtime::Runtime;
 use crate::listener::filter_chain::Matcher;
@@ -86,8 +86,7 @@ pub(in crate::config) fn listener(
     for (field, _, what) in kinds.into_iter().filter(|(_, present, _)| *present) {
         report.unsupported(&path.field(field), format!("{what} is not supported in this version"));
     }
-    check_socket_options(&socket_options, path, report);
-
+    let socket_options = bind::socket_options(socket_options, path, report);
     let addresses = addresses(address, additional_addresses, path, report);
     let use_proxy_proto = chains.first().is_some_and(|chain| chain.use_proxy_proto == Some(true));
     let chains: Vec<Arc<FilterChain>> =
@@ -117,7 +116,7 @@ pub(in crate::config) fn listener(
         Some(core::TrafficDirection::Unspecified) | None => TrafficDirection::Unspecified,
     };
     let access_log = access_logs(access_log, path, report);
-    let addresses = addresses?;
+    let (addresses, overrides) = addresses?;
     let name: Arc<str> = if name.is_empty() { addresses[0].to_string().into() } else { name.into() };
     Some(Listener {
         bind_to_port: bind_to_port.or(deprecated_v1.and_then(|old| old.bind_to_port)).unwrap_or(true),
@@ -138,6 +137,8 @@ pub(in crate::config) fn listener(
         transparent: transparent.unwrap_or(false),
         freebind: freebind.unwrap_or(false),
         tcp_keepalive: tcp_keepalive.map(keepalive),
+        socket_options,
+        overrides,
         tcp_fast_open_queue_length,
         max_connections_to_accept_per_socket_event,
         stat_prefix: Some(stat_prefix).filter(|prefix| !prefix.is_empty()).map(Arc::from),
@@ -146,46 +147,33 @@ pub(in crate::config) fn listener(
     })
 }
 
-/// `address` and then the additional ones, each of them once.
+/// `address` and then the additional ones, each of them once, and what the latter have of their own.
 fn addresses(
     address: Option<core::Address>,
     additional: Vec<api::AdditionalAddress>,
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
-) -> Option<Vec<SocketAddr>> {
+) -> Option<(Vec<SocketAddr>, Vec<AddressOverride>)> {
     let first = socket_addr(address, path, "address", report);
     let others = each(additional, path, "additional_addresses", |additional, path| {
         let api::AdditionalAddress { address, socket_options, tcp_keepalive } = additional;
-        inactive!(report, path, "AdditionalAddress"; socket_options, tcp_keepalive);
-        socket_addr(address, path, "address", report)
+        let address = socket_addr(address, path, "address", report)?;
+        let options_path = path.field("socket_options");
+        let socket_options = socket_options.map(|it| bind::overriding(it, &options_path, report));
+        Some(AddressOverride { address, socket_options, tcp_keepalive: tcp_keepalive.map(keepalive) })
     });
     let mut addresses = vec![first?];
-    for address in others {
-        if !addresses.contains(&address) {
-            addresses.push(address);
+    let mut overrides = Vec::new();
+    for other in others {
+        if addresses.contains(&other.address) {
+            continue;
+        }
+        addresses.push(other.address);
+        if other.socket_options.is_some() || other.tcp_keepalive.is_some() {
+            overrides.push(other);
         }
     }
-    Some(addresses)
-}
-
-fn check_socket_options(options: &[core::SocketOption], path: &FieldPath<'_>, report: &mut Report<'_>) {
-    let options_path = path.field("socket_options");
-    for (index, option) in options.iter().enumerate() {
-        let path = options_path.index(index);
-        if (option.level, option.name) == (i64::from(libc::SOL_SOCKET), i64::from(libc::SO_BINDTODEVICE)) {
-            report.unsupported(
-                &path,
-                "SO_BINDTODEVICE is not supported in this version, and the port would be open on every interface; \
-                 bind to the interface's address instead",
-            );
-        } else {
-            report.warn_once(
-                "Listener.socket_options".into(),
-                &path,
-                format!("parsed, not active in this version (level {}, name {})", option.level, option.name),
-            );
-        }
-    }
+    Some((addresses, overrides))
 }
 
 /// Envoy refuses a listener without a chain, and chains of which one could never be found.

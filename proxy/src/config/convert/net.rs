@@ -38,6 +38,22 @@ pub(super) fn socket_addr(
     }
 }
 
+/// An IP address with a port.
+pub(super) fn ip_address(
+    address: core::SocketAddress,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> Option<SocketAddr> {
+    match socket_address(address, path, report)? {
+        EndpointAddress::Ip(address) => Some(address),
+        EndpointAddress::Name(host, _) => {
+            report.invalid(&path.field("address"), format!("{host:?} is not an IP address"));
+            None
+        }
+        EndpointAddress::Pipe(_) => None, // no socket address is one
+    }
+}
+
 /// An address, or a name that has to be resolved, with a port; or a Unix domain socket.
 pub(super) fn host_and_port(
     address: Option<core::Address>,

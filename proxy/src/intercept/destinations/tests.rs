@@ -38,6 +38,7 @@ fn cluster(name: &str, discovery: Discovery, endpoint: Option<&str>) -> Arc<Clus
         outlier_detection: None,
         healthy_panic_threshold: 50.0,
         upstream_keepalive: None,
+        upstream_bind: None,
         dns: Dns {
             refresh_rate: Duration::from_secs(5),
             respect_ttl: false,
@@ -109,6 +110,8 @@ fn listener(name: &str, addresses: &[&str], chains: Vec<Arc<FilterChain>>) -> Li
         transparent: false,
         freebind: false,
         tcp_keepalive: None,
+        socket_options: vec![],
+        overrides: vec![],
         tcp_fast_open_queue_length: None,
         max_connections_to_accept_per_socket_event: None,
         stat_prefix: None,

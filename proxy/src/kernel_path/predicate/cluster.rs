@@ -61,6 +61,7 @@ fn look_at_config(cluster: &config::cluster::Cluster, add: &mut impl FnMut(O)) {
         outlier_detection: _,
         healthy_panic_threshold: _,
         upstream_keepalive,
+        upstream_bind,
         dns: _,
         cleanup_interval: _, // only ORIGINAL_DST
         endpoint_removal,
@@ -93,6 +94,9 @@ fn look_at_config(cluster: &config::cluster::Cluster, add: &mut impl FnMut(O)) {
     }
     if upstream_keepalive.is_some() {
         add(O::Keepalive);
+    }
+    if upstream_bind.is_some() {
+        add(O::BindConfig);
     }
     if endpoint_removal.is_some_and(|policy| !policy.reset) {
         add(O::RemovalCloses);

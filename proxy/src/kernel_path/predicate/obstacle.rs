@@ -98,6 +98,8 @@ pub enum ClusterObstacle {
     RingSize(usize),
     /// `upstream_connection_options.tcp_keepalive`.
     Keepalive,
+    /// `upstream_bind_config`, of the cluster or of the cluster manager.
+    BindConfig,
     /// `tidegate.cluster.v1.EndpointRemoval` with action CLOSE. Soft.
     RemovalCloses,
     /// `close_connections_on_host_health_failure`. Soft.
@@ -222,6 +224,7 @@ impl fmt::Display for ClusterObstacle {
             Self::Keepalive => {
                 f.write_str("upstream_connection_options.tcp_keepalive is for sockets of the proxy")
             }
+            Self::BindConfig => f.write_str("upstream_bind_config is for sockets of the proxy"),
             Self::RemovalCloses => f.write_str(
                 "tidegate.endpoint_removal ends connections with a FIN, which only the proxy can; use action RESET or KEEP, \
                  or set data_path to KERNEL to have them reset",

@@ -405,6 +405,7 @@ fn clusters() {
             O::OriginalDst,
         ),
         (json!({"upstream_connection_options": {"tcp_keepalive": {"keepalive_time": 5}}}), O::Keepalive),
+        (json!({"upstream_bind_config": {"freebind": true}}), O::BindConfig),
         (removal("CLOSE"), O::RemovalCloses),
         (json!({"close_connections_on_host_health_failure": true}), O::HealthFailureCloses),
         (json!({"load_assignment": assignment(priorities)}), O::Priorities(9)),

@@ -30,6 +30,8 @@ fn listener(filters: Vec<ListenerFilter>) -> Listener {
         transparent: false,
         freebind: false,
         tcp_keepalive: None,
+        socket_options: vec![],
+        overrides: vec![],
         tcp_fast_open_queue_length: None,
         max_connections_to_accept_per_socket_event: None,
         stat_prefix: None,

@@ -1,5 +1,6 @@
 //! Creating sockets: listening ones, and ones to connect with.
 
+use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
@@ -8,10 +9,14 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use thiserror::Error;
 
+use super::option::{SocketOption, SocketState};
 use super::set_option;
 
 /// `IP_BIND_ADDRESS_NO_PORT`: choose the port at connect time, so that one port may serve many destinations.
 const BIND_ADDRESS_NO_PORT: libc::c_int = libc::IP_BIND_ADDRESS_NO_PORT;
+
+/// How the step of [`OpenError`] begins for a [`SocketOption`].
+const OPTION: &str = "set the socket option";
 
 /// TCP keepalive. What is unset has the kernel's default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub struct ListenerOptions<'a> {
     pub bind_to_device: Option<&'a str>,
     /// For the accepted connections, which inherit it.
     pub keepalive: Option<Keepalive>,
+    /// In their order, after all of the above.
+    pub socket_options: &'a [SocketOption],
 }
 
 impl Default for ListenerOptions<'_> {
@@ -56,6 +63,7 @@ impl Default for ListenerOptions<'_> {
             fast_open_queue: None,
             bind_to_device: None,
             keepalive: None,
+            socket_options: &[],
         }
     }
 }
@@ -75,6 +83,8 @@ pub struct StreamOptions<'a> {
     pub mark: Option<u32>,
     /// Probes a silent peer.
     pub keepalive: Option<Keepalive>,
+    /// Those of state [`SocketState::Prebind`], in their order, after all of the above.
+    pub socket_options: &'a [SocketOption],
 }
 
 /// A socket could not be opened.
@@ -84,15 +94,20 @@ pub struct OpenError {
     /// The address that was to be bound or connected to.
     pub address: SocketAddr,
     /// What was being done, as in "can't …".
-    pub step: &'static str,
+    pub step: Cow<'static, str>,
     /// What the kernel said.
     #[source]
     pub source: io::Error,
 }
 
 impl OpenError {
+    /// As one to give to `map_err`.
+    pub fn at(address: SocketAddr, step: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self { address, step: step.into(), source }
+    }
+
     fn remedy(&self) -> &'static str {
-        match (self.step, self.source.raw_os_error()) {
+        match (&*self.step, self.source.raw_os_error()) {
             (_, Some(libc::EMFILE)) => " (raise the limit of open files: ulimit -n, LimitNOFILE=)",
             ("bind", Some(libc::EADDRINUSE)) => {
                 " (another process has it, or a listener without enable_reuse_port)"
@@ -101,6 +116,13 @@ impl OpenError {
             ("bind", Some(libc::EACCES)) => " (ports below 1024 need CAP_NET_BIND_SERVICE)",
             ("set SO_MARK" | "set transparent", Some(libc::EPERM)) => " (needs CAP_NET_ADMIN)",
             ("bind to the device", Some(libc::ENODEV)) => " (there is no such interface)",
+            (step, Some(libc::ENOPROTOOPT | libc::EINVAL | libc::EOPNOTSUPP)) if step.starts_with(OPTION) => {
+                " (level and name are the kernel's numbers, as in its headers, and the value is an int unless the option takes \
+                 another type)"
+            }
+            (step, Some(libc::EPERM | libc::EACCES)) if step.starts_with(OPTION) => {
+                " (needs a privilege, see socket(7))"
+            }
             ("open a socket", Some(libc::EAFNOSUPPORT)) => " (IPv6 is off on this machine)",
             _ => "",
         }
@@ -109,7 +131,7 @@ impl OpenError {
 
 /// Opens a listening socket. Accepted connections inherit `TCP_NODELAY` and the keepalive from it.
 pub fn listen(address: SocketAddr, options: &ListenerOptions<'_>) -> Result<Socket, OpenError> {
-    let at = |step| move |source| OpenError { address, step, source };
+    let at = |step| OpenError::at(address, step);
     let socket = open(address)?;
     // A restart must not wait for old connections in TIME_WAIT.
     socket.set_reuse_address(true).map_err(at("set SO_REUSEADDR"))?;
@@ -124,19 +146,23 @@ pub fn listen(address: SocketAddr, options: &ListenerOptions<'_>) -> Result<Sock
         socket.bind_device(Some(device.as_bytes())).map_err(at("bind to the device"))?;
     }
     common(&socket, address, options.keepalive)?;
+    let set = |state| set_all(options.socket_options, state, &socket, address);
+    set(SocketState::Prebind)?;
     socket.bind(&SockAddr::from(address)).map_err(at("bind"))?;
+    set(SocketState::Bound)?;
     if let Some(queue) = options.fast_open_queue {
         let queue = queue.min(i32::MAX as u32) as libc::c_int;
         set_option(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN, queue)
             .map_err(at("set TCP_FASTOPEN"))?;
     }
     socket.listen(options.backlog.min(i32::MAX as u32) as libc::c_int).map_err(at("listen"))?;
+    set(SocketState::Listening)?;
     Ok(socket)
 }
 
 /// Opens a socket to connect to `address` with.
 pub fn stream(address: SocketAddr, options: &StreamOptions<'_>) -> Result<Socket, OpenError> {
-    let at = |step| move |source| OpenError { address, step, source };
+    let at = |step| OpenError::at(address, step);
     let socket = open(address)?;
     anywhere(&socket, address, options.transparent, options.freebind)?;
     if let Some(mark) = options.mark {
@@ -146,24 +172,34 @@ pub fn stream(address: SocketAddr, options: &StreamOptions<'_>) -> Result<Socket
         socket.bind_device(Some(device.as_bytes())).map_err(at("bind to the device"))?;
     }
     common(&socket, address, options.keepalive)?;
+    set_all(options.socket_options, SocketState::Prebind, &socket, address)?;
     if let Some(source) = options.source {
         if source.port() == 0 {
             set_option(socket.as_fd(), libc::SOL_IP, BIND_ADDRESS_NO_PORT, 1)
                 .map_err(at("set IP_BIND_ADDRESS_NO_PORT"))?;
         }
-        socket.bind(&SockAddr::from(source)).map_err(|e| OpenError {
-            address: source,
-            step: "bind",
-            source: e,
-        })?;
+        socket.bind(&SockAddr::from(source)).map_err(OpenError::at(source, "bind"))?;
     }
     Ok(socket)
+}
+
+fn set_all(
+    options: &[SocketOption],
+    state: SocketState,
+    socket: &Socket,
+    address: SocketAddr,
+) -> Result<(), OpenError> {
+    for option in options.iter().filter(|option| option.state == state) {
+        let step = || format!("{OPTION} (level {}, name {})", option.level, option.name).into();
+        option.set(socket.as_fd(), address).map_err(|source| OpenError { address, step: step(), source })?;
+    }
+    Ok(())
 }
 
 fn open(address: SocketAddr) -> Result<Socket, OpenError> {
     // socket2 sets close-on-exec; SOCK_NONBLOCK comes with the type.
     Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
-        .map_err(|source| OpenError { address, step: "open a socket", source })
+        .map_err(OpenError::at(address, "open a socket"))
 }
 
 fn anywhere(
@@ -172,7 +208,7 @@ fn anywhere(
     transparent: bool,
     freebind: bool,
 ) -> Result<(), OpenError> {
-    let at = |step| move |source| OpenError { address, step, source };
+    let at = |step| OpenError::at(address, step);
     if transparent {
         let set =
             if address.is_ipv4() { Socket::set_ip_transparent_v4 } else { Socket::set_ip_transparent_v6 };
@@ -186,7 +222,7 @@ fn anywhere(
 }
 
 fn common(socket: &Socket, address: SocketAddr, keepalive: Option<Keepalive>) -> Result<(), OpenError> {
-    let at = |step| move |source| OpenError { address, step, source };
+    let at = |step| OpenError::at(address, step);
     socket.set_tcp_nodelay(true).map_err(at("set TCP_NODELAY"))?;
     let Some(keepalive) = keepalive else { return Ok(()) };
     let mut wanted = TcpKeepalive::new();
@@ -248,6 +284,46 @@ mod tests {
         // SAFETY: F_GETFD has no argument and stores nothing.
         let flags = unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFD) };
         assert_ne!(flags & libc::FD_CLOEXEC, 0);
+    }
+
+    #[test]
+    fn options_by_number_are_set_for_whom_they_are() {
+        let priority = |value: libc::c_int, ipv6| SocketOption {
+            level: libc::SOL_SOCKET,
+            name: libc::SO_PRIORITY,
+            value: value.to_ne_bytes().into(),
+            state: SocketState::Prebind,
+            ipv6,
+        };
+        let socket_options = &[priority(3, None), priority(5, Some(true))];
+        let value = |socket: &Socket| {
+            super::super::option::<libc::c_int>(socket.as_fd(), libc::SOL_SOCKET, libc::SO_PRIORITY).unwrap()
+        };
+        let listener = listen(any4(), &ListenerOptions { socket_options, ..Default::default() }).unwrap();
+        assert_eq!(value(&listener), 3);
+        let options = StreamOptions { socket_options, ..Default::default() };
+        assert_eq!(value(&stream(any4(), &options).unwrap()), 3);
+        assert_eq!(value(&stream("[::1]:1".parse().unwrap(), &options).unwrap()), 5);
+    }
+
+    #[test]
+    fn an_option_that_the_kernel_refuses_is_named() {
+        for state in [SocketState::Prebind, SocketState::Bound, SocketState::Listening] {
+            let value = [0; 4].into();
+            let socket_options =
+                &[SocketOption { level: libc::SOL_SOCKET, name: 9999, value, state, ipv6: None }];
+            let error =
+                listen(any4(), &ListenerOptions { socket_options, ..Default::default() }).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                "127.0.0.1:0: can't set the socket option (level 1, name 9999): Protocol not available (os error 92) \
+                 (level and name are the kernel's numbers, as in its headers, and the value is an int unless the option \
+                 takes another type)"
+            );
+            // What is to be connected is never listening.
+            let options = StreamOptions { socket_options, ..Default::default() };
+            assert_eq!(stream(any4(), &options).is_err(), state == SocketState::Prebind);
+        }
     }
 
     #[test]

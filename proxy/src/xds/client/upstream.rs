@@ -110,8 +110,10 @@ impl Upstream {
     }
 
     async fn tcp(&self, cluster: &Cluster, address: SocketAddr) -> Result<TcpStream, String> {
-        let keepalive = cluster.config().upstream_keepalive.map_or(KEEPALIVE, bound::keepalive);
-        let options = StreamOptions { keepalive: Some(keepalive), ..StreamOptions::default() };
+        let config = cluster.config();
+        let keepalive = config.upstream_keepalive.map_or(KEEPALIVE, bound::keepalive);
+        let bind = bound::upstream(config.upstream_bind.as_deref(), address);
+        let options = StreamOptions { keepalive: Some(keepalive), ..bind };
         let socket = socket::stream(address, &options).map_err(|error| error.to_string())?;
         (self.own)(&socket).map_err(|error| format!("can't mark the socket as our own: {error}"))?;
         let text = |error: io::Error| error.to_string();

@@ -242,7 +242,8 @@ impl Store {
             let Checked { name, wrapper_name, message, held, .. } = resource;
             let content = content(&held);
             let label = response::label(Kind::Cluster, &name);
-            match message.get(&held, &label).and_then(|valid| dynamic::cluster(valid, &label)) {
+            let bind = self.upstream_bind.as_ref();
+            match message.get(&held, &label).and_then(|valid| dynamic::cluster(valid, bind, &label)) {
                 Ok(converted) => {
                     let added = self.add_cluster(converted.value, content, Origin::Dynamic);
                     let stats = self.stats.cluster_manager();

@@ -300,9 +300,9 @@ pub(crate) fn judge(
     }
     let (about, what) = ((kind, version), (resources, unreadable));
     match kind {
-        Kind::Cluster => {
-            each::<cluster::Cluster, _>(about, what, |valid, label| dynamic::cluster(valid, label).map(Some))
-        }
+        Kind::Cluster => each::<cluster::Cluster, _>(about, what, |valid, label| {
+            dynamic::cluster(valid, None, label).map(Some)
+        }),
         Kind::Listener => each::<listener::Listener, _>(about, what, |valid, label| {
             let runtime = crate::config::runtime::Runtime::default();
             let around =
