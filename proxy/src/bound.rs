@@ -1,7 +1,6 @@
 //! Listening sockets of bound listeners: opened by the main thread, given to the workers. And how the configuration wants sockets opened.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::Socket;
@@ -10,27 +9,16 @@ use crate::config::listener::{Listener, TcpKeepalive};
 use crate::config::upstream_bind::UpstreamBind;
 use crate::sys::socket::{self, Keepalive, ListenerOptions, OpenError, StreamOptions};
 
-/// Why a listener can't be bound.
-#[derive(Debug, thiserror::Error)]
-#[error("listener '{listener}': {source}")]
-pub struct BindError {
-    /// Its name.
-    pub listener: Arc<str>,
-    /// Which address, and why.
-    pub source: OpenError,
-}
-
 /// The listening sockets of one listener: for each address one per worker, or one in all when
 /// `enable_reuse_port` is off (worker 0 serves it). The outer index is the worker's.
-pub fn bind(listener: &Listener, workers: usize) -> Result<Vec<Vec<Socket>>, BindError> {
-    let failed = |source| BindError { listener: Arc::clone(&listener.name), source };
+pub fn bind(listener: &Listener, workers: usize) -> Result<Vec<Vec<Socket>>, OpenError> {
     let mut sockets: Vec<Vec<Socket>> = (0..workers).map(|_| Vec::new()).collect();
     let each = if listener.enable_reuse_port { workers } else { 1 };
     for address in &listener.addresses {
         let options = options(listener, *address);
         let mut address = *address;
         for worker in sockets.iter_mut().take(each) {
-            let socket = socket::listen(address, &options).map_err(failed)?;
+            let socket = socket::listen(address, &options)?;
             // Port 0: the kernel chose one for the first socket, the others share it.
             if let Ok(bound) = socket::local_addr(&socket) {
                 address.set_port(bound.port());

@@ -161,7 +161,10 @@ impl Listeners {
             false if had_some => Sockets::None,
             false => Sockets::Same,
             true if active.is_some_and(|active| bound::same_sockets(active, config)) => Sockets::Same,
-            true => Sockets::New(bound::bind(config, self.workers)?),
+            // Its text has everything that its sources say.
+            true => {
+                Sockets::New(bound::bind(config, self.workers).map_err(|error| anyhow::anyhow!("{error}"))?)
+            }
         })
     }
 
