@@ -1,4 +1,5 @@
-//! Listening sockets of bound listeners: opened by the main thread, given to the workers. And how the configuration wants sockets opened.
+//! How the configuration wants sockets opened; and the listening sockets of bound listeners, which the main thread opens and
+//! gives to the workers.
 
 use std::net::SocketAddr;
 use std::time::Duration;

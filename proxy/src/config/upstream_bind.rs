@@ -15,7 +15,8 @@ pub struct BindConfig {
     pub socket_options: Vec<SocketOption>,
 }
 
-/// What sockets of one cluster are bound to.
+/// What sockets of one cluster are bound to: those of clients' connections (of captured ones in the network namespace of the pod,
+/// where the addresses have to be), of health checks, and to control planes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UpstreamBind {
     sources: Vec<UpstreamSource>,

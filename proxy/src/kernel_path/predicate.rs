@@ -171,7 +171,7 @@ fn look_at_listener(listener: &config::listener::Listener, snapshot: &Snapshot, 
         max_connections_to_accept_per_socket_event: _,
         tcp_keepalive,
         socket_options: _,
-        overrides: _,
+        overrides,
         stat_prefix: _,
         connection_limit,
         ignore_global_conn_limit: _, // there is no global limit
@@ -191,7 +191,7 @@ fn look_at_listener(listener: &config::listener::Listener, snapshot: &Snapshot, 
         };
         found.add(Obstacle::ListenerFilter { filter, listener: Arc::clone(listener) });
     }
-    if tcp_keepalive.is_some() {
+    if tcp_keepalive.is_some() || overrides.iter().any(|own| own.tcp_keepalive.is_some()) {
         found.add(Obstacle::ListenerKeepalive);
     }
     if let Some(limit) = connection_limit {

@@ -137,6 +137,13 @@ fn options_that_no_kernel_could_take() {
         &format!("{L}.socket_options[0].name"),
         "4294967296 does not fit a C int, which setsockopt(2) takes",
     );
+    let own = json!({"socket_options": [{"level": 4_294_967_296_u64, "name": 1, "int_value": 1}]});
+    let address = json!({"socket_address": {"address": "127.0.0.1", "port_value": 9001}});
+    refused(
+        &one_listener(json!({"additional_addresses": [{"address": address, "socket_options": own}]})),
+        &format!("{L}.additional_addresses[0].socket_options.socket_options[0].level"),
+        "4294967296 does not fit a C int, which setsockopt(2) takes",
+    );
     refused(
         &bound(&json!({"socket_options": [{"level": 1, "name": 36, "int_value": -2_147_483_649_i64}]})),
         &format!("{C}.upstream_bind_config.socket_options[0].int_value"),

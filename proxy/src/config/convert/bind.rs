@@ -84,7 +84,7 @@ pub(super) fn bind_config(
     Some(BindConfig { sources, freebind, socket_options })
 }
 
-/// `SocketOptionsOverride`, below the field `socket_options`.
+/// The field `socket_options`, where it is a `SocketOptionsOverride`.
 pub(super) fn overriding(
     options: core::SocketOptionsOverride,
     path: &FieldPath<'_>,

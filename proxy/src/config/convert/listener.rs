@@ -158,8 +158,7 @@ fn addresses(
     let others = each(additional, path, "additional_addresses", |additional, path| {
         let api::AdditionalAddress { address, socket_options, tcp_keepalive } = additional;
         let address = socket_addr(address, path, "address", report)?;
-        let options_path = path.field("socket_options");
-        let socket_options = socket_options.map(|it| bind::overriding(it, &options_path, report));
+        let socket_options = socket_options.map(|it| bind::overriding(it, path, report));
         Some(AddressOverride { address, socket_options, tcp_keepalive: tcp_keepalive.map(keepalive) })
     });
     let mut addresses = vec![first?];
