@@ -9,6 +9,7 @@ use tidegate_tests::control_plane::{
 };
 use tidegate_tests::proxy::Setup;
 use tidegate_tests::run::TempDir;
+use tidegate_tests::upstream::Upstream;
 
 use crate::world::{LISTENER, World, with_log};
 
@@ -160,6 +161,37 @@ fn files() -> Result<()> {
     assert_eq!(world.ask(LISTENER)?, "b");
     write(&dir, Kind::Listener, vec![http.packed()])?;
     with_log(world.refused(LISTENER), &proxy)
+}
+
+/// Clusters of a control plane connect from where the cluster manager says too, and so do their health checks.
+#[test]
+fn the_cluster_manager_s_source_address_is_theirs() -> Result<()> {
+    let world = World::new()?;
+    let upstream = Upstream::identify(Some(&world.netns), "127.0.0.1:8003", "c")?;
+    let dir = TempDir::new("xds")?;
+    let file = |name: &str| resource::file(&dir.path().join(name));
+    let check = json!({
+        "timeout": "5s", "interval": "0.1s", "no_traffic_interval": "0.1s",
+        "unhealthy_threshold": 1, "healthy_threshold": 1, "tcp_health_check": {},
+    });
+    let cluster = resource::eds_cluster("c", &file("eds.json"), json!({"health_checks": [check]}))?;
+    let listener = resource::listener(LISTENER, json!({}), &tcp_proxy("c", json!({})))?;
+    write(&dir, Kind::Cluster, vec![cluster.packed()])?;
+    write(&dir, Kind::Endpoints, vec![resource::endpoints("c", &["127.0.0.1:8003"])?.packed()])?;
+    write(&dir, Kind::Listener, vec![listener.packed()])?;
+    let bind = json!({"source_address": {"address": "127.0.0.5", "port_value": 0}});
+    let bootstrap = json!({
+        "admin": {"address": tidegate_tests::config::socket_address("127.0.0.1:0")},
+        "node": {"id": "test-node", "cluster": "test-cluster"},
+        "cluster_manager": {"upstream_bind_config": bind},
+        "dynamic_resources": {"lds_config": file("lds.json"), "cds_config": file("cds.json")},
+    });
+    let proxy = Setup::new(&format!("{bootstrap:#}")).netns(&world.netns).start()?;
+    with_log(world.reaches(LISTENER, "c"), &proxy)?;
+    with_log(proxy.wait_stat("cluster.c.health_check.success", |count| count > 1), &proxy)?;
+    let peers = upstream.accepted();
+    assert!(peers.len() > 2 && peers.iter().all(|peer| peer.ip().to_string() == "127.0.0.5"), "{peers:?}");
+    Ok(())
 }
 
 #[test]
