@@ -49,8 +49,10 @@ pub fn same_sockets(old: &Listener, new: &Listener) -> bool {
 fn options(listener: &Listener, address: SocketAddr) -> ListenerOptions<'_> {
     let default = ListenerOptions::default();
     let own = listener.overrides.iter().find(|own| own.address == address);
-    let tcp_keepalive = own.and_then(|own| own.tcp_keepalive).or(listener.tcp_keepalive);
-    let socket_options = own.and_then(|own| own.socket_options.as_ref()).unwrap_or(&listener.socket_options);
+    let (socket_options, tcp_keepalive) = match own {
+        Some(own) => (&own.socket_options, own.tcp_keepalive),
+        None => (&listener.socket_options, listener.tcp_keepalive),
+    };
     ListenerOptions {
         reuse_port: listener.enable_reuse_port,
         transparent: listener.transparent,

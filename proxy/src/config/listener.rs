@@ -70,14 +70,14 @@ impl Listener {
     }
 }
 
-/// What one of the `additional_addresses` has instead of what the listener says.
+/// How sockets at one of the `additional_addresses` are opened, if it says more of that than the listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AddressOverride {
     /// Which.
     pub address: SocketAddr,
-    /// `socket_options`
-    pub socket_options: Option<Vec<SocketOption>>,
-    /// `tcp_keepalive`
+    /// Its own options, else the listener's.
+    pub socket_options: Vec<SocketOption>,
+    /// Its own keepalive, which may be none, else the listener's.
     pub tcp_keepalive: Option<TcpKeepalive>,
 }
 

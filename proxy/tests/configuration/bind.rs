@@ -168,6 +168,33 @@ fn options_of_a_listener_and_of_its_further_addresses() {
     let listener = load_json(&listener).unwrap().bootstrap.listeners[0].clone();
     assert_eq!(listener.socket_options, [mark(7)]);
     let [own] = &listener.overrides[..] else { panic!("{:?}", listener.overrides) };
-    assert_eq!((own.address.port(), own.socket_options.as_deref()), (9002, Some(&[][..])));
+    assert_eq!((own.address.port(), &own.socket_options[..]), (9002, &[][..]));
     assert_eq!(own.tcp_keepalive.unwrap().time, Some(5));
+}
+
+/// A 0 turns it off in Envoy; the kernel would refuse it.
+#[test]
+fn keepalive_of_nothing_is_none() {
+    let listener = one_listener(json!({
+        "socket_options": [{"level": 1, "name": 36, "int_value": 7}],
+        "tcp_keepalive": {"keepalive_time": 5},
+        "additional_addresses": [{
+            "address": {"socket_address": {"address": "127.0.0.1", "port_value": 9001}},
+            "tcp_keepalive": {"keepalive_probes": 0},
+        }],
+    }));
+    let listener = load_json(&listener).unwrap().bootstrap.listeners[0].clone();
+    assert_eq!(listener.tcp_keepalive.unwrap().time, Some(5));
+    assert_eq!(
+        (listener.overrides[0].tcp_keepalive, &listener.overrides[0].socket_options[..]),
+        (None, &[mark(7)][..])
+    );
+    for field in ["keepalive_time", "keepalive_interval", "keepalive_probes"] {
+        let mut options =
+            json!({"tcp_keepalive": {"keepalive_time": 5, "keepalive_interval": 6, "keepalive_probes": 7}});
+        options["tcp_keepalive"][field] = json!(0);
+        let cluster = with(cluster("c"), json!({"upstream_connection_options": options}));
+        let loaded = load_json(&bootstrap(vec![], vec![cluster])).unwrap();
+        assert_eq!(loaded.bootstrap.clusters[0].upstream_keepalive, None, "{field}");
+    }
 }

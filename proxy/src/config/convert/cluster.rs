@@ -466,7 +466,7 @@ fn connection_options(
     let path = path.field("upstream_connection_options");
     inactive!(report, &path, "UpstreamConnectionOptions";
         set_local_interface_name_on_upstream_connections, happy_eyeballs_config);
-    tcp_keepalive.map(keepalive)
+    tcp_keepalive.and_then(keepalive)
 }
 
 /// Upstream network filters: Istio's have no effect, others are refused.

@@ -13,10 +13,11 @@ use super::listener_filter::listener_filter;
 use super::net::{keepalive, socket_addr};
 use super::{Report, bind, each, enumeration, inactive, optional_duration};
 use crate::config::filter_chain::FilterChain;
-use crate::config::listener::{AddressOverride, Listener, ListenerFilter, TrafficDirection};
+use crate::config::listener::{AddressOverride, Listener, ListenerFilter, TcpKeepalive, TrafficDirection};
 use crate::config::proto::FieldPath;
 use crate::config::runtime::Runtime;
 use crate::listener::filter_chain::Matcher;
+use crate::sys::socket::SocketOption;
 
 /// Envoy's default of `listener_filters_timeout`.
 const LISTENER_FILTERS_TIMEOUT: Duration = Duration::from_secs(15);
@@ -87,7 +88,9 @@ pub(in crate::config) fn listener(
         report.unsupported(&path.field(field), format!("{what} is not supported in this version"));
     }
     let socket_options = bind::socket_options(socket_options, path, report);
-    let addresses = addresses(address, additional_addresses, path, report);
+    let tcp_keepalive = tcp_keepalive.and_then(keepalive);
+    let inherited = (&socket_options[..], tcp_keepalive);
+    let addresses = addresses(address, additional_addresses, inherited, path, report);
     let use_proxy_proto = chains.first().is_some_and(|chain| chain.use_proxy_proto == Some(true));
     let chains: Vec<Arc<FilterChain>> =
         each(chains, path, "filter_chains", |chain, path| filter_chain(chain, path, report).map(Arc::new));
@@ -136,7 +139,7 @@ pub(in crate::config) fn listener(
         enable_reuse_port: enable_reuse_port.unwrap_or(true),
         transparent: transparent.unwrap_or(false),
         freebind: freebind.unwrap_or(false),
-        tcp_keepalive: tcp_keepalive.map(keepalive),
+        tcp_keepalive,
         socket_options,
         overrides,
         tcp_fast_open_queue_length,
@@ -147,28 +150,32 @@ pub(in crate::config) fn listener(
     })
 }
 
-/// `address` and then the additional ones, each of them once, and what the latter have of their own.
+/// `address` and then the additional ones, each of them once; and those of the latter that have something of their own.
 fn addresses(
     address: Option<core::Address>,
     additional: Vec<api::AdditionalAddress>,
+    (options, tcp_keepalive): (&[SocketOption], Option<TcpKeepalive>),
     path: &FieldPath<'_>,
     report: &mut Report<'_>,
 ) -> Option<(Vec<SocketAddr>, Vec<AddressOverride>)> {
     let first = socket_addr(address, path, "address", report);
     let others = each(additional, path, "additional_addresses", |additional, path| {
-        let api::AdditionalAddress { address, socket_options, tcp_keepalive } = additional;
+        let api::AdditionalAddress { address, socket_options, tcp_keepalive: own_keepalive } = additional;
         let address = socket_addr(address, path, "address", report)?;
-        let socket_options = socket_options.map(|it| bind::overriding(it, path, report));
-        Some(AddressOverride { address, socket_options, tcp_keepalive: tcp_keepalive.map(keepalive) })
+        let has_own = socket_options.is_some() || own_keepalive.is_some();
+        let socket_options =
+            socket_options.map_or_else(|| options.to_vec(), |it| bind::overriding(it, path, report));
+        let tcp_keepalive = own_keepalive.map_or(tcp_keepalive, keepalive);
+        Some((AddressOverride { address, socket_options, tcp_keepalive }, has_own))
     });
     let mut addresses = vec![first?];
     let mut overrides = Vec::new();
-    for other in others {
+    for (other, has_own) in others {
         if addresses.contains(&other.address) {
             continue;
         }
         addresses.push(other.address);
-        if other.socket_options.is_some() || other.tcp_keepalive.is_some() {
+        if has_own {
             overrides.push(other);
         }
     }

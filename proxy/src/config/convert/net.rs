@@ -184,7 +184,13 @@ pub(super) fn cidr(range: core::CidrRange, path: &FieldPath<'_>, report: &mut Re
     Some(Cidr { address, prefix_len })
 }
 
-pub(super) fn keepalive(keepalive: core::TcpKeepalive) -> TcpKeepalive {
+/// A 0 in any of the fields turns keepalive off, as in Envoy.
+pub(super) fn keepalive(keepalive: core::TcpKeepalive) -> Option<TcpKeepalive> {
     let core::TcpKeepalive { keepalive_probes, keepalive_time, keepalive_interval } = keepalive;
-    TcpKeepalive { probes: keepalive_probes, time: keepalive_time, interval: keepalive_interval }
+    let is_off = [keepalive_probes, keepalive_time, keepalive_interval].contains(&Some(0));
+    (!is_off).then_some(TcpKeepalive {
+        probes: keepalive_probes,
+        time: keepalive_time,
+        interval: keepalive_interval,
+    })
 }
