@@ -210,8 +210,13 @@ impl Proxy {
         let logs = access_log::Registry::start(&stats, flush).context("can't start the access log writer")?;
         let node = node(&args, &loaded.bootstrap.node);
         let publisher = Publisher::new(Snapshot::default());
-        let shared =
-            Arc::new(Shared::new(publisher, Arc::clone(&stats), flush.interval, args.pump_mode.into()));
+        let shared = Arc::new(Shared::new(
+            publisher,
+            Arc::clone(&stats),
+            flush.interval,
+            args.pump_mode.into(),
+            Duration::from_micros(args.busy_poll_us),
+        ));
         let tables = Tables::default();
         let store = store(&args, &loaded.bootstrap, &shared, &logs, &tables)?;
         let engine = engine();

@@ -237,6 +237,10 @@ pub struct ServeArgs {
     #[arg(long)]
     pub ebpf_log: bool,
 
+    /// How long a worker looks for the next message before it sleeps, while one connection's messages come in quicker
+    /// succession than that and nobody else wants the CPU, microseconds; 0: never
+    #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u64).range(0..=1000))]
+    pub busy_poll_us: u64,
     /// How bytes are moved, to compare the data paths with each other; not for operation
     #[arg(long, value_enum, default_value_t, value_name = "MODE", hide = true)]
     pub pump_mode: PumpMode,

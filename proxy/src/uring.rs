@@ -39,6 +39,7 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use socket2::{SockAddr, Socket};
 use thiserror::Error;
@@ -160,6 +161,15 @@ pub fn spawn(future: impl Future<Output = ()> + 'static) {
     match engine() {
         Engine::IoUring => ring::with(|driver| executor::spawn(driver.remote(), future)),
         Engine::TokioUring | Engine::Epoll => drop(tokio::task::spawn_local(future)),
+    }
+}
+
+/// How long this thread's runtime looks for the next message before it sleeps, where messages have come in quick
+/// succession for one task, and nobody else wants the CPU. Zero, with which a runtime starts: not at all. It matters with
+/// [`Engine::IoUring`] only.
+pub fn set_busy_poll(window: Duration) {
+    if engine() == Engine::IoUring {
+        ring::with(|driver| driver.set_busy_poll(window));
     }
 }
 

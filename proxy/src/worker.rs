@@ -51,6 +51,8 @@ pub struct Shared {
     pub log_flush_interval: Duration,
     /// How bytes are moved.
     pub pump_mode: pump::Mode,
+    /// How long workers look for the next message before they sleep ([`uring::set_busy_poll`]).
+    pub busy_poll: Duration,
     pub(crate) connection_ids: AtomicU64,
     pub(crate) upstream_connection_ids: AtomicU64,
 }
@@ -62,6 +64,7 @@ impl Shared {
         stats: Arc<Stats>,
         log_flush_interval: Duration,
         pump_mode: pump::Mode,
+        busy_poll: Duration,
     ) -> Self {
         Self {
             publisher,
@@ -70,6 +73,7 @@ impl Shared {
             not_served: AtomicU64::new(0),
             log_flush_interval,
             pump_mode,
+            busy_poll,
             connection_ids: AtomicU64::new(1),
             upstream_connection_ids: AtomicU64::new(1),
         }
@@ -159,7 +163,10 @@ impl Handle {
         let (commands, receiver) = mpsc::unbounded_channel();
         let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
             stats::set_shard(index);
-            uring::start(engine, async move { Worker::new(index, shared).run(receiver).await })
+            uring::start(engine, async move {
+                uring::set_busy_poll(shared.busy_poll);
+                Worker::new(index, shared).run(receiver).await
+            })
         })?;
         Ok(Self { commands, thread })
     }
@@ -487,7 +494,8 @@ mod tests {
         let address = socket.local_addr().unwrap().as_socket().unwrap();
         let name = Arc::clone(&listener.config.name);
         let publisher = Publisher::new(Snapshot::build(vec![listener], vec![cluster]));
-        let shared = Shared::new(publisher, stats, Duration::from_secs(10), pump::Mode::Adaptive);
+        let shared =
+            Shared::new(publisher, stats, Duration::from_secs(10), pump::Mode::Adaptive, Duration::ZERO);
         let worker = Worker::new(0, Arc::new(shared));
         worker.obey(Command::Listen(SocketId::Bound(0), socket, Role::Bound(name)));
         (worker, address)

@@ -27,8 +27,10 @@ use super::timers::Timers;
 use super::{COMPLETIONS, SUBMISSIONS};
 use crate::pages::Pages;
 
+mod busy_poll;
 mod operations;
 
+use busy_poll::BusyPoll;
 use operations::poll_entry;
 
 /// `user_data` of what nobody waits for.
@@ -130,6 +132,7 @@ pub(super) struct Driver {
     remote_woken: Cell<bool>,
     hurry: Cell<bool>,
     bulk: Cell<bool>,
+    busy_poll: RefCell<BusyPoll>,
 }
 
 impl Driver {
@@ -151,6 +154,7 @@ impl Driver {
             remote_woken: Cell::new(false),
             hurry: Cell::new(false),
             bulk: Cell::new(false),
+            busy_poll: RefCell::default(),
         };
         driver.watch_remote();
         driver
@@ -247,7 +251,11 @@ impl Driver {
     /// completions and timers concern. True if wakers on other threads have woken tasks meanwhile.
     pub(super) fn turn(&self, wait: bool) -> io::Result<bool> {
         self.fill();
-        self.enter_ring(wait && !self.hurry.take())?;
+        if wait && !self.hurry.take() {
+            self.wait()?;
+        } else {
+            self.enter_ring(false)?;
+        }
         self.count_taken();
         self.complete_all();
         self.settle_sends();
@@ -267,9 +275,54 @@ impl Driver {
         self.bulk.set(bulk);
     }
 
+    /// How long to look for the next message before going to sleep, where that may save time; zero: not at all.
+    pub(super) fn set_busy_poll(&self, window: Duration) {
+        self.busy_poll.borrow_mut().set_window(window);
+    }
+
+    /// Waits, and learns how long that takes.
+    fn wait(&self) -> io::Result<()> {
+        if !self.busy_poll.borrow_mut().begins() {
+            return self.enter_ring(true);
+        }
+        let began = Instant::now();
+        let mut found = false;
+        if self.busy_poll.borrow().is_due(began) {
+            self.enter_ring(false)?;
+            found = self.look(began);
+        }
+        self.enter_ring(!found)?;
+        self.busy_poll.borrow_mut().waited(began.elapsed());
+        Ok(())
+    }
+
+    /// Looks for completions, instead of being woken for them. True if there are some, or a timer is due.
+    fn look(&self, began: Instant) -> bool {
+        let (mut ring, mut busy_poll) = (self.ring.borrow_mut(), self.busy_poll.borrow_mut());
+        let timer = self.timers.borrow().next();
+        let mut before = began;
+        loop {
+            let queue = ring.submission();
+            let deferred = queue.taskrun() || queue.cq_overflow();
+            drop(queue);
+            if deferred || !ring.completion().is_empty() {
+                return true;
+            }
+            std::thread::yield_now();
+            let now = Instant::now();
+            if timer.is_some_and(|timer| timer <= now) {
+                return true;
+            }
+            if !busy_poll.goes_on(began, before, now) {
+                return false;
+            }
+            before = now;
+        }
+    }
+
     fn enter_ring(&self, wait: bool) -> io::Result<()> {
         let mut ring = self.ring.borrow_mut();
-        if wait && self.sends.borrow().len() == 1 {
+        if wait && self.sends.borrow().len() == 1 && !ring.submission().is_empty() {
             // Whom the send wakes may run when this system call ends, and have answered before the next one: then there
             // is nothing to sleep for.
             match ring.submit() {
@@ -343,10 +396,12 @@ impl Driver {
                 return;
             }
         }
-        match &slot.waker {
-            Some(waker) if slot.bulk => executor::wake_for_bulk(waker),
-            Some(waker) => waker.wake_by_ref(),
-            None => {}
+        let Some(waker) = &slot.waker else { return };
+        self.busy_poll.borrow_mut().wakes(waker.data().addr(), slot.bulk);
+        if slot.bulk {
+            executor::wake_for_bulk(waker);
+        } else {
+            waker.wake_by_ref();
         }
     }
 

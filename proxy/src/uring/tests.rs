@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 mod bulk;
+mod busy_poll;
 mod receive;
 
 const ALL: [Engine; 3] = [Engine::IoUring, Engine::TokioUring, Engine::Epoll];
