@@ -237,8 +237,8 @@ pub struct ServeArgs {
     #[arg(long)]
     pub ebpf_log: bool,
 
-    /// How long a worker looks for the next message before it sleeps, while one connection's messages come in quicker
-    /// succession than that and nobody else wants the CPU, microseconds; 0: never
+    /// How long a worker looks for the next message before it sleeps, while all messages are one connection's, come in
+    /// quick succession, and nobody else wants the CPU, microseconds; 0: never. With io_uring only
     #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u64).range(0..=1000))]
     pub busy_poll_us: u64,
     /// How bytes are moved, to compare the data paths with each other; not for operation
@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for bad in ["--concurrency=x", "--capture-port=0", "--file-flush-interval-msec=0", "--mode=run"] {
+        for bad in ["--concurrency=x", "--capture-port=0", "--file-flush-interval-msec=0", "--mode=run", "--busy-poll-us=1001"] {
             assert!(Args::try_parse_from(["tidegate", bad]).is_err(), "{bad}");
         }
     }
