@@ -172,6 +172,8 @@ pub enum FlowFlag {
     ClosedWithFin = 16,
     /// The endpoint has acknowledged nothing for so long that the kernel gave up.
     Silent = 32,
+    /// `user_timeout_ms` is not in force: the cluster's `connect_timeout` is, while the handshake lasts.
+    Limited = 64,
 }
 
 /// How a connection of the kernel path ended.

@@ -74,12 +74,21 @@ pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
             add(&raw mut (*tally).attempts, 1);
         }
     });
+}
+
+/// Has the handshake end with the cluster's connect timeout, by TCP_USER_TIMEOUT. The kernel looks at that when it sends the SYN
+/// again, so that nothing has to be done for one that is answered before.
+#[inline(always)]
+fn limit_handshake(ctx: &SockOpsContext, flow: &mut Flow) {
     let limit = connect_timeout_ms(flow);
-    if limit != 0 {
-        flow.user_timeout_ms = user_timeout(ctx);
-        if flow.user_timeout_ms == 0 || flow.user_timeout_ms > limit {
-            set_user_timeout(ctx, limit);
-        }
+    if limit == 0 {
+        return;
+    }
+    let own = user_timeout(ctx);
+    if own == 0 || own > limit {
+        flow.user_timeout_ms = own;
+        flow.flags |= FlowFlag::Limited as u16;
+        set_user_timeout(ctx, limit);
     }
 }
 
@@ -94,7 +103,7 @@ pub fn established(ctx: &SockOpsContext, flow: &mut Flow) {
     flow.connected_ns = unsafe { bpf_ktime_get_ns() };
     // SAFETY: map memory.
     each_tally(flow, |tally| unsafe { add(&raw mut (*tally).established, 1) });
-    if connect_timeout_ms(flow) != 0 {
+    if has(flow, FlowFlag::Limited) {
         set_user_timeout(ctx, flow.user_timeout_ms);
     }
 }
@@ -133,6 +142,8 @@ fn has(flow: &Flow, flag: FlowFlag) -> bool {
 pub fn retransmission_timeout(ctx: &SockOpsContext, flow: &mut Flow) {
     if field!(ctx, __bindgen_anon_1.args[2]) != 0 {
         flow.flags |= FlowFlag::Silent as u16;
+    } else if flow.phase == Phase::Connecting as u16 && !has(flow, FlowFlag::Limited) {
+        limit_handshake(ctx, flow);
     }
 }
 

@@ -386,7 +386,13 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for bad in ["--concurrency=x", "--capture-port=0", "--file-flush-interval-msec=0", "--mode=run", "--busy-poll-us=1001"] {
+        for bad in [
+            "--concurrency=x",
+            "--capture-port=0",
+            "--file-flush-interval-msec=0",
+            "--mode=run",
+            "--busy-poll-us=1001",
+        ] {
             assert!(Args::try_parse_from(["tidegate", bad]).is_err(), "{bad}");
         }
     }

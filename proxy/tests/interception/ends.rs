@@ -491,6 +491,34 @@ fn a_time_limit_of_the_application_s_own_is_one() {
     assert_eq!((tally.failed, tally.timed_out, tally.abandoned), (1, 1, 0));
 }
 
+/// The SYN has to be sent again: then the cluster's `connect_timeout` is in force, until it is answered.
+#[test]
+fn a_slow_handshake_gives_the_application_s_own_limit_back() {
+    let scene = Scene::new();
+    let connect_timeout = Some(Duration::from_mins(1));
+    let shorter = Some(Duration::from_secs(50));
+    let cases =
+        [(None, connect_timeout), (Some(Duration::from_mins(5)), connect_timeout), (shorter, shorter)];
+    scene.cut();
+    let clients = cases.map(|(own, limit)| {
+        let client = scene.pod.app_socket(Domain::IPV4);
+        client.set_tcp_user_timeout(own).unwrap();
+        client.set_nonblocking(true).unwrap();
+        assert_eq!(connect(&client, SERVICE.parse().unwrap()), Err(libc::EINPROGRESS));
+        (client, own, limit)
+    });
+    let until = Instant::now() + Duration::from_secs(20);
+    while clients.iter().any(|(client, _, limit)| client.tcp_user_timeout().unwrap() != *limit) {
+        assert!(Instant::now() < until, "the first SYN is sent again after a second");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    scene.mend();
+    let _accepted = [(); 3].map(|()| accept(&scene.server));
+    for (client, own, _) in &clients {
+        assert_eq!(client.tcp_user_timeout().unwrap(), *own);
+    }
+}
+
 /// The neighbour does not answer: the kernel itself says that the host is unreachable.
 #[test]
 fn who_can_t_be_reached_is_unreachable() {
