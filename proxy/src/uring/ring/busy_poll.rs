@@ -17,7 +17,7 @@ const PRICE: u8 = 8;
 /// the conversation.
 const LONG: u32 = 4;
 /// For how long the CPU is left to it then.
-const REST: Duration = Duration::from_secs(1);
+const REST: Duration = Duration::from_millis(100);
 
 /// What one worker has learnt of its waits.
 #[derive(Debug, Default)]
