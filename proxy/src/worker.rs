@@ -165,7 +165,7 @@ impl Handle {
             stats::set_shard(index);
             uring::start(engine, async move {
                 uring::set_busy_poll(shared.busy_poll);
-                Worker::new(index, shared).run(receiver).await
+                Worker::new(index, shared).run(receiver).await;
             })
         })?;
         Ok(Self { commands, thread })
