@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How many quick waits of one task in a row make its next one worth a look.
+/// How many quick waits of one task, remembered, make its next one worth a look.
 const ENOUGH: u8 = 16;
 /// How many are remembered.
 const MOST: u8 = 32;
