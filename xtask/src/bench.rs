@@ -56,7 +56,8 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "WORKLOAD", value_delimiter = ',')]
     only: Vec<Selector>,
     /// Only these: tidegate, base, envoy, haproxy, haproxy-splice, nginx, direct; +log writes an access log,
-    /// +intercept (tidegate, veth) captures clients in a pod, +kernel and +kernel-many connect them to the servers.
+    /// +intercept (tidegate, veth) captures clients in a pod, +redirect (veth) has nftables send them to a proxy in the
+    /// pod, +kernel and +kernel-many connect them to the servers.
     #[arg(long, value_name = "SUBJECT", value_delimiter = ',')]
     subjects: Vec<Subject>,
     /// Only this topology [default: both; with --only: loopback].

@@ -41,6 +41,27 @@ const HEADLINES: &[Headline] = &[
     headline("memory per idle connection", IDLE, Metric::RssPerConnection),
 ];
 
+const POD_REQUEST: Case = Case::veth(Workload::request(64, 64));
+const POD_SHORT: Case = Case::veth(Workload::Short);
+
+/// Of clients in a pod whose connections are captured, whoever captures them.
+const CAPTURED_HEADLINES: &[Headline] = &[
+    headline("connect, 64 B, close: rate", POD_SHORT, Metric::Rate),
+    headline("connect, 64 B, close: proxy CPU", POD_SHORT, Metric::ProxyCpu),
+    headline("connect, 64 B, close: machine CPU", POD_SHORT, Metric::MachineCpu),
+    headline("64 B, 64 connections: rate", POD_REQUEST, Metric::Rate),
+    headline("64 B, 64 connections: proxy CPU", POD_REQUEST, Metric::ProxyCpu),
+    headline("64 B, 64 connections: p99", POD_REQUEST, Metric::P99),
+];
+
+/// Those who are shown for [`captured`]: others are divided by the first.
+pub(super) const CAPTURED_SHOWN: &[(Subject, &str)] = &[
+    (Subject::INTERCEPT, "tidegate, eBPF"),
+    (Subject::TIDEGATE.redirected(), "tidegate, REDIRECT"),
+    (Subject::ENVOY.redirected(), "Envoy, REDIRECT"),
+    (Subject::HAPROXY.redirected(), "HAProxy, REDIRECT"),
+];
+
 /// Those who are shown, and what they are called; of the programs, with the version.
 pub(super) const SHOWN: &[(Subject, &str)] = &[
     (Subject::TIDEGATE, "tidegate"),
@@ -53,11 +74,25 @@ pub(super) const SHOWN: &[(Subject, &str)] = &[
 
 /// The headlines that a run has measured.
 pub(super) fn of(results: &Results) -> Vec<(&'static str, &Series)> {
+    measured(HEADLINES, &[Subject::TIDEGATE], results)
+}
+
+/// Those of captured clients that a run has measured with eBPF and with REDIRECT.
+pub(super) fn captured(results: &Results) -> Vec<(&'static str, &Series)> {
+    measured(CAPTURED_HEADLINES, &[Subject::INTERCEPT, Subject::ENVOY.redirected()], results)
+}
+
+/// Where all of `by` have a figure.
+fn measured<'a>(
+    headlines: &[Headline],
+    by: &[Subject],
+    results: &'a Results,
+) -> Vec<(&'static str, &'a Series)> {
     let find = |headline: &Headline| {
         let series = results.find(&headline.case.to_string(), headline.metric)?;
-        series.of(Subject::TIDEGATE).map(|_| (headline.title, series))
+        by.iter().all(|subject| series.of(*subject).is_some()).then_some((headline.title, series))
     };
-    HEADLINES.iter().filter_map(find).collect()
+    headlines.iter().filter_map(find).collect()
 }
 
 #[cfg(test)]
@@ -73,6 +108,12 @@ mod tests {
                 for (subject, _) in SHOWN {
                     assert!(plan.measures(headline.case, *subject), "{}: {subject}", headline.case);
                 }
+            }
+        }
+        let full = Choice::default().plan();
+        for headline in CAPTURED_HEADLINES {
+            for (subject, _) in CAPTURED_SHOWN {
+                assert!(full.measures(headline.case, *subject), "{}: {subject}", headline.case);
             }
         }
     }

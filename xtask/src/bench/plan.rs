@@ -225,8 +225,13 @@ impl Choice {
             .collect();
         add(Topology::Loopback, Placement::Free, &plain, &free);
         add(Topology::Loopback, Placement::Free, &all_logging, &[small[1], short]);
-        let veth = [Workload::down(1), Workload::down(8), small[0], small[1], short, Workload::Intercept];
+        let veth = [Workload::down(1), Workload::down(8), small[0], Workload::Intercept];
         add(Topology::Veth, Placement::Free, &captured, &veth);
+        // Beside whom they would replace: a sidecar.
+        captured.extend(
+            [Subject::TIDEGATE, Subject::ENVOY, Subject::HAPROXY].into_iter().map(Subject::redirected),
+        );
+        add(Topology::Veth, Placement::Free, &captured, &[small[1], short]);
         entries
     }
 }

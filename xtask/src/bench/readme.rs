@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use tidegate_tests::program;
 
-use super::headline::{self, SHOWN};
+use super::headline::{self, CAPTURED_SHOWN, SHOWN};
 use super::report::number;
 use super::results::{Results, Series};
 use super::subject::Subject;
@@ -100,7 +100,22 @@ fn section(results: &Results) -> String {
     }
     let _ = writeln!(text, "\n|---|{}", "---|".repeat(SHOWN.len()));
     for (title, series) in headline::of(results) {
-        let _ = writeln!(text, "| {title}, {} |{}", series.unit, cells(series));
+        let _ = writeln!(text, "| {title}, {} |{}", series.unit, cells(series, SHOWN));
+    }
+    let captured = headline::captured(results);
+    if !captured.is_empty() {
+        text.push_str(
+            "\nClients in a pod that connect to a service's address, over veth: captured by eBPF, or sent by nftables' \
+             REDIRECT to a proxy in the pod, as a sidecar's are; in brackets the figure of the first column divided by \
+             theirs.\n\n| |",
+        );
+        for (_, title) in CAPTURED_SHOWN {
+            let _ = write!(text, " {title} |");
+        }
+        let _ = writeln!(text, "\n|---|{}", "---|".repeat(CAPTURED_SHOWN.len()));
+        for (title, series) in captured {
+            let _ = writeln!(text, "| {title}, {} |{}", series.unit, cells(series, CAPTURED_SHOWN));
+        }
     }
     let outcomes = goals::outcomes(results);
     let met = outcomes.iter().filter(|outcome| outcome.met).count();
@@ -130,16 +145,18 @@ fn section(results: &Results) -> String {
     text
 }
 
-fn cells(series: &Series) -> String {
-    let cell = |(subject, _): &(Subject, &str)| match (
-        series.of(*subject),
-        series.tidegate_to.get(&subject.to_string()),
-    ) {
-        (None, _) => " |".to_owned(),
-        (Some(spread), None) => format!(" {} |", number(spread.median)),
-        (Some(spread), Some(ratio)) => format!(" {} ({:.2}) |", number(spread.median), ratio.median),
+/// The figures of those who are shown, the first one's to theirs in brackets.
+fn cells(series: &Series, shown: &[(Subject, &str)]) -> String {
+    let own = shown.first().map(|(subject, _)| *subject);
+    let cell = |(subject, _): &(Subject, &str)| {
+        let own = own.filter(|own| own != subject);
+        match (series.of(*subject), own.and_then(|own| series.ratio(own, *subject))) {
+            (None, _) => " |".to_owned(),
+            (Some(spread), None) => format!(" {} |", number(spread.median)),
+            (Some(spread), Some(ratio)) => format!(" {} ({ratio:.2}) |", number(spread.median)),
+        }
     };
-    SHOWN.iter().map(cell).collect()
+    shown.iter().map(cell).collect()
 }
 
 #[cfg(test)]
@@ -181,5 +198,16 @@ mod tests {
         );
         assert!(section.contains("Envoy 1.40.0 | HAProxy 2.6.12 |"), "{section}");
         assert!(section.contains("not measured"));
+        assert!(!section.contains("REDIRECT"), "{section}");
+        results.add(
+            Case::veth(Workload::Short),
+            Metric::Rate,
+            &[(Subject::INTERCEPT, &[150.0, 150.0]), (Subject::ENVOY.redirected(), &[100.0, 100.0])],
+        );
+        let section = super::section(&results);
+        assert!(
+            section.contains("| connect, 64 B, close: rate, connections/s | 150 | | 100 (1.50) | |"),
+            "{section}"
+        );
     }
 }

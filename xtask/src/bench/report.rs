@@ -87,6 +87,7 @@ fn shorter(subject: Subject) -> String {
     let name = subject.to_string();
     name.replace("haproxy-splice", "hap-splice")
         .replace("intercept", "icpt")
+        .replace("redirect", "redir")
         .replace("tidegate+kernel", "kernel")
 }
 

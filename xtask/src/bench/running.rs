@@ -67,8 +67,9 @@ impl Running {
         )?;
         let log_dir = if subject.log { Some(TempDir::in_memory("bench")?) } else { None };
         let fronts = if subject.program == Program::Direct { backs } else { site.fronts(subject) };
-        let pins = subject.is_captured().then(|| Path::new(run::BPFFS).join(run::unique("pins")));
-        let cgroup = if subject.is_captured() { Some(Cgroup::new("proxy")?) } else { None };
+        let ebpf = subject.is_captured_by_ebpf();
+        let pins = ebpf.then(|| Path::new(run::BPFFS).join(run::unique("pins")));
+        let cgroup = if ebpf { Some(Cgroup::new("proxy")?) } else { None };
         let mut running =
             Self { subject, child: None, pids: Vec::new(), dir, log_dir, servers, fronts, pins, cgroup };
         running.spawn(programs, site, &backs, connections).with_context(|| format!("start {subject}"))?;
@@ -160,7 +161,7 @@ impl Running {
     fn spawn(&mut self, programs: &Programs, site: &Site, backs: &Fronts, connections: usize) -> Result<()> {
         let subject = self.subject;
         let log = self.log_dir.as_ref().map(|dir| dir.path().join("access.log"));
-        let (links, dir) = (Links::new(&self.fronts, backs), self.dir.path());
+        let (links, dir) = (Links::new(&site.binds(subject), backs), self.dir.path());
         let (program, config, arguments) = match subject.program {
             Program::Direct => return Ok(()),
             Program::Tidegate | Program::Base => {
@@ -187,7 +188,7 @@ impl Running {
         };
         let path = dir.join(if config.starts_with('{') { "config.json" } else { "config.cfg" });
         fs::write(&path, config)?;
-        let mut command = site.proxy_command();
+        let mut command = site.proxy_command(subject);
         if let Some(cgroup) = &self.cgroup {
             command
                 .args(["sh", "-c", r#"echo 0 > "$0" && exec "$@""#])

@@ -18,7 +18,7 @@ use tidegate_tests::network::Network;
 use tidegate_tests::pod::Pod;
 
 use super::running::{Fronts, Running};
-use super::subject::{ENDPOINTS, Subject};
+use super::subject::{ENDPOINTS, Subject, Way};
 
 /// How clients, proxies and servers are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize)]
@@ -133,6 +133,12 @@ struct Captured {
 impl Captured {
     fn start(network: &Network, subject: Subject, number: usize) -> Result<Self> {
         let pod = network.pod("captured", &[&format!("10.0.1.{}", number + 1)])?;
+        if subject.way == Way::Redirect {
+            pod.netns().nft(&format!(
+                "table ip sidecar {{ chain out {{ type nat hook output priority -100; \
+                 ip daddr {SERVICE} meta l4proto tcp redirect; }}\n}}"
+            ))?;
+        }
         Ok(Self { subject, clients: Agent::start(pod.command("env"))?, pod })
     }
 }
@@ -214,9 +220,12 @@ impl Site {
         }
     }
 
-    /// A command where the proxies are; a program is still to be added.
-    pub(super) fn proxy_command(&self) -> Command {
-        inside(self.proxy_netns(), &self.cgroup)
+    /// A command where the proxy of a subject is; a program is still to be added.
+    pub(super) fn proxy_command(&self, subject: Subject) -> Command {
+        match self.captured(subject) {
+            Some(captured) if subject.way == Way::Redirect => captured.pod.command("env"),
+            _ => inside(self.proxy_netns(), &self.cgroup),
+        }
     }
 
     /// A command where the servers are.
@@ -274,6 +283,15 @@ impl Site {
             Topology::Veth => PROXY,
         };
         subject.ports().at(ip.into(), 0)
+    }
+
+    /// Where the proxy of a subject listens.
+    pub(super) fn binds(&self, subject: Subject) -> Fronts {
+        match subject.way {
+            // That is where REDIRECT sends what comes from the same namespace, to the port that was meant.
+            Way::Redirect => subject.ports().at(Ipv4Addr::LOCALHOST.into(), 0),
+            _ => self.fronts(subject),
+        }
     }
 
     /// Puts a subject, its servers and its clients where they belong.

@@ -55,8 +55,10 @@ impl Program {
 pub(super) enum Way {
     /// Clients connect to its address.
     Address,
-    /// Clients are captured by eBPF.
+    /// Clients are in a pod and captured by eBPF.
     Intercept,
+    /// Clients are in a pod and sent to a proxy that runs in it by nftables' REDIRECT, as those of a sidecar are.
+    Redirect,
     /// Not at all: eBPF connects clients to the servers.
     Kernel,
     /// The same, where there are [`MANY_SERVICES`] with [`ENDPOINTS`] endpoints each.
@@ -64,13 +66,14 @@ pub(super) enum Way {
 }
 
 impl Way {
-    const ALL: [Self; 4] = [Self::Address, Self::Intercept, Self::Kernel, Self::KernelMany];
+    const ALL: [Self; 5] = [Self::Address, Self::Intercept, Self::Redirect, Self::Kernel, Self::KernelMany];
 
     /// What follows the name of a program.
     fn word(self) -> Option<&'static str> {
         match self {
             Self::Address => None,
             Self::Intercept => Some("intercept"),
+            Self::Redirect => Some("redirect"),
             Self::Kernel => Some("kernel"),
             Self::KernelMany => Some("kernel-many"),
         }
@@ -78,6 +81,15 @@ impl Way {
 
     pub(super) fn is_kernel(self) -> bool {
         matches!(self, Self::Kernel | Self::KernelMany)
+    }
+
+    /// Which programs it can be asked of.
+    fn suits(self, program: Program) -> bool {
+        match self {
+            Self::Address => true,
+            Self::Redirect => program != Program::Direct,
+            Self::Intercept | Self::Kernel | Self::KernelMany => program.is_tidegate(),
+        }
     }
 }
 
@@ -111,9 +123,19 @@ impl Subject {
         Self { program, log: false, way: Way::Address }
     }
 
-    /// Whether its clients are in a pod where eBPF programs see their connect(2).
+    /// Whether its clients are in a pod of their own, and connect to an address that nobody has.
     pub(super) fn is_captured(self) -> bool {
         self.way != Way::Address
+    }
+
+    /// Whether eBPF programs see their connect(2).
+    pub(super) fn is_captured_by_ebpf(self) -> bool {
+        self.is_captured() && self.way != Way::Redirect
+    }
+
+    /// The same in its clients' pod, behind a REDIRECT.
+    pub(super) const fn redirected(self) -> Self {
+        Self { way: Way::Redirect, ..self }
     }
 
     /// The same with an access log.
@@ -124,7 +146,8 @@ impl Subject {
     /// Ports of its own: connections that were closed linger on the addresses that they had, and whoever shares
     /// them has to search longer for a free one.
     fn number(self) -> u16 {
-        self.program as u16 * 8 + u16::from(self.log) * 4 + self.way as u16
+        let ways = Way::ALL.len() as u16;
+        (self.program as u16 * 2 + u16::from(self.log)) * ways + self.way as u16
     }
 
     pub(super) fn ports(self) -> Ports {
@@ -149,7 +172,8 @@ impl FromStr for Subject {
         let program = Program::ALL.into_iter().find(|program| program.name() == name).ok_or_else(|| {
             let names: Vec<_> = Program::ALL.iter().map(|program| program.name()).collect();
             format!(
-                "no such subject; there are {}, with +log (not direct) or +intercept, +kernel, +kernel-many (tidegate)",
+                "no such subject; there are {}, with +log or +redirect (not direct), +intercept, +kernel, \
+                 +kernel-many (tidegate)",
                 names.join(", ")
             )
         })?;
@@ -158,7 +182,7 @@ impl FromStr for Subject {
             let way = Way::ALL.into_iter().find(|way| way.word() == Some(word));
             match (word, way) {
                 ("log", _) if program != Program::Direct => subject.log = true,
-                (_, Some(way)) if program.is_tidegate() && !subject.is_captured() => subject.way = way,
+                (_, Some(way)) if way.suits(program) && !subject.is_captured() => subject.way = way,
                 _ => return Err(format!("{name} can't be measured with +{word}")),
             }
         }
@@ -183,6 +207,9 @@ mod tests {
             "nginx",
             "direct",
             "tidegate+intercept",
+            "tidegate+redirect",
+            "envoy+redirect",
+            "haproxy-splice+redirect+log",
             "tidegate+kernel",
             "tidegate+kernel+log",
             "tidegate+kernel-many",
@@ -196,6 +223,7 @@ mod tests {
         for wrong in [
             "direct+log",
             "envoy+intercept",
+            "direct+redirect",
             "haproxy+kernel",
             "tidegate+kernel+intercept",
             "enovy",

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use tidegate_tests::tool;
 
-use super::subject::{Program, Subject};
+use super::subject::{Program, Subject, Way};
 
 /// nginx's module for TCP, as Debian installs it.
 pub(super) const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
@@ -27,6 +27,8 @@ impl Programs {
         let mut wanted = vec![("ip", "iproute2"), ("nsenter", "util-linux")];
         let haproxy = measured(Program::Haproxy) || measured(Program::HaproxySplice);
         let nginx = http || measured(Program::Nginx);
+        let redirect = subjects.iter().any(|subject| subject.way == Way::Redirect);
+        wanted.extend(redirect.then_some(("nft", "nftables")));
         wanted.extend(haproxy.then_some(("haproxy", "haproxy")));
         wanted.extend(nginx.then_some(("nginx", "nginx")));
         wanted.extend(http.then_some(("wrk", "wrk")));

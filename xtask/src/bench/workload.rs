@@ -176,7 +176,7 @@ impl Workload {
 
     /// Whether the clients of a subject can do it.
     pub(super) fn suits(self, subject: Subject) -> bool {
-        self != Self::Intercept || subject.is_captured()
+        self != Self::Intercept || subject.is_captured_by_ebpf()
     }
 
     pub(super) fn work(self) -> Option<Work> {

@@ -38,7 +38,7 @@ pub(super) fn envoy(links: &Links, way: Way, log: Option<&Path>, connections: us
     let mut config = Config::new();
     for (name, front, back) in &links.0 {
         let mut fields = json!({"name": name});
-        if way != Way::Address {
+        if !matches!(way, Way::Address | Way::Redirect) {
             fields["bind_to_port"] = json!(false);
         }
         let mut cluster = json!({"circuit_breakers": limits});
