@@ -224,6 +224,7 @@ impl Proxy {
             .map(|index| Handle::spawn(index, engine, Arc::clone(&shared)))
             .collect::<Result<Vec<_>, _>>()
             .context("can't start a worker thread")?;
+        let _ = shared.workers.set(workers.iter().map(Handle::sender).collect());
         let proxy = Self {
             args,
             log,
@@ -357,8 +358,9 @@ impl Proxy {
         let _ = tokio::time::timeout(KILL_GRACE, self.drained()).await;
     }
 
+    /// Twice: a worker that has none may yet be given one by another, until that has answered.
     async fn drained(&self) {
-        for worker in &self.workers {
+        for worker in self.workers.iter().chain(&self.workers) {
             worker.drained().await;
         }
     }

@@ -16,6 +16,7 @@ use crate::cluster::connect::{self, UpstreamGuard};
 use crate::config::listener::ListenerFilter;
 use crate::drain::Open;
 use crate::intercept::Capture;
+use crate::listener::balance::{Balance, Place};
 use crate::listener::filter::{self, Inspected};
 use crate::listener::filter_chain::MatchInput;
 use crate::listener::{Chain, HttpAsTcp, Listener, Service, TcpProxy};
@@ -55,15 +56,28 @@ pub struct Accepted {
     pub snapshot: Arc<Snapshot>,
 }
 
-/// Serves one connection until its upstream stands; a task of its own serves it from there to its end. None: nobody
-/// serves it, and it was ended.
+/// An accepted connection of which is known where it belongs, before any worker has begun to serve it.
+#[derive(Debug)]
+pub struct Arrived {
+    accepted: Accepted,
+    /// The address that it was accepted at.
+    local: SocketAddr,
+    original_dst: Option<OriginalDst>,
+    /// Who serves it first: that of `accepted`, or the owner of the original destination.
+    listener: Arc<Listener>,
+    /// Taken at the worker that is to serve it, where connections are balanced.
+    place: Option<Place>,
+}
+
+/// Serves one connection until its upstream stands; a task of its own serves it from there to its end.
 ///
 /// They are two tasks because most connections are idle most of the time: what they took to set up is freed.
-pub fn serve(worker: Rc<Worker>, accepted: Accepted) -> Option<impl Future<Output = ()> + 'static> {
-    let owner = accepted.capture.as_ref().map_or(0, |capture| capture.pod.netns().cookie());
+pub fn serve(worker: Rc<Worker>, mut arrived: Arrived) -> impl Future<Output = ()> + 'static {
+    let owner = arrived.accepted.capture.as_ref().map_or(0, |capture| capture.pod.netns().cookie());
     let open = worker.connections.open(owner);
-    let (mut connection, snapshot) = Connection::begin(worker, accepted)?;
-    Some(async move {
+    arrived.place = arrived.place.and_then(|place| open.keep(place));
+    let (mut connection, snapshot) = Connection::begin(worker, arrived);
+    async move {
         match connection.establish(snapshot, &open).await {
             Ok(established) => {
                 if let Some(parked) = connection.park(established) {
@@ -78,7 +92,56 @@ pub fn serve(worker: Rc<Worker>, accepted: Accepted) -> Option<impl Future<Outpu
                 connection.finish();
             }
         }
-    })
+    }
+}
+
+impl Arrived {
+    /// Looks at what was accepted. None: nobody serves it, and it was reset.
+    pub fn look(worker: &Worker, mut accepted: Accepted) -> Option<Self> {
+        let local = sys::socket::local_addr(&accepted.socket).ok()?; // fails only when the peer is gone already
+        let (listener, capture) = (accepted.listener.take(), accepted.capture.as_deref());
+        let restores =
+            capture.is_some() || listener.as_ref().is_some_and(|listener| listener.restores_destination());
+        let transparent = listener.as_ref().is_some_and(|listener| listener.config.transparent);
+        let original_dst =
+            restores.then(|| destination::restore(&accepted.socket, local, capture, transparent)).flatten();
+        // Without a virtualOutbound listener a capture socket has no listener of its own: the owner of the
+        // restored destination serves the connection from the start.
+        let listener = listener.or_else(|| accepted.snapshot.owner(original_dst?.0).cloned());
+        let Some(listener) = listener.filter(|_| capture.is_none() || original_dst.is_some()) else {
+            worker.shared.not_served.fetch_add(1, Ordering::Relaxed);
+            uring::reset(accepted.socket.as_fd());
+            return None;
+        };
+        Some(Self { accepted, local, original_dst, listener, place: None })
+    }
+
+    /// Chooses the worker that is to serve it, where its listener wants connections balanced.
+    pub fn choose_worker(&mut self, worker: &Worker) -> usize {
+        let Some(balance) = self.balance(worker) else { return worker.index };
+        let place = balance.choose(worker.index);
+        let chosen = place.worker();
+        self.place = Some(place);
+        chosen
+    }
+
+    /// What decides is who will serve it. A listener that only hands connections on has none to count: what came through
+    /// any of those is counted together.
+    fn balance<'a>(&'a self, worker: &'a Worker) -> Option<&'a Arc<Balance>> {
+        let Accepted { snapshot, capture, .. } = &self.accepted;
+        if !snapshot.has_exact_balance() {
+            return None;
+        }
+        let hands_on = self.listener.config.use_original_dst || capture.is_some();
+        let owner =
+            self.original_dst.filter(|_| hands_on).and_then(|destination| snapshot.owner(destination.0));
+        match owner {
+            Some(owner) if !Arc::ptr_eq(owner, &self.listener) => owner
+                .balance()
+                .or_else(|| self.listener.config.exact_balance.then_some(&worker.shared.handed_on)),
+            _ => self.listener.balance(),
+        }
+    }
 }
 
 /// A connection while it is set up, and when it ends. Owned by its task.
@@ -89,6 +152,8 @@ struct Connection {
     original_dst: Option<OriginalDst>,
     /// Who serves it: first the listener that accepted it, then the one that it was handed to.
     listener: Arc<Listener>,
+    /// Its place at this worker, until it is admitted.
+    place: Option<Place>,
     /// Its place in the listener's counts; taken once the hand-off is decided.
     admission: Option<Admission>,
     /// The chain in charge, once one was found.
@@ -108,9 +173,13 @@ struct Admission {
 
 impl Admission {
     /// None: the listener has reached its limit.
-    fn new(worker: &Rc<Worker>, listener: &Arc<Listener>) -> Option<Self> {
+    fn new(worker: &Rc<Worker>, listener: &Arc<Listener>, place: Option<Place>) -> Option<Self> {
         if !listener.admit() {
             return None;
+        }
+        if let Some(balance) = listener.balance() {
+            let place = place.filter(|place| place.is_of(balance));
+            place.unwrap_or_else(|| balance.add(worker.index)).keep();
         }
         listener.stats.downstream_cx_active().inc();
         worker.shared.stats.server().total_connections().inc();
@@ -139,6 +208,9 @@ impl Drop for Admission {
         }
         self.worker.shared.stats.server().total_connections().dec();
         self.listener.stats.downstream_cx_active().dec();
+        if let Some(balance) = self.listener.balance() {
+            balance.release(self.worker.index);
+        }
         self.listener.release();
     }
 }
@@ -175,23 +247,9 @@ enum EndedEarly {
 }
 
 impl Connection {
-    /// Looks at what was accepted. None: it was captured and nobody serves it, so it was reset.
-    fn begin(worker: Rc<Worker>, accepted: Accepted) -> Option<(Self, Arc<Snapshot>)> {
-        let Accepted { socket, peer, listener, capture, snapshot } = accepted;
-        let local = sys::socket::local_addr(&socket).ok()?; // fails only when the peer is gone already
-        let restores =
-            capture.is_some() || listener.as_ref().is_some_and(|listener| listener.restores_destination());
-        let transparent = listener.as_ref().is_some_and(|listener| listener.config.transparent);
-        let original_dst =
-            restores.then(|| destination::restore(&socket, local, capture.as_deref(), transparent)).flatten();
-        // Without a virtualOutbound listener a capture socket has no listener of its own: the owner of the
-        // restored destination serves the connection from the start.
-        let listener = listener.or_else(|| snapshot.owner(original_dst?.0).cloned());
-        let Some(listener) = listener.filter(|_| capture.is_none() || original_dst.is_some()) else {
-            worker.shared.not_served.fetch_add(1, Ordering::Relaxed);
-            uring::reset(socket.as_fd());
-            return None;
-        };
+    fn begin(worker: Rc<Worker>, arrived: Arrived) -> (Self, Arc<Snapshot>) {
+        let Arrived { accepted, local, original_dst, listener, place } = arrived;
+        let Accepted { socket, peer, capture, snapshot, .. } = accepted;
         let name = Arc::clone(&listener.config.name);
         let record = Record::new(worker.next_connection_id(), peer, local, original_dst, name);
         let connection = Self {
@@ -200,12 +258,13 @@ impl Connection {
             capture,
             original_dst,
             listener,
+            place,
             admission: None,
             chain: None,
             proxy: None,
             record,
         };
-        Some((connection, snapshot))
+        (connection, snapshot)
     }
 
     /// Everything up to a connected upstream.
@@ -267,7 +326,7 @@ impl Connection {
     /// Takes the connection into the listener's counts.
     fn admit(&mut self) -> Result<(), EndedEarly> {
         let stats = &self.listener.stats;
-        self.admission = Admission::new(&self.worker, &self.listener);
+        self.admission = Admission::new(&self.worker, &self.listener, self.place.take());
         if self.admission.is_none() {
             stats.downstream_cx_overflow().inc();
             return Err(EndedEarly::Overflow);

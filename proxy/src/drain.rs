@@ -14,6 +14,7 @@ use crate::cluster::endpoint::Host;
 use crate::cluster::removal::Loss;
 use crate::connection::meter::Meter;
 use crate::listener::ChainId;
+use crate::listener::balance::{Balance, Place};
 use crate::pages::Pages;
 
 /// Slots kept for later connections.
@@ -27,6 +28,8 @@ pub struct Connections {
     spare: RefCell<Vec<Rc<Slot>>>,
     /// Woken when the last connection has ended.
     empty: RefCell<Vec<Waker>>,
+    /// Where those are counted that [`Open::keep`] was called for, and as which worker's.
+    balance: Option<(Arc<Balance>, usize)>,
 }
 
 #[derive(Default)]
@@ -40,6 +43,8 @@ struct Slot {
     ending: Cell<Option<Ending>>,
     /// Its number among the open ones.
     key: Cell<u32>,
+    /// It has a place in [`Connections::balance`].
+    balanced: Cell<bool>,
     /// Set when both its sides stand.
     meter: OnceCell<Meter>,
     waker: Cell<Option<Waker>>,
@@ -69,6 +74,11 @@ pub struct Open {
 }
 
 impl Connections {
+    /// Those of a worker, which keep their places in `balance`.
+    pub fn new(balance: Arc<Balance>, worker: usize) -> Self {
+        Self { balance: Some((balance, worker)), ..Self::default() }
+    }
+
     /// Registers a connection. `owner` groups connections for [`Connections::kill`]; the worker uses the cookie of
     /// the pod's network namespace, 0 for connections of no pod.
     pub fn open(self: &Rc<Self>, owner: u64) -> Open {
@@ -171,6 +181,17 @@ impl Open {
         }
     }
 
+    /// Keeps a place until the connection ends, if it is one that its worker's connections keep here.
+    pub fn keep(&self, place: Place) -> Option<Place> {
+        let own = self.connections.balance.as_ref();
+        if own.is_none_or(|(balance, worker)| !place.is_of(balance) || place.worker() != *worker) {
+            return Some(place);
+        }
+        place.keep();
+        self.slot.balanced.set(true);
+        None
+    }
+
     /// Says which filter chain serves the connection.
     pub fn set_chain(&self, chain: ChainId) {
         self.slot.chain.set(Some(chain));
@@ -215,6 +236,11 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
+        if self.slot.balanced.take()
+            && let Some((balance, worker)) = &self.connections.balance
+        {
+            balance.release(*worker);
+        }
         let mut open = self.connections.open.borrow_mut();
         open.remove(self.slot.key.get());
         if open.is_empty() {

@@ -14,9 +14,11 @@ use crate::config::listener::ListenerFilter;
 use crate::config::route::{HttpRouting, RdsRouting};
 use crate::stats::{HttpStats, ListenerStats, Stats, TcpProxyStats};
 
+pub mod balance;
 pub mod filter;
 pub mod filter_chain;
 
+use balance::Balance;
 use filter_chain::{MatchError, Matcher, SourceRange};
 
 /// One listener, shared by every connection that it serves. Replaced as a whole when its configuration changes.
@@ -33,6 +35,8 @@ pub struct Listener {
     chains: Vec<Arc<Chain>>,
     /// Connections that this listener serves now, for its connection limit.
     active: Arc<AtomicU64>,
+    /// Its connections by worker, with `exact_balance` only.
+    balance: Option<Arc<Balance>>,
 }
 
 /// Identifies a [`Chain`]: its successor after an update has another one.
@@ -154,6 +158,10 @@ impl Listener {
             matcher,
             chains,
             active: in_place.map(|previous| Arc::clone(&previous.active)).unwrap_or_default(),
+            balance: config.exact_balance.then(|| {
+                let known = in_place.and_then(|previous| previous.balance.clone());
+                known.unwrap_or_else(|| Arc::new(Balance::new(stats.workers())))
+            }),
         })
     }
 
@@ -195,6 +203,11 @@ impl Listener {
             chain: range.chain.and_then(|index| self.chains.get(index)),
         };
         Ok(self.matcher.find_by_source(destination)?.into_iter().map(chain).collect())
+    }
+
+    /// Where its connections are balanced over the workers, if they are.
+    pub fn balance(&self) -> Option<&Arc<Balance>> {
+        self.balance.as_ref()
     }
 
     /// Whether it looks for the original destination of its connections.

@@ -23,6 +23,8 @@ pub struct Snapshot {
     clusters: Sharded<Arc<str>, Arc<Cluster>>,
     /// The listener that captured connections arrive on: the one with `use_original_dst`.
     capture: Option<Arc<Listener>>,
+    /// A listener has `exact_balance`, or one of a former snapshot had.
+    balances: bool,
 }
 
 impl Snapshot {
@@ -54,10 +56,16 @@ impl Snapshot {
         let was_capture = self.capture.as_ref().is_some_and(|capture| capture.config.name == *name);
         self.remove_listener(name);
         self.own(&listener);
+        self.balances |= listener.balance().is_some();
         if restores(&listener) && (was_capture || self.capture.is_none()) {
             self.capture = Some(Arc::clone(&listener));
         }
         self.listeners.insert(Arc::clone(&listener.config.name), listener);
+    }
+
+    /// Whether connections may have to be balanced over the workers: for most, nobody needs to ask whose they are.
+    pub fn has_exact_balance(&self) -> bool {
+        self.balances
     }
 
     /// Drops a listener and its addresses.

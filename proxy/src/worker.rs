@@ -18,9 +18,10 @@ use crate::access_log;
 use crate::cluster::WorkerBalancers;
 use crate::cluster::endpoint::Host;
 use crate::cluster::removal::Loss;
-use crate::connection::{self, Accepted};
+use crate::connection::{self, Accepted, Arrived};
 use crate::drain::Connections;
 use crate::intercept::{Capture, OwnSockets};
+use crate::listener::balance::Balance;
 use crate::listener::{ChainId, Listener};
 use crate::pump;
 use crate::snapshot::{Publisher, Snapshot, WorkerView};
@@ -53,6 +54,10 @@ pub struct Shared {
     pub pump_mode: pump::Mode,
     /// How long workers look for the next message before they sleep ([`uring::set_busy_poll`]).
     pub busy_poll: Duration,
+    /// Connections by worker, of listeners that hand them on and have `exact_balance`.
+    pub handed_on: Arc<Balance>,
+    /// Every worker, for connections that another one accepts; set once all run. One that is alone has no use for it.
+    pub workers: OnceLock<Box<[Sender]>>,
     pub(crate) connection_ids: AtomicU64,
     pub(crate) upstream_connection_ids: AtomicU64,
 }
@@ -68,6 +73,8 @@ impl Shared {
     ) -> Self {
         Self {
             publisher,
+            handed_on: Arc::new(Balance::new(stats.workers())),
+            workers: OnceLock::new(),
             stats,
             own_sockets: OnceLock::new(),
             not_served: AtomicU64::new(0),
@@ -103,6 +110,8 @@ pub enum Role {
 pub enum Command {
     /// Accept on this socket from now on.
     Listen(SocketId, Socket, Role),
+    /// Serve a connection that another worker has accepted.
+    Serve(Box<Arrived>),
     /// Take what is in this socket's accept queue, then close it.
     Close(SocketId),
     /// The same for every socket.
@@ -241,12 +250,13 @@ impl Worker {
     fn new(index: usize, shared: Arc<Shared>) -> Rc<Self> {
         let view = shared.publisher.view();
         let pump = Rc::new(pump::Resources::default());
+        let connections = Connections::new(Arc::clone(&shared.handed_on), index);
         Rc::new(Self {
             index,
             shared,
             balancers: RefCell::default(),
             pump,
-            connections: Rc::default(),
+            connections: Rc::new(connections),
             view: RefCell::new(view),
             seen_pipes: SeenPipes::default(),
             listening: RefCell::default(),
@@ -302,6 +312,7 @@ impl Worker {
                 self.listening.borrow_mut().insert(id, Rc::clone(&listening));
                 spawn(accept(Rc::clone(self), listening));
             }
+            Command::Serve(arrived) => spawn(connection::serve(Rc::clone(self), *arrived)),
             Command::Close(id) => self.close(id),
             Command::CloseAll => {
                 let all: Vec<_> = self.listening.borrow().keys().copied().collect();
@@ -440,8 +451,12 @@ fn begin(worker: &Rc<Worker>, listening: &Listening, socket: Socket, peer: Socke
     }
     let capture = listening.role.capture().cloned();
     let accepted = Accepted { socket, peer, listener, capture, snapshot };
-    if let Some(served) = connection::serve(Rc::clone(worker), accepted) {
-        spawn(served);
+    let Some(mut arrived) = Arrived::look(worker, accepted) else { return };
+    let chosen = arrived.choose_worker(worker);
+    if chosen == worker.index {
+        spawn(connection::serve(Rc::clone(worker), arrived));
+    } else if let Some(other) = worker.shared.workers.get().and_then(|workers| workers.get(chosen)) {
+        other.send(Command::Serve(Box::new(arrived)));
     }
 }
 

@@ -53,6 +53,8 @@ pub struct Listener {
     pub tcp_fast_open_queue_length: Option<u32>,
     /// At most so many accepts per wakeup of the listening socket; `None`: until the queue is empty.
     pub max_connections_to_accept_per_socket_event: Option<u32>,
+    /// `connection_balance_config.exact_balance`: a connection goes to the worker that has the fewest of this listener.
+    pub exact_balance: bool,
     /// Replaces the address in `listener.<…>.` stats.
     pub stat_prefix: Option<Arc<str>>,
     /// Runtime key `envoy.resource_limits.listener.<name>.connection_limit`; `None`: unlimited.

@@ -148,6 +148,7 @@ impl Parked {
             capture,
             original_dst: None,
             listener: Arc::clone(&admission.listener),
+            place: None,
             chain: admission.chain.clone(),
             admission: Some(admission),
             proxy: Some(Arc::clone(&proxy)),

@@ -169,6 +169,7 @@ fn look_at_listener(listener: &config::listener::Listener, snapshot: &Snapshot, 
         freebind: _,
         tcp_fast_open_queue_length: _,
         max_connections_to_accept_per_socket_event: _,
+        exact_balance: _, // no worker has them
         tcp_keepalive,
         socket_options: _,
         overrides,

@@ -35,6 +35,22 @@ fn inactive_fields_are_named_once_with_a_count() {
 }
 
 #[test]
+fn connections_are_balanced_over_workers_exactly_or_by_the_kernel() {
+    let balance = |config: Value| {
+        let loaded = load_json(&bootstrap(
+            vec![with(listener("a", 1), json!({"connection_balance_config": config}))],
+            vec![],
+        ));
+        let loaded = loaded.unwrap_or_else(|error| panic!("{error}"));
+        (loaded.bootstrap.listeners[0].exact_balance, loaded.warnings.len())
+    };
+    assert_eq!(balance(json!({"exact_balance": {}})), (true, 0));
+    assert_eq!(balance(json!({"cpu_locality_balance": {}})), (false, 1));
+    let typed = json!({"@type": "type.googleapis.com/google.protobuf.Struct"});
+    assert_eq!(balance(json!({"extend_balance": {"name": "x", "typed_config": typed}})), (false, 1));
+}
+
+#[test]
 fn a_typed_struct_stands_for_the_message() {
     let url = "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
     let proxy =

@@ -76,7 +76,7 @@ pub(in crate::config) fn listener(
     } = listener;
     inactive!(report, path, "Listener";
         stats_matcher, per_connection_buffer_high_watermark_timeout, metadata, drain_type,
-        connection_balance_config, enable_mptcp, bypass_overload_manager);
+        enable_mptcp, bypass_overload_manager);
     let kinds = [
         ("fcds_config", fcds_config.is_some(), "filter chain discovery"),
         ("filter_chain_matcher", filter_chain_matcher.is_some(), "a matcher tree"),
@@ -119,6 +119,8 @@ pub(in crate::config) fn listener(
         Some(core::TrafficDirection::Unspecified) | None => TrafficDirection::Unspecified,
     };
     let access_log = access_logs(access_log, path, report);
+    let exact_balance =
+        connection_balance_config.as_ref().is_some_and(|config| exact_balance(config, path, report));
     let (addresses, overrides) = addresses?;
     let name: Arc<str> = if name.is_empty() { addresses[0].to_string().into() } else { name.into() };
     Some(Listener {
@@ -144,10 +146,29 @@ pub(in crate::config) fn listener(
         overrides,
         tcp_fast_open_queue_length,
         max_connections_to_accept_per_socket_event,
+        exact_balance,
         stat_prefix: Some(stat_prefix).filter(|prefix| !prefix.is_empty()).map(Arc::from),
         ignore_global_conn_limit,
         content,
     })
+}
+
+/// Whether that is how connections are balanced over the workers. Other ways are the kernel's, as without any.
+fn exact_balance(
+    config: &api::listener::ConnectionBalanceConfig,
+    path: &FieldPath<'_>,
+    report: &mut Report<'_>,
+) -> bool {
+    use api::listener::connection_balance_config::BalanceType;
+    let path = path.field("connection_balance_config");
+    let inactive = match config.balance_type {
+        Some(BalanceType::ExactBalance(_)) => return true,
+        Some(BalanceType::ExtendBalance(_)) => "extend_balance",
+        Some(BalanceType::CpuLocalityBalance(_)) => "cpu_locality_balance",
+        None => return false, // refused by the rules of the message
+    };
+    report.inactive("Listener.ConnectionBalanceConfig", &path, inactive);
+    false
 }
 
 /// `address` and then the additional ones, each of them once; and those of the latter that have something of their own.

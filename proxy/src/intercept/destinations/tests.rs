@@ -114,6 +114,7 @@ fn listener(name: &str, addresses: &[&str], chains: Vec<Arc<FilterChain>>) -> Li
         overrides: vec![],
         tcp_fast_open_queue_length: None,
         max_connections_to_accept_per_socket_event: None,
+        exact_balance: false,
         stat_prefix: None,
         connection_limit: None,
         ignore_global_conn_limit: false,
