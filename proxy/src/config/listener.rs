@@ -54,6 +54,7 @@ pub struct Listener {
     /// At most so many accepts per wakeup of the listening socket; `None`: until the queue is empty.
     pub max_connections_to_accept_per_socket_event: Option<u32>,
     /// `connection_balance_config.exact_balance`: a connection goes to the worker that has the fewest of this listener.
+    /// A destination that only the PROXY protocol tells is known too late for that: it stays where it was accepted.
     pub exact_balance: bool,
     /// Replaces the address in `listener.<…>.` stats.
     pub stat_prefix: Option<Arc<str>>,

@@ -48,6 +48,7 @@ impl Balance {
 
 /// A connection's place at a worker, given back on drop.
 #[derive(Debug)]
+#[must_use = "the place is given back when this is dropped"]
 pub struct Place {
     /// None: it was kept.
     balance: Option<Arc<Balance>>,
