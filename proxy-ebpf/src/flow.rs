@@ -9,8 +9,8 @@ use aya_ebpf::{
     bindings::{
         BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG,
         BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT,
-        BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT,
-        bpf_sock_ops,
+        BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
+        BPF_TCP_SYN_SENT, bpf_sock_ops,
     },
     helpers::generated::{
         bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_setsockopt,
@@ -94,7 +94,7 @@ fn limit_handshake(ctx: &SockOpsContext, flow: &mut Flow) {
 
 /// The handshake is over.
 #[inline(always)]
-pub fn established(ctx: &SockOpsContext, flow: &mut Flow) {
+fn established(ctx: &SockOpsContext, flow: &mut Flow) {
     if flow.phase != Phase::Connecting as u16 {
         return;
     }
@@ -155,10 +155,9 @@ pub fn endpoint_fin(flow: &mut Flow) {
 
 /// The socket goes from one state to another.
 #[inline(always)]
-pub fn state_changed(ctx: &SockOpsContext, flow: &mut Flow) {
-    let old = field!(ctx, __bindgen_anon_1.args[0]);
-    let new = field!(ctx, __bindgen_anon_1.args[1]);
+pub fn state_changed(ctx: &SockOpsContext, flow: &mut Flow, old: u32, new: u32) {
     match new {
+        BPF_TCP_ESTABLISHED => established(ctx, flow),
         BPF_TCP_FIN_WAIT1 => half_closed(ctx, flow),
         BPF_TCP_CLOSE_WAIT => {
             first(flow, FlowFlag::EndpointFirst);

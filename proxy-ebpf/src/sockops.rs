@@ -11,7 +11,8 @@ use aya_ebpf::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PARSE_HDR_OPT_CB,
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_STATE_CB,
         BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB,
-        BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2, BPF_TCP_SYN_RECV,
+        BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
     },
     helpers::generated::{
         bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_load_hdr_opt, bpf_reserve_hdr_opt,
@@ -46,12 +47,18 @@ pub fn on_event(ctx: &SockOpsContext) -> u32 {
         BPF_SOCK_OPS_HDR_OPT_LEN_CB => room(ctx),
         BPF_SOCK_OPS_WRITE_HDR_OPT_CB => write(ctx),
         BPF_SOCK_OPS_STATE_CB => {
-            if let Some(flow) = flow_of(ctx) {
-                flow::state_changed(ctx, flow);
+            // SAFETY: args of the kernel's context; volatile as in `addresses`.
+            let (old, new) = unsafe {
+                let args = &raw const (*ctx.ops).__bindgen_anon_1.args;
+                (addr_of!((*args)[0]).read_volatile(), addr_of!((*args)[1]).read_volatile())
+            };
+            // Before the search for whose socket it is: nobody has anything to do then.
+            if matches!(new, BPF_TCP_FIN_WAIT2 | BPF_TCP_SYN_SENT | BPF_TCP_SYN_RECV) {
                 return 1;
             }
-            // SAFETY: args of the kernel's context; volatile as in `local`.
-            if unsafe { addr_of!((*ctx.ops).__bindgen_anon_1.args[1]).read_volatile() } == BPF_TCP_CLOSE {
+            if let Some(flow) = flow_of(ctx) {
+                flow::state_changed(ctx, flow, old, new);
+            } else if new == BPF_TCP_CLOSE {
                 closed(ctx);
             }
         }
@@ -175,21 +182,17 @@ fn put_in_flight(ctx: &SockOpsContext, original: &mut OriginalDst) {
     }
 }
 
-/// The handshake of an application's socket is over.
+/// The handshake of an application's socket is over. (On the kernel path that is a change of state.)
 #[inline(always)]
 fn connected(ctx: &SockOpsContext) {
-    let wants_options = ctx.cb_flags() & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG != 0;
-    if !wants_options && !maps::kernel_path() {
+    if ctx.cb_flags() & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG == 0 {
         return;
     }
     let sk = socket(ctx);
     if sk.is_null() {
         return;
     }
-    if let Some(flow) = maps::flow(sk) {
-        flow::established(ctx, flow);
-    } else if wants_options
-        && let Some(original) = stored(&ORIGINAL_DST, sk)
+    if let Some(original) = stored(&ORIGINAL_DST, sk)
         && original.role == Role::Client as u16
     {
         end_option_callbacks(ctx, original);

@@ -63,6 +63,7 @@ const GOALS: &[Goal] = &[
 impl Kernel {
     pub(super) fn run(&self) -> Result<()> {
         let plan = self.options.choice(self.quick).kernel();
+        let (rounds, few_rounds) = (plan.rounds, plan.few_rounds);
         let results = self.options.measure(plan, None, How { quick: self.quick, profile: false })?;
         let outcomes = goals::outcomes_of(GOALS, &results);
         print!(
@@ -72,7 +73,9 @@ impl Kernel {
             goals::table(&outcomes),
         );
         println!(
-            "noise: how far half of the rounds of what it is compared with lie from their median at most; so much is excused"
+            "rounds: {rounds} of {OWN} and {}, {few_rounds} of the others and of interception\n\
+             noise: how far half of the rounds of what it is compared with lie from their median at most; so much is excused",
+            Subject::DIRECT,
         );
         let path = about::write("kernel.json", &format!("{}\n", serde_json::to_string_pretty(&results)?))?;
         println!("\nall figures of all rounds: {}", path.display());

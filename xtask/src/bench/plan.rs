@@ -16,6 +16,15 @@ pub(super) const BULK_ON_ONE_CPU: [Workload; 5] =
 pub(super) struct Entry {
     pub(super) case: Case,
     pub(super) subjects: Vec<Subject>,
+    /// Those of them who are measured in the first rounds only ([`Plan::few_rounds`]).
+    pub(super) seldom: Vec<Subject>,
+}
+
+impl Entry {
+    /// All of them in each round.
+    fn new(case: Case, subjects: Vec<Subject>) -> Self {
+        Self { case, subjects, seldom: Vec::new() }
+    }
 }
 
 /// A whole run.
@@ -23,6 +32,8 @@ pub(super) struct Entry {
 pub(super) struct Plan {
     pub(super) entries: Vec<Entry>,
     pub(super) rounds: u32,
+    /// Rounds of what no goal depends on to the last percent.
+    pub(super) few_rounds: u32,
     /// Rounds of memory, whose figures hardly vary.
     pub(super) memory_rounds: u32,
     /// Length of one measurement.
@@ -155,16 +166,27 @@ impl Choice {
                 Workload::Short => [&[Subject::KERNEL.logging()], &subjects[..]].concat(),
                 _ => subjects.to_vec(),
             };
-            Entry { case: Case::veth(workload), subjects }
+            let mut entry = Entry::new(Case::veth(workload), subjects);
+            entry.seldom.clone_from(&entry.subjects);
+            if workload != Workload::Intercept {
+                entry.seldom.retain(|subject| ![Subject::KERNEL, Subject::DIRECT].contains(subject));
+            }
+            entry
         };
-        self.repeated(workloads.into_iter().map(entry).collect())
+        // Its goals are a few percent of direct, which few rounds can't tell from chance.
+        let few = self.rounds.unwrap_or(if self.quick { 2 } else { 3 });
+        let many = self.rounds.unwrap_or(if self.quick { 6 } else { 12 });
+        let plan = self.repeated(workloads.into_iter().map(entry).collect());
+        Plan { rounds: many, few_rounds: few, ..plan }
     }
 
     fn repeated(&self, entries: Vec<Entry>) -> Plan {
         let (rounds, memory_rounds, measure) = if self.quick { (3, 1, 500) } else { (5, 3, 800) };
+        let rounds = self.rounds.unwrap_or(rounds);
         Plan {
             entries,
-            rounds: self.rounds.unwrap_or(rounds),
+            rounds,
+            few_rounds: rounds,
             memory_rounds: self.rounds.map_or(memory_rounds, |rounds| rounds.min(memory_rounds)),
             measure: self.measure.unwrap_or(Duration::from_millis(measure)),
         }
@@ -182,7 +204,7 @@ impl Choice {
             let placement = selector.placement.unwrap_or(Placement::Free);
             selector.workloads.iter().map(move |workload| Case { topology, workload: *workload, placement })
         });
-        cases.map(|case| Entry { case, subjects: subjects.clone() }).collect()
+        cases.map(|case| Entry::new(case, subjects.clone())).collect()
     }
 
     fn standard(&self) -> Vec<Entry> {
@@ -191,7 +213,7 @@ impl Choice {
         let mut add = |topology, placement, subjects: &[Subject], workloads: &[Workload]| {
             for workload in workloads {
                 let case = Case { topology, workload: *workload, placement };
-                entries.push(Entry { case, subjects: subjects.to_vec() });
+                entries.push(Entry::new(case, subjects.to_vec()));
             }
         };
         let small = [1, 64, 512].map(|connections| Workload::request(64, connections));
@@ -260,13 +282,32 @@ impl Plan {
         self.entries.iter().any(|entry| entry.case == case && entry.subjects.contains(&subject))
     }
 
+    /// How often a subject is measured in a case.
+    pub(super) fn rounds(&self, entry: &Entry, subject: Subject) -> u32 {
+        match entry.case.workload {
+            Workload::Idle => self.memory_rounds,
+            _ if entry.seldom.contains(&subject) => self.few_rounds,
+            _ => self.rounds,
+        }
+    }
+
+    /// Who is measured in a round. Each round begins with another one, so that nobody always follows the same.
+    pub(super) fn turn(&self, entry: &Entry, round: u32) -> Vec<Subject> {
+        let mut turn = entry.subjects.clone();
+        turn.retain(|subject| round < self.rounds(entry, *subject));
+        if !turn.is_empty() {
+            let first = round as usize % turn.len();
+            turn.rotate_left(first);
+        }
+        turn
+    }
+
     /// How many single measurements that are.
     pub(super) fn measurements(&self) -> usize {
-        let rounds = |entry: &Entry| match entry.case.workload {
-            Workload::Idle => self.memory_rounds,
-            _ => self.rounds,
+        let rounds = |entry: &Entry| {
+            entry.subjects.iter().map(|subject| self.rounds(entry, *subject) as usize).sum::<usize>()
         };
-        self.entries.iter().map(|entry| rounds(entry) as usize * entry.subjects.len()).sum()
+        self.entries.iter().map(rounds).sum()
     }
 }
 
@@ -287,6 +328,22 @@ mod tests {
         assert_eq!(names(&plan), ["loopback/request-64x64", "loopback/short@one-cpu"]);
         assert_eq!(plan.subjects(), subjects);
         assert_eq!(plan.measurements(), 20);
+    }
+
+    #[test]
+    fn who_is_compared_takes_turns_and_is_measured_more_often() {
+        let plan = Choice::default().kernel();
+        let entry = plan.entries.iter().find(|entry| entry.case.workload == Workload::Short).expect("short");
+        let turns: Vec<_> = (0..plan.rounds).map(|round| plan.turn(entry, round)).collect();
+        assert!(plan.few_rounds < plan.rounds);
+        for (round, turn) in turns.iter().enumerate() {
+            let all = round < plan.few_rounds as usize;
+            assert_eq!(turn.len(), if all { entry.subjects.len() } else { 2 });
+        }
+        let first = |subject| turns.iter().filter(|turn| turn.len() == 2 && turn[0] == subject).count();
+        assert!(first(Subject::KERNEL).abs_diff(first(Subject::DIRECT)) <= 1);
+        let one = Choice { rounds: Some(1), ..Choice::default() }.kernel();
+        assert_eq!((one.rounds, one.few_rounds), (1, 1));
     }
 
     #[test]

@@ -151,11 +151,10 @@ impl Run {
         let (duration, how) = (self.plan.measure, self.how);
         for round in 0..self.plan.rounds {
             for entry in &entries {
-                // Each round begins with another one, so that nobody always follows the same.
-                let first = round as usize % entry.subjects.len();
-                for subject in entry.subjects[first..].iter().chain(&entry.subjects[..first]) {
-                    let running = &running[subject];
-                    self.note(entry.case, *subject, round, self.plan.rounds, || {
+                for subject in self.plan.turn(entry, round) {
+                    let rounds = self.plan.rounds(entry, subject);
+                    let running = &running[&subject];
+                    self.note(entry.case, subject, round, rounds, || {
                         let profiled = how.profile && !running.pids().is_empty();
                         let profile = profiled.then(|| Profile::start(running.pids())).transpose()?;
                         let mut figures = entry.case.workload.measure(
