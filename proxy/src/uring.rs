@@ -24,6 +24,7 @@
 
 mod buffers;
 mod bytes;
+mod courtesy;
 mod executor;
 mod ring;
 mod source;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use async_task::{Runnable, Task};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::courtesy::Courtesy;
 use super::ring::Driver;
 use crate::pages::Pages;
 
@@ -118,6 +119,7 @@ pub(super) fn run<F: Future>(driver: &Rc<Driver>, future: F) -> io::Result<F::Ou
     let mut future = pin!(future);
     let main = Arc::new(Main { woken: AtomicBool::new(true), remote: Arc::clone(remote) });
     let waker = Waker::from(Arc::clone(&main));
+    let mut courtesy = Courtesy::new(Instant::now());
     let output = loop {
         // Tasks first: `future` may look at what they have done.
         run_ready(ROUND);
@@ -140,6 +142,8 @@ pub(super) fn run<F: Future>(driver: &Rc<Driver>, future: F) -> io::Result<F::Ou
             }
             if let Some(task) = BULK.with_borrow_mut(VecDeque::pop_front) {
                 run_task(task);
+                // Whom it has given something to takes it while it is in a cache, and whom it has taken something from sends more.
+                courtesy.offer();
             }
             continue;
         }
