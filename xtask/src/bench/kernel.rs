@@ -74,7 +74,7 @@ impl Kernel {
         );
         println!(
             "rounds: {rounds} of {OWN} and {}, {few_rounds} of the others and of interception\n\
-             noise: how far half of the rounds of what it is compared with lie from their median at most; so much is excused",
+             between: where the median of many rounds would be, in 99 of 100 runs; missed is what has all of that beyond the bound",
             Subject::DIRECT,
         );
         let path = about::write("kernel.json", &format!("{}\n", serde_json::to_string_pretty(&results)?))?;

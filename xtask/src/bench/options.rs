@@ -119,7 +119,7 @@ mod tests {
         assert_eq!((plan.rounds, plan.measure), (2, Duration::from_millis(250)));
         let named = (options.named.tidegate().expect("named"), options.named.envoy().expect("named"));
         assert_eq!(named, (PathBuf::from("/a"), PathBuf::from("/b")));
-        for (quick, rounds, measure) in [(false, 12, 800), (true, 6, 500)] {
+        for (quick, rounds, measure) in [(false, 12, 800), (true, 8, 500)] {
             let plan = parse("bench").expect("no options").choice(quick).kernel();
             assert_eq!((plan.rounds, plan.measure), (rounds, Duration::from_millis(measure)));
         }

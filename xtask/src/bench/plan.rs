@@ -173,9 +173,9 @@ impl Choice {
             }
             entry
         };
-        // Its goals are a few percent of direct, which few rounds can't tell from chance.
+        // Its goals are a few percent of direct, which few rounds can't tell from chance: fewer than eight can't be 99 % sure.
         let few = self.rounds.unwrap_or(if self.quick { 2 } else { 3 });
-        let many = self.rounds.unwrap_or(if self.quick { 6 } else { 12 });
+        let many = self.rounds.unwrap_or(if self.quick { 8 } else { 12 });
         let plan = self.repeated(workloads.into_iter().map(entry).collect());
         Plan { rounds: many, few_rounds: few, ..plan }
     }

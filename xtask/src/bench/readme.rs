@@ -150,7 +150,8 @@ fn cells(series: &Series, shown: &[(Subject, &str)]) -> String {
     let own = shown.first().map(|(subject, _)| *subject);
     let cell = |(subject, _): &(Subject, &str)| {
         let own = own.filter(|own| own != subject);
-        match (series.of(*subject), own.and_then(|own| series.ratio(own, *subject))) {
+        match (series.of(*subject), own.and_then(|own| series.ratio(own, *subject).map(|ratio| ratio.median)))
+        {
             (None, _) => " |".to_owned(),
             (Some(spread), None) => format!(" {} |", number(spread.median)),
             (Some(spread), Some(ratio)) => format!(" {} ({ratio:.2}) |", number(spread.median)),

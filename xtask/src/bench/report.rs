@@ -65,7 +65,7 @@ fn line(text: &mut String, series: &Series, columns: &[Subject], base: Option<Su
         let ratio = match base {
             None => series.tidegate_to.get(&subject.to_string()).map(|spread| spread.median),
             Some(base) if base == *subject => None,
-            Some(base) => series.ratio(*subject, base),
+            Some(base) => series.ratio(*subject, base).map(|ratio| ratio.median),
         };
         let ratio = ratio.map_or_else(String::new, |ratio| format!("×{ratio:.2}"));
         let _ = write!(text, "{value:>9}{ratio:>6}");

@@ -98,11 +98,25 @@ impl Spread {
         Some(Self { median: short(median(&known)), min, max, rounds })
     }
 
-    /// How far half of the rounds lie from the median at most, as a part of it: 0 of a single round.
-    pub(super) fn noise(&self) -> f64 {
-        let distances: Vec<_> =
-            self.rounds.iter().flatten().map(|round| (round / self.median - 1.0).abs()).collect();
-        median(&distances)
+    /// Two rounds between which the median of very many would be found, but for one run of a hundred, whatever the figures are
+    /// like (an interval by order statistics, as of the sign test). Of fewer than eight rounds it is the lowest and the
+    /// highest, which is right less often.
+    pub(super) fn interval(&self) -> (f64, f64) {
+        let mut known: Vec<_> = self.rounds.iter().flatten().copied().collect();
+        known.sort_by(f64::total_cmp);
+        let rounds = known.len() as i32;
+        // That `left_out` rounds or fewer lie on one side of the median, and the same of the other side.
+        let mut chance = 2.0 * 0.5_f64.powi(rounds);
+        let (mut term, mut left_out) = (chance, 0);
+        while left_out + 1 < rounds {
+            term *= f64::from(rounds - left_out) / f64::from(left_out + 1);
+            if chance + term > 0.01 {
+                break;
+            }
+            (chance, left_out) = (chance + term, left_out + 1);
+        }
+        let at = |index: i32| known.get(index as usize).copied().unwrap_or(self.median);
+        (at(left_out), at(rounds - 1 - left_out))
     }
 }
 
@@ -204,10 +218,10 @@ impl Series {
         self.subjects.get(&subject.to_string())
     }
 
-    /// One figure divided by another, round by round: the median.
-    pub(super) fn ratio(&self, own: Subject, to: Subject) -> Option<f64> {
+    /// One figure divided by another, round by round.
+    pub(super) fn ratio(&self, own: Subject, to: Subject) -> Option<Spread> {
         let (own, to) = self.of(own).zip(self.of(to))?;
-        Spread::of(ratios_by_round(&own.rounds, &to.rounds)).map(|spread| spread.median)
+        Spread::of(ratios_by_round(&own.rounds, &to.rounds))
     }
 }
 
@@ -289,6 +303,24 @@ pub(super) mod tests {
         assert!(median(&[]).is_nan());
         assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
         assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_interval_leaves_out_what_chance_brings() {
+        let of = |rounds: i32| Spread::of((1..=rounds).map(|round| Some(round.into())).collect()).unwrap();
+        // As tables of the sign test have it.
+        for (rounds, low, high) in [
+            (1, 1.0, 1.0),
+            (2, 1.0, 2.0),
+            (7, 1.0, 7.0),
+            (8, 1.0, 8.0),
+            (12, 2.0, 11.0),
+            (20, 4.0, 17.0),
+            (40, 12.0, 29.0),
+        ] {
+            assert_eq!(of(rounds).interval(), (low, high), "{rounds}");
+        }
+        assert_eq!(Spread::of(vec![Some(3.0), None, Some(1.0)]).unwrap().interval(), (1.0, 3.0));
     }
 
     #[test]
