@@ -353,7 +353,9 @@ impl<'a> Duplex<'a> {
             }
             None => return,
         };
-        if self.lanes[gone as usize].half.held() > 0 {
+        // What the ring has yet to send, it sends at the end of the turn. What it could not send is held then.
+        let lane = &self.lanes[gone as usize];
+        if lane.half.held() > 0 && !lane.is_sending() {
             self.counters.flushed.set(Some(gone.other()));
         }
     }

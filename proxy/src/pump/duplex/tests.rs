@@ -99,6 +99,37 @@ fn a_reset_whose_error_was_swallowed_is_no_flush() {
     assert_eq!(server.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
 }
 
+/// What the ring sends when the turn is over is held by nobody: Envoy has sent it by now.
+#[test]
+fn a_message_that_the_ring_is_about_to_send_is_no_flush() {
+    let ((client, downstream), (mut server, upstream)) = (pair(), pair());
+    let mut client = Some(client);
+    let flushed = uring::start(uring::Engine::IoUring, async {
+        let (resources, counters, options) = (Resources::default(), Counters::default(), Options::default());
+        let mut duplex = Duplex::new(&resources, [&downstream, &upstream], None, &options, &counters);
+        let mut timer = uring::time::sleep(Duration::ZERO);
+        poll_fn(|cx| {
+            if let Some(mut client) = client.take() {
+                assert!(duplex.poll(&mut timer, cx).is_pending());
+                client.write_all(b"last").unwrap();
+                uring::flush_sends(); // enters the ring
+                assert!(duplex.poll(&mut timer, cx).is_pending());
+                assert!(duplex.lane(Side::Downstream).is_sending());
+                Socket::from(client).set_linger(Some(Duration::ZERO)).unwrap();
+                assert_eq!(duplex.faulted(Side::Upstream, Fault::DestinationVanished, cx), None);
+            }
+            duplex.poll(&mut timer, cx)
+        })
+        .await;
+        counters.flushed.get()
+    })
+    .unwrap();
+    assert_eq!(flushed, None);
+    let mut message = [0; 4];
+    server.read_exact(&mut message).unwrap();
+    assert_eq!(&message, b"last");
+}
+
 /// The kernel tells of a reset once. When a send was told, the next read finds an end as if by a FIN.
 #[test]
 fn a_reset_that_only_a_send_was_told_of_is_no_fin() {
