@@ -17,7 +17,7 @@ use super::{about, report};
 /// Arguments of `bench kernel`.
 #[derive(Args, Debug)]
 pub(super) struct Kernel {
-    /// Fewer rounds, shorter, downloads only: about 4 minutes instead of 11.
+    /// Fewer rounds, shorter, downloads only: about 4.5 minutes instead of 11.
     #[arg(long)]
     quick: bool,
     #[command(flatten)]
