@@ -21,6 +21,7 @@ mod counters;
 mod duplex;
 mod half;
 mod lane;
+mod nearby;
 mod resources;
 mod splice;
 

@@ -10,6 +10,7 @@ pub mod client;
 pub mod config;
 pub mod control_plane;
 pub mod dialogue;
+pub mod far;
 pub mod load;
 pub mod netns;
 pub mod network;

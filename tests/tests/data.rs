@@ -1,14 +1,16 @@
 //! Bytes, FIN and RST through the whole proxy, from a captured pod.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::json;
 use tidegate_tests::config::{Config, tcp_proxy};
+use tidegate_tests::far::FarLine;
+use tidegate_tests::netns::Netns;
 use tidegate_tests::network::Network;
 use tidegate_tests::node::{Node, Service, field};
 use tidegate_tests::proxy::Setup;
@@ -274,6 +276,50 @@ fn a_client_that_goes_silent_is_no_end_of_the_stream() -> Result<()> {
     assert_eq!(closes, ("-", "Normal", "Normal"), "{line}");
     for (name, expected) in [("destroy_local", 1), ("destroy_remote", 0), ("destroy", 1)] {
         proxy.wait_stat(&format!("cluster.foo.upstream_cx_{name}"), |value| value == expected)?;
+    }
+    Ok(())
+}
+
+/// `SO_RCVBUF` of the established sockets that a filter of ss(8) finds.
+fn receive_buffers(netns: &Netns, filter: &str) -> Result<Vec<u64>> {
+    let output = netns.command("ss").args(["-Htnm", "state", "established", filter]).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(output.status.success(), "ss: {}", String::from_utf8_lossy(&output.stderr));
+    text.split(",rb").skip(1).map(|rest| Ok(rest.split(',').next().unwrap_or_default().parse()?)).collect()
+}
+
+#[test]
+fn a_near_sender_is_never_far_ahead_and_a_far_one_may_be() -> Result<()> {
+    const FIXED: u64 = MIB;
+    let [near, far] = ["127.0.0.1", "10.77.0.2"];
+    let netns = Netns::new("far")?;
+    netns.sysctl("net.ipv4.tcp_rmem", "4096 131072 6291456")?;
+    let own = Ipv4Addr::new(10, 77, 0, 1);
+    let _line = FarLine::new(&netns, own, far.parse()?, Duration::from_millis(1))?;
+    let _upstream = Upstream::echo(Some(&netns), "0.0.0.0:7002")?;
+    let mut config = Config::new();
+    for (name, listener, peer) in [("near", near, near), ("far", "10.77.0.1", far)] {
+        config = config.cluster(name, &[&format!("{peer}:7002")], json!({})).listener(
+            &format!("{listener}:7001"),
+            json!({}),
+            &tcp_proxy(name, json!({})),
+        );
+    }
+    let _proxy = Setup::new(&config.to_string()).netns(&netns).start()?;
+    for (peer, is_near) in [(near, true), (far, false)] {
+        let client = netns.enter(|| TcpStream::connect(format!("{peer}:7001")))??;
+        client.set_read_timeout(Some(GUARD))?;
+        let writer = client.try_clone()?;
+        let writer = std::thread::spawn(move || (&writer).write_all(&vec![1; 16 << 20]));
+        (&client).read_exact(&mut vec![0; 16 << 20])?;
+        writer.join().expect("does not panic")?;
+        for filter in ["sport = :7001", "dport = :7002"] {
+            let sizes = receive_buffers(&netns, &format!("{filter} and dst {peer}"))?;
+            assert!(
+                sizes.len() == 1 && (sizes[0] == FIXED) == is_near,
+                "{filter}, {peer}: receive buffers of {sizes:?} bytes"
+            );
+        }
     }
     Ok(())
 }

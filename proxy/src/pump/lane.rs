@@ -279,7 +279,13 @@ impl<'a> Lane<'a> {
             None => self.copy(turn),
         };
         match (was_splicing, self.half.method() == Method::Splice) {
-            (false, true) => count(&turn.direction.note().to_splice),
+            (false, true) => {
+                let to_splice = &turn.direction.note().to_splice;
+                if to_splice.get() == 0 {
+                    turn.resources.nearby.bulk_begins(turn.source.fd());
+                }
+                count(to_splice);
+            }
             (true, false) => count(&turn.direction.note().to_copy),
             _ => {}
         }

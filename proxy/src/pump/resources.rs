@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use super::SCRATCH;
+use super::nearby::Nearby;
 use crate::sys::clock;
 use crate::sys::pipe::Pipe;
 
@@ -44,6 +45,7 @@ pub struct Resources {
     /// When the kernel may be asked for a pipe again.
     retry_at: Cell<Duration>,
     refused: Cell<u64>,
+    pub(super) nearby: Nearby,
 }
 
 impl Default for Resources {
@@ -63,6 +65,7 @@ impl Resources {
             created: Cell::new(0),
             retry_at: Cell::new(Duration::ZERO),
             refused: Cell::new(0),
+            nearby: Nearby::new(),
         }
     }
 

@@ -4,6 +4,7 @@
 
 pub mod open;
 mod option;
+pub mod window;
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
@@ -223,6 +224,8 @@ pub fn events_now(socket: BorrowedFd<'_>, events: libc::c_short) -> libc::c_shor
 pub struct Measured {
     /// Smoothed round trip time.
     pub round_trip: Duration,
+    /// The shortest lately (`net.ipv4.tcp_min_rtt_wlen`, 5 minutes by default).
+    pub min_round_trip: Duration,
     /// Segments sent again, over the life of the connection.
     pub retransmitted_segments: u32,
     /// Bytes sent again, over the life of the connection.
@@ -234,6 +237,7 @@ pub fn measured(socket: BorrowedFd<'_>) -> io::Result<Measured> {
     let info: libc::tcp_info = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
     Ok(Measured {
         round_trip: Duration::from_micros(info.tcpi_rtt.into()),
+        min_round_trip: Duration::from_micros(info.tcpi_min_rtt.into()),
         retransmitted_segments: info.tcpi_total_retrans,
         retransmitted_bytes: info.tcpi_bytes_retrans,
     })
