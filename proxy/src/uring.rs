@@ -174,6 +174,14 @@ pub fn set_busy_poll(window: Duration) {
     }
 }
 
+/// Whether this thread's runtime offers its CPU to others after each megabyte of bulk; otherwise, as a runtime starts, only
+/// where it gives on small messages in between. It matters with [`Engine::IoUring`] only.
+pub fn offer_cpu_always(always: bool) {
+    if engine() == Engine::IoUring {
+        ring::with(|driver| driver.offer_cpu_always(always));
+    }
+}
+
 /// Waits that the running task begins while this lives are for bulk. When they have ended, those who wait for small
 /// messages go first: one task that moves bulk runs, and then they again.
 #[must_use = "waits are for bulk while it lives"]

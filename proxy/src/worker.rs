@@ -174,6 +174,9 @@ impl Handle {
             stats::set_shard(index);
             uring::start(engine, async move {
                 uring::set_busy_poll(shared.busy_poll);
+                // Workers may have all CPUs; then clients and servers run where one of them lets them. One that is alone would
+                // only do in its own time what is otherwise done in its peers': `docs/performance.md`.
+                uring::offer_cpu_always(shared.stats.workers() > 1);
                 Worker::new(index, shared).run(receiver).await;
             })
         })?;

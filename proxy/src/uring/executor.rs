@@ -120,9 +120,11 @@ pub(super) fn run<F: Future>(driver: &Rc<Driver>, future: F) -> io::Result<F::Ou
     let main = Arc::new(Main { woken: AtomicBool::new(true), remote: Arc::clone(remote) });
     let waker = Waker::from(Arc::clone(&main));
     let mut courtesy = Courtesy::new(Instant::now());
+    // Whether there were others beside bulk since the CPU was last offered.
+    let mut others = false;
     let output = loop {
         // Tasks first: `future` may look at what they have done.
-        run_ready(ROUND);
+        others |= run_ready(ROUND);
         if main.woken.swap(false, Ordering::AcqRel)
             && let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker))
         {
@@ -138,12 +140,14 @@ pub(super) fn run<F: Future>(driver: &Rc<Driver>, future: F) -> io::Result<F::Ou
                 if driver.turn(false)? {
                     take_remote(remote);
                 }
-                run_ready(ROUND);
+                others |= run_ready(ROUND);
             }
             if let Some(task) = BULK.with_borrow_mut(VecDeque::pop_front) {
                 run_task(task);
-                // Whom it has given something to takes it while it is in a cache, and whom it has taken something from sends more.
-                courtesy.offer();
+                // Whom the others have given something may have more to say, and a small message may be on its way.
+                if std::mem::take(&mut others) || driver.offers_cpu_always() {
+                    courtesy.offer();
+                }
             }
             continue;
         }
@@ -193,11 +197,13 @@ impl Drop for Forget {
     }
 }
 
-fn run_ready(most: usize) {
-    for _ in 0..most {
-        let Some(task) = READY.with_borrow_mut(VecDeque::pop_front) else { return };
+/// Whether there was any.
+fn run_ready(most: usize) -> bool {
+    for ran in 0..most {
+        let Some(task) = READY.with_borrow_mut(VecDeque::pop_front) else { return ran > 0 };
         run_task(task);
     }
+    true
 }
 
 fn run_task(task: Runnable) {

@@ -133,6 +133,7 @@ pub(super) struct Driver {
     hurry: Cell<bool>,
     bulk: Cell<bool>,
     busy_poll: RefCell<BusyPoll>,
+    offers_cpu_always: Cell<bool>,
 }
 
 impl Driver {
@@ -155,6 +156,7 @@ impl Driver {
             hurry: Cell::new(false),
             bulk: Cell::new(false),
             busy_poll: RefCell::default(),
+            offers_cpu_always: Cell::new(false),
         };
         driver.watch_remote();
         driver
@@ -273,6 +275,15 @@ impl Driver {
     /// Whether operations that begin now are for bulk: whom their ends wake runs behind others.
     pub(super) fn set_bulk(&self, bulk: bool) {
         self.bulk.set(bulk);
+    }
+
+    /// Whether the CPU is offered after each megabyte of bulk, also where there is nothing else.
+    pub(super) fn offer_cpu_always(&self, always: bool) {
+        self.offers_cpu_always.set(always);
+    }
+
+    pub(super) fn offers_cpu_always(&self) -> bool {
+        self.offers_cpu_always.get()
     }
 
     /// How long to look for the next message before going to sleep, where that may save time; zero: not at all.
