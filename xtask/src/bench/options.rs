@@ -19,7 +19,7 @@ use crate::{cargo, root};
 /// Options of a command that measures subjects in turns.
 #[derive(Args, Debug)]
 pub(super) struct Options {
-    /// Rounds of each measurement [default: 5, with --quick 3; `kernel`: 12 and 6 of what its goals compare, 3 and 2 of
+    /// Rounds of each measurement [default: 5, with --quick 3; `kernel`: 12 and 8 of what its goals compare, 3 and 2 of
     /// the others].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
