@@ -107,7 +107,8 @@ pub struct HostState {
 
 const _: () = assert!(size_of::<HostState>() == 136 && align_of::<HostState>() == 8);
 
-/// A socket of an application that is connected straight to an endpoint. SK_STORAGE value; it dies with the socket.
+/// A socket of an application that is connected straight to an endpoint. In a [`FlowSlot`] until the connection has ended, or an SK_STORAGE
+/// value, which dies with the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
@@ -141,6 +142,23 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Flow>() == 64 && align_of::<Flow>() == 8);
+
+/// Where a socket's [`Flow`] is, if it was nobody's at connect(2).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowSlot {
+    /// Cookie of its socket, and [`Self::RELEASED`]; 0: nobody's. Changed by compare-and-exchange, but freed with a plain one.
+    pub owner: u64,
+    /// The record, when somebody owns it.
+    pub flow: Flow,
+}
+
+impl FlowSlot {
+    /// In `owner`: the application has closed its last descriptor. (Cookies are counted from 1 on.)
+    pub const RELEASED: u64 = 1 << 63;
+}
+
+const _: () = assert!(size_of::<FlowSlot>() == 72);
 
 /// How far a [`Flow`] is.
 #[repr(u16)]

@@ -29,12 +29,12 @@ pub use addr::Addr;
 pub use event::NotEnrolled;
 pub use flow::{Carrier, FlowKey, InFlight, OriginalDst, OwnSocket, Role};
 pub use kernel_path::{
-    ASLEEP, ClusterState, ENDING, End, FIRST_BLOCK, Flow, FlowEvent, FlowFlag, HostState, Phase,
+    ASLEEP, ClusterState, ENDING, End, FIRST_BLOCK, Flow, FlowEvent, FlowFlag, FlowSlot, HostState, Phase,
     ServiceState, Tally,
 };
 pub use limits::{
-    ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, EVENTS_BYTES, FLOW_EVENTS_BYTES, LAYOUT_VERSION, MAX_DESTINATIONS,
-    MAX_IN_FLIGHT,
+    ANNOUNCE_INTERVAL_NS, ANNOUNCE_SLOTS, EVENTS_BYTES, FLOW_EVENTS_BYTES, FLOW_SLOTS, LAYOUT_VERSION,
+    MAX_DESTINATIONS, MAX_IN_FLIGHT,
 };
 pub use limits::{MAX_NAMESPACES, global, map};
 pub use policy::{Destination, EnrolState, Enrolment, FailMode, Place, RuleValue, Settings, Verdict};
@@ -50,4 +50,4 @@ macro_rules! pod {
     )+ };
 }
 pod!(Addr, NotEnrolled, FlowKey, InFlight, OriginalDst, Destination, Enrolment, Settings);
-pod!(Tally, ServiceState, ClusterState, HostState, Flow, FlowEvent);
+pod!(Tally, ServiceState, ClusterState, HostState, Flow, FlowSlot, FlowEvent);

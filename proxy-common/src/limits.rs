@@ -1,5 +1,5 @@
 /// Version of every layout in this crate; names the pin directory of the maps.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 
 /// Default size of the in-flight map, entries. One per handshake in progress whose SYN can't carry its original
 /// destination ([`crate::Carrier::Map`]). The memory is taken up front (about 1 MB).
@@ -16,6 +16,9 @@ pub const EVENTS_BYTES: u32 = 65_536;
 
 /// Size of the ring buffer of flows, bytes: 30,000 connections that end between two looks of the agent.
 pub const FLOW_EVENTS_BYTES: u32 = 4 << 20;
+
+/// Slots for connections of the kernel path (direct-mapped by socket cookie; a power of two): 1.2 MB.
+pub const FLOW_SLOTS: u32 = 16_384;
 
 /// Slots of the table that limits announcements (direct-mapped by netns cookie; a power of two).
 pub const ANNOUNCE_SLOTS: u32 = 1_024;
@@ -45,8 +48,10 @@ pub mod map {
     pub const EVENTS: &str = "EVENTS";
     /// ARRAY that limits announcements. Not pinned.
     pub const ANNOUNCED: &str = "ANNOUNCED";
-    /// SK_STORAGE → [`crate::Flow`].
+    /// SK_STORAGE → [`crate::Flow`], of those that have no slot.
     pub const FLOWS: &str = "FLOWS";
+    /// ARRAY of [`crate::FlowSlot`], indexed by the socket's cookie modulo its length. The agent maps it into its memory.
+    pub const FLOW_SLOTS: &str = "FLOW_SLOTS";
     /// ARRAY of `u64`: the blocks of services and clusters ([`crate::balance`]). The agent maps it into its memory.
     pub const ARENA: &str = "ARENA";
     /// ARRAY of [`crate::ServiceState`], likewise.

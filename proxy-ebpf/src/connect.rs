@@ -21,9 +21,10 @@ use crate::{
     flow::report_refusal,
     liveness::listener_waits,
     maps::{
-        DESTINATIONS, FLOWS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard,
-        discard_flow, is_excluded, kernel_path, store, stored,
+        DESTINATIONS, HAS_SET_RETVAL, NAMESPACES, ORIGINAL_DST, OWN_SOCKET, SETTINGS, discard, is_excluded,
+        kernel_path, store, stored,
     },
+    record,
 };
 
 /// Which hook runs; a constant after inlining.
@@ -40,7 +41,7 @@ const DENY: i32 = 0;
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const SOCK_STREAM: u32 = 1;
-const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_TCP: u32 = 6;
 
 /// Decides, counts, acts.
 #[inline(always)]
@@ -74,12 +75,12 @@ pub fn on_connect(ctx: &SockAddrContext, family: Family, place: Place) -> i32 {
             to_endpoint(ctx, sk, family, addr, port, choice)
         }
         (Decision::Capture { addr: own, port: capture_port, carrier }, _) => {
-            discard_flow(sk);
+            record::discard(ctx.as_ptr(), sk);
             capture(ctx, sk, family, (addr, port), (own, capture_port), carrier)
         }
         (Decision::Leave(reason), _) => {
             discard(&ORIGINAL_DST, sk);
-            discard_flow(sk);
+            record::discard(ctx.as_ptr(), sk);
             reason
         }
         // Not reached: without a choice it is another decision by now.
@@ -225,7 +226,7 @@ fn to_endpoint(
                 bytes_before: 0,
                 segments_before: 0,
             };
-            if store(&FLOWS, sk, &mut flow) {
+            if record::make(ctx.as_ptr(), sk, &mut flow) {
                 rewrite(ctx, family, endpoint.addr, endpoint.port);
                 Reason::Balanced
             } else {
@@ -233,7 +234,7 @@ fn to_endpoint(
             }
         }
         Err(reason) => {
-            discard_flow(sk);
+            record::discard(ctx.as_ptr(), sk);
             let end = match reason {
                 Reason::NoHost => End::NoHost,
                 Reason::Overflow => End::Overflow,

@@ -24,7 +24,8 @@ use crate::{
     balance::{cluster_state, host_state, service_state},
     connect::ALLOW,
     counters::{add, count, subtract},
-    maps::{self, ARENA, ERRORS_PURGE, FLOW_EVENTS},
+    maps::{ARENA, ERRORS_PURGE, FLOW_EVENTS, kernel_path},
+    record,
     sockops::{addresses, local_port, remote_port},
 };
 
@@ -119,16 +120,17 @@ fn ask_for(ctx: &SockOpsContext, flags: u32) -> bool {
 /// sends says whether something was left unread. (A RST of the endpoint's between the two is taken for the application's.)
 #[inline(always)]
 pub fn released(ctx: &SockContext) -> i32 {
-    if let Some(flow) = maps::flow(ctx.sock) {
-        // SAFETY: socket storage, an aligned field that nobody else writes. Volatile: other programs read it.
-        unsafe { (&raw mut flow.released).write_volatile(1) };
+    // SAFETY: the context is the kernel's. Volatile: the verifier wants one load of the field's own size.
+    let protocol = unsafe { addr_of!((*ctx.sock).protocol).read_volatile() };
+    if kernel_path() && protocol == IPPROTO_TCP as u32 {
+        record::released(ctx.sock);
     }
     ALLOW
 }
 
 #[inline(always)]
 fn is_released(flow: &Flow) -> bool {
-    // SAFETY: as in `released`.
+    // SAFETY: an aligned field. Volatile: in a storage it is written by a program on another CPU.
     unsafe { addr_of!(flow.released).read_volatile() != 0 }
 }
 

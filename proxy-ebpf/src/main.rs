@@ -20,6 +20,7 @@ mod flow;
 mod getpeername;
 mod liveness;
 mod maps;
+mod record;
 mod sockops;
 
 use aya_ebpf::{

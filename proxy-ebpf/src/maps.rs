@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use tidegate_common::{
     ANNOUNCE_SLOTS, Addr, ClusterState, Destination, EVENTS_BYTES, Enrolment, FLOW_EVENTS_BYTES, Flow,
-    FlowEvent, FlowKey, HostState, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled,
-    OriginalDst, Reason, ServiceState, Settings,
+    FlowEvent, FlowKey, FlowSlot, HostState, InFlight, MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES,
+    NotEnrolled, OriginalDst, Reason, ServiceState, Settings,
 };
 
 use crate::announce::Slot;
@@ -56,11 +56,15 @@ pub static EVENTS: RingBuf<NotEnrolled, { EVENTS_BYTES as usize }> = RingBuf::ne
 #[btf_map]
 pub static ANNOUNCED: Array<Slot, { ANNOUNCE_SLOTS as usize }> = Array::new();
 
-/// Sockets of applications that are connected straight to an endpoint.
+/// Sockets of applications that are connected straight to an endpoint, see [`crate::record`].
+#[btf_map]
+pub static FLOW_SLOTS: Array<FlowSlot, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Those whose slot was another's.
 #[btf_map]
 pub static FLOWS: SkStorage<Flow> = SkStorage::new();
 
-/// Blocks of services and clusters. The agent has these four in its memory: an update is no system call.
+/// Blocks of services and clusters. The agent has these four, and the slots, in its memory: an update is no system call.
 #[btf_map]
 pub static ARENA: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
@@ -108,20 +112,6 @@ pub fn is_excluded(addr: Addr) -> bool {
 #[inline(always)]
 pub fn kernel_path() -> bool {
     KERNEL_PATH.load() != 0
-}
-
-/// The socket's record of the kernel path.
-#[inline(always)]
-pub fn flow(sk: *mut bpf_sock) -> Option<&'static mut Flow> {
-    if kernel_path() { stored(&FLOWS, sk) } else { None }
-}
-
-/// Removes it, if there is one.
-#[inline(always)]
-pub fn discard_flow(sk: *mut bpf_sock) {
-    if kernel_path() {
-        discard(&FLOWS, sk);
-    }
 }
 
 /// The value that `map` holds for the socket.

@@ -21,13 +21,14 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use aya_log_ebpf::debug;
-use tidegate_common::{Addr, Carrier, Flow, FlowKey, InFlight, OriginalDst, Reason, Role, syn};
+use tidegate_common::{Addr, Carrier, FlowKey, InFlight, OriginalDst, Reason, Role, syn};
 
 use crate::{
     announce::announce,
     counters::count,
     flow,
-    maps::{self, IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
+    maps::{IN_FLIGHT, NAMESPACES, ORIGINAL_DST, store, stored},
+    record::{self, Record},
 };
 
 const AF_INET: u32 = 2;
@@ -56,20 +57,23 @@ pub fn on_event(ctx: &SockOpsContext) -> u32 {
             if matches!(new, BPF_TCP_FIN_WAIT2 | BPF_TCP_SYN_SENT | BPF_TCP_SYN_RECV) {
                 return 1;
             }
-            if let Some(flow) = flow_of(ctx) {
-                flow::state_changed(ctx, flow, old, new);
+            if let Some(record) = record_of(ctx) {
+                flow::state_changed(ctx, record.flow, old, new);
+                if new == BPF_TCP_CLOSE {
+                    record.free();
+                }
             } else if new == BPF_TCP_CLOSE {
                 closed(ctx);
             }
         }
         BPF_SOCK_OPS_RTO_CB => {
-            if let Some(flow) = flow_of(ctx) {
-                flow::retransmission_timeout(ctx, flow);
+            if let Some(record) = record_of(ctx) {
+                flow::retransmission_timeout(ctx, record.flow);
             }
         }
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB if tcp_flags(ctx) & TCP_FIN != 0 => {
-            if let Some(flow) = flow_of(ctx) {
-                flow::endpoint_fin(flow);
+            if let Some(record) = record_of(ctx) {
+                flow::endpoint_fin(record.flow);
             }
         }
         _ => {}
@@ -86,8 +90,8 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let Some(original) = stored(&ORIGINAL_DST, sk) else {
-        if let Some(flow) = maps::flow(sk) {
-            flow::connecting(ctx, flow);
+        if let Some(record) = record::find(ctx.as_ptr(), sk) {
+            flow::connecting(ctx, record.flow);
         }
         return;
     };
@@ -284,9 +288,9 @@ fn key(ctx: &SockOpsContext, client: Addr, client_port: u16, capture: Addr, capt
 
 /// The socket's record of the kernel path.
 #[inline(always)]
-fn flow_of(ctx: &SockOpsContext) -> Option<&'static mut Flow> {
+fn record_of(ctx: &SockOpsContext) -> Option<Record> {
     let sk = socket(ctx);
-    if sk.is_null() { None } else { maps::flow(sk) }
+    if sk.is_null() { None } else { record::find(ctx.as_ptr(), sk) }
 }
 
 /// Those of the packet that is made, or that has come.

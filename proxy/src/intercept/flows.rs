@@ -104,7 +104,7 @@ impl FlowSockets {
         };
         let connections = diag.connections_to(host.address, Some(self.map.as_fd()))?;
         let mut ended = 0;
-        for connection in connections.iter().filter(|connection| is_to(connection, host)) {
+        for connection in connections.iter().filter(|connection| self.is_to(connection, host)) {
             let flow = FlowId {
                 netns_cookie: namespace.cookie(),
                 client: connection.local,
@@ -122,12 +122,14 @@ impl FlowSockets {
         }
         Ok(ended)
     }
-}
 
-/// Whether the programs sent it there, for this cluster.
-fn is_to(connection: &Connection, host: FlowHost) -> bool {
-    connection.stored.as_deref().and_then(bpf::read::<Flow>).is_some_and(|flow| {
-        let is_open = flow.phase == Phase::Connecting as u16 || flow.phase == Phase::Established as u16;
-        is_open && (flow.cluster, flow.host) == (host.cluster, host.host)
-    })
+    /// Whether the programs sent it there, for this cluster.
+    fn is_to(&self, connection: &Connection, host: FlowHost) -> bool {
+        // In this order: a storage may be of an earlier connection of the socket.
+        let stored = || connection.stored.as_deref().and_then(bpf::read::<Flow>);
+        self.tables.flow(connection.cookie()).or_else(stored).is_some_and(|flow| {
+            let is_open = flow.phase == Phase::Connecting as u16 || flow.phase == Phase::Established as u16;
+            is_open && (flow.cluster, flow.host) == (host.cluster, host.host)
+        })
+    }
 }

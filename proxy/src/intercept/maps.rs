@@ -10,7 +10,7 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, RingBuf, SkStorage};
 use tidegate_common::{
-    Addr, ClusterState, Destination, EVENTS_BYTES, Enrolment, Flow, FlowKey, HostState, InFlight,
+    Addr, ClusterState, Destination, EVENTS_BYTES, Enrolment, Flow, FlowKey, FlowSlot, HostState, InFlight,
     MAX_DESTINATIONS, MAX_IN_FLIGHT, MAX_NAMESPACES, NotEnrolled, OriginalDst, Reason, RuleValue,
     ServiceState, Settings, Verdict, map,
 };
@@ -60,7 +60,7 @@ struct Shape {
 
 impl MapSizes {
     /// The maps that are pinned. The rest (events, logs) belongs to one process.
-    fn pinned(self) -> [Shape; 12] {
+    fn pinned(self) -> [Shape; 13] {
         let shape =
             |name, key_size, value_size, max_entries| Shape { name, key_size, value_size, max_entries };
         [
@@ -72,6 +72,7 @@ impl MapSizes {
             shape(map::SETTINGS, 4, size_of::<Settings>(), 1),
             shape(map::COUNTERS, 4, 8, Reason::COUNT as u32),
             shape(map::FLOWS, 4, size_of::<Flow>(), 0),
+            shape(map::FLOW_SLOTS, 4, size_of::<FlowSlot>(), self.tables.flow_slots),
             shape(map::SERVICES, 4, size_of::<ServiceState>(), self.tables.services),
             shape(map::CLUSTERS, 4, size_of::<ClusterState>(), self.tables.clusters),
             shape(map::HOSTS, 4, size_of::<HostState>(), self.tables.hosts),
@@ -80,7 +81,7 @@ impl MapSizes {
     }
 
     /// Names of the maps that are pinned.
-    pub(super) fn pinned_names(self) -> [&'static str; 12] {
+    pub(super) fn pinned_names(self) -> [&'static str; 13] {
         self.pinned().map(|shape| shape.name)
     }
 
@@ -106,7 +107,7 @@ impl MapSizes {
                 map::NAMESPACES => salvage.namespaces = contents(&path),
                 map::DESTINATIONS => salvage.destinations = contents(&path),
                 map::IN_FLIGHT => salvage.in_flight = contents(&path),
-                map::SERVICES | map::CLUSTERS | map::HOSTS | map::ARENA | map::FLOWS => {
+                map::SERVICES | map::CLUSTERS | map::HOSTS | map::ARENA | map::FLOWS | map::FLOW_SLOTS => {
                     salvage.lost_tables = true;
                 }
                 _ => {}

@@ -472,6 +472,7 @@ fn loader(sizes: MapSizes, globals: &Globals) -> EbpfLoader<'_> {
         .map_max_entries(map::CLUSTERS, sizes.tables.clusters)
         .map_max_entries(map::HOSTS, sizes.tables.hosts)
         .map_max_entries(map::ARENA, sizes.tables.arena)
+        .map_max_entries(map::FLOW_SLOTS, sizes.tables.flow_slots)
         .map_max_entries(map::FLOW_EVENTS, sizes.tables.events);
     loader
 }

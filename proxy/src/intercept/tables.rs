@@ -15,7 +15,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::Ebpf;
 use aya::maps::{Map, MapData, RingBuf};
 use tidegate_common::{
-    ASLEEP, Addr, ClusterState, ENDING, FLOW_EVENTS_BYTES, FlowEvent, HostState, ServiceState, Tally, map,
+    ASLEEP, Addr, ClusterState, ENDING, FLOW_EVENTS_BYTES, FLOW_SLOTS, Flow, FlowEvent, HostState,
+    ServiceState, Tally, map,
 };
 
 use tokio::io::Interest;
@@ -25,9 +26,11 @@ use super::bpf::Mapped;
 use super::error::InterceptError;
 
 mod counts;
+mod slots;
 
 pub use counts::Counts;
 use counts::Layout;
+use slots::Slots;
 
 /// Sizes of the tables, entries. Entry 0 of each is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,17 +43,25 @@ pub struct TableSizes {
     pub hosts: u32,
     /// Words of 8 bytes for blocks: about five for each endpoint, and room for what was replaced lately.
     pub arena: u32,
+    /// Slots for records of connections: [`FLOW_SLOTS`], as the programs suppose, or fewer, of which they find none.
+    pub flow_slots: u32,
     /// Records that wait to be read, bytes: a power of two and a multiple of the page size; 136 bytes each.
     pub events: u32,
 }
 
 impl TableSizes {
     /// Nothing is on the kernel path.
-    pub const OFF: Self = Self { services: 1, clusters: 1, hosts: 1, arena: 1, events: 4_096 };
+    pub const OFF: Self = Self { services: 1, clusters: 1, hosts: 1, arena: 1, flow_slots: 1, events: 4_096 };
 
-    /// About 8 MB of kernel memory.
-    pub const ON: Self =
-        Self { services: 4_096, clusters: 4_096, hosts: 32_768, arena: 1 << 18, events: FLOW_EVENTS_BYTES };
+    /// About 9 MB of kernel memory, and the records.
+    pub const ON: Self = Self {
+        services: 4_096,
+        clusters: 4_096,
+        hosts: 32_768,
+        arena: 1 << 18,
+        flow_slots: FLOW_SLOTS,
+        events: FLOW_EVENTS_BYTES,
+    };
 }
 
 const SERVICE_WORDS: usize = size_of::<ServiceState>() / 8;
@@ -65,6 +76,7 @@ pub struct Tables {
     clusters: Arc<Counts>,
     hosts: Arc<Counts>,
     arena: Mapped,
+    slots: Slots,
     /// Whose sockets are ended.
     turn_to_end: Mutex<()>,
     /// The programs are loaded with these descriptors' numbers in their instructions.
@@ -73,21 +85,21 @@ pub struct Tables {
 
 impl Tables {
     pub(super) fn take(ebpf: &mut Ebpf, sizes: TableSizes) -> Result<Self, InterceptError> {
-        let mut take = |name: &'static str| match ebpf.take_map(name) {
+        let take = |name: &'static str| match ebpf.take_map(name) {
             Some(Map::Array(data)) => Ok(data),
             _ => Err(InterceptError::NotInObject(name)),
         };
-        let maps = vec![take(map::SERVICES)?, take(map::CLUSTERS)?, take(map::HOSTS)?, take(map::ARENA)?];
-        let [services, clusters, hosts, arena] = [0, 1, 2, 3].map(|at: usize| maps[at].fd().as_fd());
-        let this = Self::map(sizes, [services, clusters, hosts, arena]);
+        let names = [map::SERVICES, map::CLUSTERS, map::HOSTS, map::ARENA, map::FLOW_SLOTS];
+        let maps = names.into_iter().map(take).collect::<Result<Vec<_>, _>>()?;
+        let this = Self::map(sizes, [0, 1, 2, 3, 4].map(|at: usize| maps[at].fd().as_fd()));
         let this = this.map_err(|(name, error)| InterceptError::pin("mapping", name)(error))?;
         Ok(Self { _maps: maps, ..this })
     }
 
-    /// Maps services, clusters, hosts and the arena. Fails with the name of the one that can't be mapped.
-    fn map(sizes: TableSizes, maps: [BorrowedFd<'_>; 4]) -> Result<Self, (&'static str, io::Error)> {
+    /// Maps services, clusters, hosts, the arena and the slots. Fails with the name of the one that can't be mapped.
+    fn map(sizes: TableSizes, maps: [BorrowedFd<'_>; 5]) -> Result<Self, (&'static str, io::Error)> {
         let named = |name: &'static str| move |error| (name, error);
-        let [services, clusters, hosts, arena] = maps;
+        let [services, clusters, hosts, arena, slots] = maps;
         let counts = |map, layout, entries| Counts::new(map, layout, entries).map(Arc::new);
         Ok(Self {
             sizes,
@@ -96,6 +108,7 @@ impl Tables {
             clusters: counts(clusters, Layout::CLUSTERS, sizes.clusters).map_err(named(map::CLUSTERS))?,
             hosts: counts(hosts, Layout::HOSTS, sizes.hosts).map_err(named(map::HOSTS))?,
             arena: Mapped::new(arena, sizes.arena as usize).map_err(named(map::ARENA))?,
+            slots: Slots::new(slots, sizes.flow_slots).map_err(named(map::FLOW_SLOTS))?,
             turn_to_end: Mutex::default(),
             _maps: Vec::new(),
         })
@@ -251,6 +264,16 @@ impl Tables {
         }
     }
 
+    /// The record of a connection, if the socket with this cookie has a slot.
+    pub(super) fn flow(&self, cookie: u64) -> Option<Flow> {
+        self.slots.flow(cookie)
+    }
+
+    /// How many sockets have a slot now. Walks the table.
+    pub fn flow_slots_in_use(&self) -> usize {
+        self.slots.in_use()
+    }
+
     /// The programs hear that the socket with this cookie is ended by the agent. One at a time: it waits for its turn.
     pub(super) fn ending(&self, cookie: u64) -> Ending<'_> {
         let turn = self.turn_to_end.lock().unwrap_or_else(PoisonError::into_inner);
@@ -381,14 +404,14 @@ pub(crate) mod tests {
     use super::*;
 
     /// What the kernel would have.
-    pub(crate) struct Memory([File; 4]);
+    pub(crate) struct Memory([File; 5]);
 
     impl Memory {
         const SIZES: TableSizes =
             TableSizes { services: 8, clusters: 8, hosts: 16, arena: 256, ..TableSizes::OFF };
 
         pub(crate) fn new() -> Self {
-            let words = [8 * SERVICE_WORDS, 8 * CLUSTER_WORDS, 16 * HOST_WORDS, 256];
+            let words = [8 * SERVICE_WORDS, 8 * CLUSTER_WORDS, 16 * HOST_WORDS, 256, slots::WORDS];
             Self(words.map(|words| {
                 let file = tempfile::tempfile().unwrap();
                 file.set_len(words as u64 * 8).unwrap();
@@ -398,9 +421,7 @@ pub(crate) mod tests {
 
         /// The tables, as one more process has them.
         pub(crate) fn tables(&self) -> Arc<Tables> {
-            let [services, clusters, hosts, arena] = &self.0;
-            let maps = [services, clusters, hosts, arena].map(|file| file.as_fd());
-            Arc::new(Tables::map(Self::SIZES, maps).unwrap())
+            Arc::new(Tables::map(Self::SIZES, self.0.each_ref().map(|file| file.as_fd())).unwrap())
         }
     }
 

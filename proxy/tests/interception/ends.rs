@@ -25,11 +25,18 @@ impl Scene {
     fn new() -> Self {
         let lab = Lab::new();
         let pod = lab.pod();
-        Self::of(lab, pod)
+        let path = Path::new(&lab);
+        Self::of(lab, pod, path)
     }
 
-    fn of(lab: Lab, pod: Pod) -> Self {
-        let mut path = Path::new(&lab);
+    fn without_slots() -> Self {
+        let lab = Lab::new();
+        let pod = lab.pod();
+        let path = Path::without_slots(&lab);
+        Self::of(lab, pod, path)
+    }
+
+    fn of(lab: Lab, pod: Pod, mut path: Path) -> Self {
         path.interceptor.enrol(pod.cookie, enrolment()).unwrap();
         let (server, address) = listen(&pod, 9_001);
         path.endpoints(&[address], 1024, 60_000);
@@ -383,12 +390,15 @@ fn no_resets() -> Vec<Case> {
 }
 
 fn check(cases: Vec<Case>) {
-    for (name, act, expected, by, fins, bytes) in cases {
-        let mut scene = Scene::new();
+    let scenes: [fn() -> Scene; 2] = [Scene::new, Scene::without_slots];
+    for (case, scene) in cases.into_iter().flat_map(|case| scenes.map(|scene| (case, scene))) {
+        let (name, act, expected, by, fins, bytes) = case;
+        let mut scene = scene();
         let (client, accepted) = scene.connection();
         let alone = alone();
         let kept = act(&scene, client, accepted);
         let (event, end, counted) = scene.ended();
+        scene.path.slots_in_use(0);
         drop((kept, alone));
         assert_eq!((end, counted), (expected, by), "{name}: {event:?}");
         for fin in [FlowFlag::ClientFin, FlowFlag::EndpointFin] {
@@ -413,7 +423,8 @@ fn what_is_no_reset_is_not_called_one() {
 fn a_socket_has_the_cgroup_of_its_maker() {
     let lab = Lab::new();
     let pod = lab.pod_below();
-    let mut scene = Scene::of(lab, pod);
+    let path = Path::new(&lab);
+    let mut scene = Scene::of(lab, pod, path);
     let (client, _accepted) = scene.connection();
     reset(client);
     assert_eq!(scene.ended().1, End::ResetByClient);

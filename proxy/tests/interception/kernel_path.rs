@@ -13,13 +13,16 @@ use tidegate_common::balance::{
     ENDPOINT_WORDS, Endpoint, Entry, Head, List, ListKind, Member, Places, Policy, Route, ServiceHead,
 };
 use tidegate_common::selector::Range;
-use tidegate_common::{Destination, End, FlowEvent, FlowFlag, Reason, RuleValue, Tally, Verdict};
+use tidegate_common::{Destination, End, FLOW_SLOTS, FlowEvent, FlowFlag, Reason, RuleValue, Tally, Verdict};
 
 use crate::lab::*;
 
 pub(crate) const SERVICE: &str = "172.16.0.1:50001";
 const SERVICE_V6: &str = "[fd99::1]:50001";
 const CLUSTER: u32 = 1;
+
+pub(crate) const SIZES: TableSizes =
+    TableSizes { services: 4, clusters: 4, hosts: 16, arena: 4_096, flow_slots: FLOW_SLOTS, events: 1 << 16 };
 
 /// One service of one cluster, with hosts 1, 2, … in turn.
 pub(crate) struct Path {
@@ -31,14 +34,22 @@ pub(crate) struct Path {
 
 impl Path {
     pub(crate) fn new(lab: &Lab) -> Self {
-        Self::with_room_for_events(lab, 1 << 16)
+        Self::with(lab, SIZES)
     }
 
     /// `bytes` for records that wait.
     pub(crate) fn with_room_for_events(lab: &Lab, bytes: u32) -> Self {
+        Self::with(lab, TableSizes { events: bytes, ..SIZES })
+    }
+
+    /// The records of connections are in the sockets' storage. (One in 16,384 has a slot.)
+    pub(crate) fn without_slots(lab: &Lab) -> Self {
+        Self::with(lab, TableSizes { flow_slots: 1, ..SIZES })
+    }
+
+    fn with(lab: &Lab, sizes: TableSizes) -> Self {
         let mut options = lab.options();
-        options.sizes.tables =
-            TableSizes { services: 4, clusters: 4, hosts: 16, arena: 4_096, events: bytes };
+        options.sizes.tables = sizes;
         let mut interceptor =
             Interceptor::load(&options).unwrap_or_else(|error| panic!("{error}: {error:?}"));
         let tables = interceptor.tables();
@@ -139,6 +150,15 @@ impl Path {
                 counts(&self.interceptor),
                 self.tallies()
             );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until so many slots are somebody's.
+    pub(crate) fn slots_in_use(&self, count: usize) {
+        let deadline = Instant::now() + LONG;
+        while self.tables.flow_slots_in_use() != count {
+            assert!(Instant::now() < deadline, "{}, not {count}", self.tables.flow_slots_in_use());
             std::thread::sleep(Duration::from_millis(2));
         }
     }
@@ -516,7 +536,7 @@ fn the_dead_agent_balances_on_and_its_successor_goes_on_counting() {
     drop(path);
     drop((pod.connect(SERVICE).unwrap(), accept(&server)));
     let mut options = lab.options();
-    options.sizes.tables = TableSizes { services: 4, clusters: 4, hosts: 16, arena: 4_096, events: 1 << 16 };
+    options.sizes.tables = SIZES;
     let new = Interceptor::load(&options).unwrap();
     let tables = new.tables();
     let tally = tables.host(1).tally;

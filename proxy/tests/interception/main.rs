@@ -7,4 +7,5 @@ mod kernel_path;
 mod lab;
 mod policy;
 mod records;
+mod slots;
 mod takeover;

@@ -9,6 +9,7 @@ mod ipv6;
 mod life;
 mod log;
 mod shared;
+mod slots;
 mod sources;
 
 use std::net::SocketAddr;
